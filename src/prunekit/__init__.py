@@ -1,0 +1,66 @@
+"""prunekit: post-training pruning of large language models. Hugging Face folder in, Hugging Face folder out.
+
+The names below are the public API. They are imported when first used, so that `import prunekit` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import Evaluation, Inspection, Plan, evaluate, inspect, methods, plan, prune, prune_
+    from .errors import InputError, PrunekitError, StorageError, VerificationError
+    from .model.stream import Windows
+    from .pruning import Result
+    from .recipe import Recipe
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Evaluation": "api",
+    "InputError": "errors",
+    "Inspection": "api",
+    "Plan": "api",
+    "PrunekitError": "errors",
+    "Recipe": "recipe",
+    "Result": "pruning",
+    "StorageError": "errors",
+    "VerificationError": "errors",
+    "Windows": "model.stream",
+    "evaluate": "api",
+    "inspect": "api",
+    "methods": "api",
+    "plan": "api",
+    "prune": "api",
+    "prune_": "api",
+}
+
+__all__ = [
+    "Evaluation",
+    "InputError",
+    "Inspection",
+    "Plan",
+    "PrunekitError",
+    "Recipe",
+    "Result",
+    "StorageError",
+    "VerificationError",
+    "Windows",
+    "evaluate",
+    "inspect",
+    "methods",
+    "plan",
+    "prune",
+    "prune_",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'prunekit' has no attribute '{name}'")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,266 @@
+"""The public functions: prune a folder or a model in memory, evaluate, plan, inspect, list methods.
+
+Each takes plain arguments, builds a `Recipe`, and calls the room that does the work. The command line is a thin layer over these.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import machine, pruning
+from .calibration.text import documents
+from .calibration.windows import calibration_windows, evaluation_windows
+from .catalogue import METHODS, find_method
+from .checkpoint.locate import locate
+from .checkpoint.reader import Reader
+from .errors import InputError
+from .evaluate.perplexity import perplexity
+from .inspection import Inspection, inspect_folder
+from .model.source import ResidentModel, StreamedModel
+from .model.stream import Windows
+from .parts import find_part
+from .planning import Plan, make_plan
+from .progress import Progress, Silent
+from .pruning import Result
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Evaluation", "Inspection", "Plan", "Result", "evaluate", "inspect", "methods", "plan", "prune", "prune_"]
+
+
+def prune(
+    model: str | Path,
+    *,
+    out: str | Path,
+    method: str = "wanda",
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    calibration: str | Mapping[str, Any] = "builtin",
+    resume: bool = False,
+    overwrite: bool = False,
+    memory_budget: int | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Result:
+    """Prune a model folder and write another.
+
+    Args:
+        model: a folder, a hub id, or `smollm2-135m`.
+        out: the folder to write; it must be empty or new unless `resume` or `overwrite` is given.
+        method: a row of `methods()`.
+        sparsity: fraction of zeros in every linear; half where neither this nor `pattern` is given.
+        pattern: `"K:G"`, keep K of every G consecutive inputs, or a fraction of zeros.
+        calibration: a text source, or a mapping of `Calibration` fields (`source`, `samples`, `length`, `sampling`, `mode`, `batch`).
+        resume: continue what is in `out`.
+        overwrite: replace what is in `out`.
+        memory_budget: bytes the reload check may take for a whole model; beyond, it streams. Default: half of what is free.
+        progress: told what is going on; silent by default.
+        **settings: the recipe's other fields: `seed`, `dtype`, `device`, `revision`, `trust_remote_code`, `parts`.
+
+    Returns:
+        What was done, figures included.
+
+    Raises:
+        InputError: something in the input is wrong; nothing of this run is left in `out`.
+        StorageError: the disk refused; finished blocks can be resumed.
+        VerificationError: what was written does not compute what was pruned.
+    """
+    recipe = Recipe.build(
+        {"model": str(model), "method": method, "sparsity": sparsity, "pattern": pattern}
+        | {"calibration": _calibration(calibration)}
+        | settings
+    )
+    return pruning.run(
+        recipe, Path(out), resume=resume, overwrite=overwrite, memory_budget=memory_budget, progress=progress
+    )
+
+
+def prune_(
+    model: PreTrainedModel,
+    tokens: Any,
+    *,
+    method: str = "wanda",
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    calibration: str | Mapping[str, Any] = "builtin",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Result:
+    """Prune a model that lies in memory, in place.
+
+    Args:
+        model: a causal language model of transformers.
+        tokens: a tokenizer (windows are then cut from `calibration`); or token ids [windows, length]; or a mapping with `input_ids`
+            and `attention_mask` (1 = a real token), both [windows, length]; or `Windows`.
+        method, sparsity, pattern, calibration, progress, **settings: as for `prune`.
+
+    Raises:
+        InputError: something in the input is wrong. Blocks before the one named may be pruned already.
+    """
+    recipe = Recipe.build(
+        {"model": "in memory", "method": method, "sparsity": sparsity, "pattern": pattern}
+        | {"calibration": _calibration(calibration)}
+        | settings
+    )
+    return pruning.prune_in_memory(model, recipe, _windows(model, tokens, recipe), progress)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found. `predictions` is what the perplexity is the mean over: windows × (length − 1)."""
+
+    model: str
+    perplexity: float
+    windows: int
+    length: int
+    tokens: int
+    predictions: int
+    seconds: float
+    peak_rss_bytes: int
+
+    def summary(self) -> dict[str, Any]:
+        """The figures `--json` prints. No tasks are scored yet."""
+        return {**asdict(self), "tokens_per_second": self.tokens / self.seconds, "tasks": {}}
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    *,
+    text: str = "builtin:eval",
+    length: int | None = None,
+    samples: int | None = None,
+    tokenizer: Any = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Perplexity of a model on a text, a block in memory at a time.
+
+    Args:
+        model: a folder, a hub id, `smollm2-135m`, or a model in memory (then `tokenizer` is needed).
+        text: a text source.
+        length: tokens per window; 2048 or the model's maximum by default.
+        samples: use only the first so many windows.
+        tokenizer: for a model in memory.
+        dtype, device, revision, trust_remote_code, progress: as for `prune`.
+
+    Raises:
+        InputError: something in the input is wrong.
+    """
+    progress = progress or Silent()
+    if isinstance(model, (str, Path)):
+        place = machine.resolve_device(device)
+        folder = locate(str(model), revision=revision, trust_remote_code=trust_remote_code)
+        number = machine.resolve_dtype(dtype, place)
+        source: StreamedModel | ResidentModel = StreamedModel(
+            Reader(folder), number, place, trust_remote_code=trust_remote_code
+        )
+        tokenizer = pruning.load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    else:
+        if tokenizer is None:
+            raise InputError("a model in memory is evaluated with tokenizer=...: give the one that belongs to it")
+        source = ResidentModel(model)
+    width = pruning.window_length(source.module.config, length, progress)
+    windows = evaluation_windows(documents(text, "evaluation"), tokenizer, length=width, samples=samples)
+    pruning.check_vocabulary(windows, source)
+    machine.return_memory()
+    progress.start("perplexity", len(source.anatomy.blocks) + 1)
+    begun = time.perf_counter()
+    value, predictions = perplexity(source, windows, step=progress.step)
+    seconds = time.perf_counter() - begun
+    progress.stop()
+    return Evaluation(
+        model=str(model) if isinstance(model, (str, Path)) else type(model).__name__,
+        perplexity=value,
+        windows=len(windows),
+        length=windows.length,
+        tokens=windows.tokens,
+        predictions=predictions,
+        seconds=seconds,
+        peak_rss_bytes=machine.peak_rss_bytes(),
+    )
+
+
+def plan(recipe: Recipe, out: str | Path | None = None) -> Plan:
+    """What pruning by this recipe would take: memory, disk, time. Starts nothing. Raises `InputError`."""
+    return make_plan(recipe, None if out is None else Path(out))
+
+
+def inspect(folder: str | Path) -> Inspection:
+    """What a model folder holds: zeros by linear, the recipe it was made by, whether its pattern and hashes are right.
+
+    Raises `InputError` where it is no model folder.
+    """
+    return inspect_folder(locate(str(folder)))
+
+
+def methods(name: str | None = None) -> list[dict[str, Any]]:
+    """The catalogue, one mapping a method, or the one called `name`: parts, group, what is measured, options, paper."""
+    rows = [find_method(name)] if name is not None else list(METHODS.values())
+    listed = []
+    for row in rows:
+        part = find_part("score", row.score)
+        options = {f"score.{option.name}": option.default for option in part.options.values()}
+        options |= {"pattern.group": row.group, "budget.overrides": {}, "budget.ignore": []}
+        listed.append(
+            {
+                "name": row.name,
+                "kind": row.kind,
+                "summary": row.summary,
+                "score": row.score,
+                "formula": part.summary,
+                "group": row.group,
+                "budget": row.budget,
+                "needs": sorted(part.needs),
+                "options": options,
+                "paper": row.paper,
+            }
+        )
+    return listed
+
+
+def _calibration(given: str | Mapping[str, Any]) -> dict[str, Any]:
+    return {"source": given} if isinstance(given, str) else dict(given)
+
+
+def _windows(model: PreTrainedModel, tokens: Any, recipe: Recipe) -> Windows:
+    if isinstance(tokens, Windows):
+        windows = tokens
+    elif isinstance(tokens, Tensor):
+        windows = Windows(tokens)
+    elif isinstance(tokens, Mapping) and "input_ids" in tokens:
+        mask = tokens.get("attention_mask")
+        keep = None if mask is None or bool(torch.as_tensor(mask).bool().all()) else torch.as_tensor(mask).bool()
+        windows = Windows(torch.as_tensor(tokens["input_ids"]), keep)
+    elif callable(tokens):
+        calibration = recipe.calibration
+        windows = calibration_windows(
+            documents(calibration.source, "calibration"),
+            tokens,
+            samples=calibration.samples,
+            length=pruning.window_length(model.config, calibration.length, Silent()),
+            seed=recipe.seed,
+            sampling=calibration.sampling,
+        )
+    else:
+        raise InputError(
+            f"calibration tokens cannot be {type(tokens).__name__}: give a tokenizer, token ids or a batch"
+        )
+    if windows.ids.ndim != 2 or windows.ids.dtype not in (torch.int64, torch.int32) or not len(windows):
+        raise InputError(
+            f"token ids must be whole numbers [windows, length], not {windows.ids.dtype} {list(windows.ids.shape)}"
+        )
+    if windows.keep is not None and (windows.keep.shape != windows.ids.shape or not bool(windows.keep.any(1).all())):
+        raise InputError("the attention mask must have the shape of the token ids and leave a token in every window")
+    return Windows(windows.ids.long().cpu(), None if windows.keep is None else windows.keep.cpu())

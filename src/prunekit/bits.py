@@ -1,0 +1,40 @@
+"""Zeroing and counting on the bits of weights.
+
+A keep-mask applied to a float's bits leaves kept weights untouched to the last bit and writes +0 elsewhere; on a processor it is
+also an order of magnitude faster than `masked_fill` on bfloat16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+
+
+def apply_mask(weight: Tensor, keep: Tensor) -> None:
+    """Zero, in place, the entries of `weight` where `keep` (same shape, bool) is False."""
+    _bits(weight).mul_(keep)
+
+
+def removed_part(weight: Tensor, keep: Tensor) -> Tensor:
+    """A new tensor with what `apply_mask` would take away, and zeros where `keep` is True."""
+    return (_bits(weight) * ~keep).view(weight.dtype)
+
+
+def count_zeros(weight: Tensor) -> int:
+    """Number of entries equal to 0, of either sign."""
+    bits = _bits(weight)
+    return weight.numel() - int(torch.count_nonzero(bits & torch.iinfo(bits.dtype).max))
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; one pass, no copies."""
+    if not tensor.numel() or not tensor.is_floating_point():
+        return True
+    low, high = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(_INTEGER[tensor.dtype.itemsize])

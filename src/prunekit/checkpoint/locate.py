@@ -1,0 +1,47 @@
+"""From what the user calls MODEL to a folder on disk: a local folder, the embedded model, or a download from the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import InputError
+from . import embedded
+
+_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
+
+
+def locate(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+    """The folder that holds `model`.
+
+    Args:
+        model: a folder; `smollm2-135m`; or a hub id like `org/name` (downloaded into the hub's own cache, weights as safetensors).
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: fetch the model's own code too.
+
+    Raises:
+        InputError: there is no such folder, or the hub does not give the model.
+    """
+    if model == embedded.NAME:
+        return embedded.embedded_folder()
+    path = Path(model).expanduser()
+    if path.exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        return path  # the reader says what is wrong with it
+    return _download(model, revision, [*_WANTED, "*.py"] if trust_remote_code else _WANTED)
+
+
+def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except HFValidationError:
+        raise InputError(f"model '{model}' is neither a folder nor a hub id like org/name") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as problem:
+        raise InputError(
+            f"model '{model}' is no folder here and the hub cannot be reached ({type(problem).__name__}): check the path or the "
+            f"connection, or try the embedded model {embedded.NAME}"
+        ) from None
+    except Exception as problem:  # gated, renamed, no such revision: the hub's own sentence says which
+        reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+        raise InputError(f"model '{model}' is no folder here and the hub does not give it: {reason}") from None

@@ -1,0 +1,32 @@
+"""`prunekit.json`: exactly what was done, to what, with what, and what came out.
+
+It lies in every output folder and is enough to repeat the run: the resolved recipe, versions, the hash of every input and output
+file and of the calibration tokens, and a line per linear.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .writer import MANIFEST_NAME
+
+FORMAT = 1
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of an output folder, or None where there is none. Raises `InputError` if it is damaged or too new."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        format_ = manifest["format"]
+    except (ValueError, KeyError, TypeError, OSError) as problem:
+        raise InputError(f"'{path}' cannot be read: {problem}") from None
+    if format_ != FORMAT:
+        raise InputError(f"'{path}' has format {format_}, this prunekit reads {FORMAT}: use the version that wrote it")
+    assert isinstance(manifest, dict)
+    return manifest

@@ -1,0 +1,220 @@
+"""Lazy reader over `*.safetensors`: what a folder holds is known from the headers, a tensor is read when asked for.
+
+The safetensors library checks every file; the bytes are then read straight into a tensor's own memory. Its memory-mapped
+tensors would count twice, once mapped and once copied, and memory of one block is what prunekit promises. Everything a damaged
+or unsuitable folder can show is refused here, before anything is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import InputError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a stored tensor lies and what it is."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        total = 1
+        for size in self.shape:
+            total *= size
+        return total
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk."""
+        return self.count * self.dtype.itemsize
+
+
+class Reader:
+    """A model folder opened for reading.
+
+    Attributes:
+        folder: the folder.
+        config: `config.json` as it stands.
+        files: names of the safetensors files.
+        entries: stored tensor name -> `Entry`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = _read_config(folder)
+        self.files = _shard_names(folder)
+        self.entries: dict[str, Entry] = {}
+        for file in self.files:
+            self._read_header(file)
+        self._check_index()
+
+    def _read_header(self, file: str) -> None:
+        for name, entry in read_header(self.folder, file).items():
+            if name in self.entries:
+                raise InputError(f"tensor '{name}' stands in both '{self.entries[name].file}' and '{file}'")
+            self.entries[name] = entry
+
+    def _check_index(self) -> None:
+        listed = _index_map(self.folder)
+        if listed is None:
+            return
+        for name, file in listed.items():
+            if name not in self.entries:
+                raise InputError(f"'{INDEX_NAME}' promises tensor '{name}' in '{file}', which does not hold it")
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The named tensors, in their stored dtype, in memory of their own."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.entries[name].file, []).append(name)
+        found = {}
+        for file, wanted in by_file.items():
+            with (self.folder / file).open("rb", buffering=0) as stream:
+                for name in sorted(wanted, key=lambda name: self.entries[name].offset):
+                    found[name] = _read_tensor(stream, self.entries[name])
+        return found
+
+    def sha256(self) -> dict[str, str]:
+        """File name -> sha256 of every weight file and of the config."""
+        return {file: sha256_file(self.folder / file) for file in ("config.json", *self.files)}
+
+
+def read_header(folder: Path, file: str) -> dict[str, Entry]:
+    """What one safetensors file holds, by tensor name. Raises `InputError` where it is damaged or cut short."""
+    path = folder / file
+    try:
+        with safe_open(path, framework="pt"):  # the library's own check of the whole layout
+            pass
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError) as problem:
+        raise InputError(f"'{path}' is not a whole safetensors file ({problem}): copy or download it again") from None
+    header.pop("__metadata__", None)
+    found = {}
+    for name, part in header.items():
+        if part["dtype"] not in _DTYPES:
+            raise InputError(
+                f"tensor '{name}' in '{path}' is stored as {part['dtype']}: prunekit reads unquantised checkpoints; take the "
+                "model's float version"
+            )
+        offset = 8 + length + part["data_offsets"][0]
+        found[name] = Entry(file, tuple(part["shape"]), _DTYPES[part["dtype"]], offset)
+    return found
+
+
+def read_file(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of one safetensors file, in memory of their own."""
+    with path.open("rb", buffering=0) as stream:
+        return {name: _read_tensor(stream, entry) for name, entry in read_header(path.parent, path.name).items()}
+
+
+def _read_tensor(stream: FileIO, entry: Entry) -> torch.Tensor:
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    if entry.bytes:
+        memory = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        stream.seek(entry.offset)
+        done = 0
+        while done < len(memory):  # one read call gives at most 2 GiB
+            got = stream.readinto(memory[done:])
+            if not got:
+                raise InputError(f"'{entry.file}' ended while it was read: is another program changing it?")
+            done += got
+    return tensor
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.exists():
+        raise InputError(f"model folder '{folder}' does not exist")
+    if not folder.is_dir():
+        raise InputError(f"model '{folder}' is a file: name the folder that holds its config.json")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"'{folder}' has no config.json: it is not a Hugging Face model folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as problem:
+        raise InputError(f"'{path}' cannot be read as JSON: {problem}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"'{path}' does not hold a JSON object")
+    if config.get("quantization_config") is not None:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise InputError(
+            f"'{folder}' is quantised ({method}): prunekit prunes float weights; prune the float model, then quantise"
+        )
+    return config
+
+
+def _index_map(folder: Path) -> dict[str, str] | None:
+    """`weight_map` of the index, checked; None where there is no index (or a single file makes it moot, as transformers has it)."""
+    path = folder / INDEX_NAME
+    if not path.is_file() or (folder / SINGLE_NAME).is_file():
+        return None
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(file, str) for file in listed.values()):
+            raise TypeError("weight_map must map names to file names")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as problem:
+        raise InputError(f"'{path}' is not a safetensors index: {problem}") from None
+    for file in set(listed.values()):
+        inside = PurePosixPath(file)
+        if inside.is_absolute() or ".." in inside.parts:
+            raise InputError(f"'{path}' points outside the folder, at '{file}': refused")
+        if not (folder / file).is_file():
+            raise InputError(f"'{path}' names '{file}', which is missing from the folder: download it again")
+    return dict(listed)
+
+
+def _shard_names(folder: Path) -> list[str]:
+    if (folder / SINGLE_NAME).is_file():
+        return [SINGLE_NAME]
+    listed = _index_map(folder)
+    if listed is not None:
+        return sorted(set(listed.values()))
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickled:
+        raise InputError(
+            f"'{folder}' holds only pickled weights ('{pickled[0]}'), which can run code when loaded: convert them with "
+            "`from_pretrained(...).save_pretrained(...)` in transformers, which writes safetensors"
+        )
+    raise InputError(f"'{folder}' holds neither '{SINGLE_NAME}' nor '{INDEX_NAME}'")

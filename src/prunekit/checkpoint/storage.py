@@ -1,0 +1,59 @@
+"""Writing files so that a name never stands for half a file: temporary file, fsync, rename, fsync of the folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import StorageError
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, make it durable, and rename it to `path`.
+
+    Raises `StorageError` where the system refuses (disk full, read-only, ...); `path` is then as it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what this user's files usually are; safetensors makes its own private ones
+        write(temporary)
+        temporary.chmod(mode)
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as problem:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"cannot write '{path}': {problem.strerror or problem}") from problem
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """`replace_file` with text."""
+
+    def fill(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    replace_file(path, fill)
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+    """`replace_file` with JSON; without indent it is written by compiled code, which counts for what is written often."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable; not every system lets a folder be opened."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

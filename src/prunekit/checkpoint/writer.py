@@ -1,0 +1,196 @@
+"""The output folder: one shard per block as soon as it is pruned, index and config last.
+
+Until the index stands, nothing loads the folder, so a killed run can never be taken for a finished one. The shards are also what a
+resumed run starts from; `Journal` says which of them are whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ..errors import InputError
+from .reader import INDEX_NAME, sha256_file
+from .storage import replace_file, write_json, write_text
+
+JOURNAL_NAME = ".prunekit-journal.json"
+MANIFEST_NAME = "prunekit.json"
+CARD_NAME = "README.md"
+
+_CARRIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+_TEMPLATES = "additional_chat_templates"
+_MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_CARRIED_STEMS = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
+
+
+@dataclass
+class Journal:
+    """Which shards of an unfinished output are whole, and what run they belong to.
+
+    Attributes:
+        identity: what must be equal for a resume: recipe, input hashes, calibration tokens, versions.
+        shards: one record per finished shard, in order: `file`, `sha256`, `tensors`, `bytes`, and the reports of its `linears`.
+    """
+
+    path: Path
+    identity: dict[str, Any]
+    shards: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def fresh(cls, folder: Path, identity: dict[str, Any]) -> Journal:
+        """The journal of a run that begins."""
+        return cls(folder / JOURNAL_NAME, identity)
+
+    @classmethod
+    def read(cls, folder: Path) -> Journal | None:
+        """The journal left in `folder`, or None. Raises `InputError` if it cannot be understood."""
+        path = folder / JOURNAL_NAME
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(path, content["identity"], content["shards"])
+        except (ValueError, KeyError, TypeError, OSError) as problem:
+            raise InputError(f"'{path}' cannot be read ({problem}): start afresh with --overwrite") from None
+
+    def add(self, shard: dict[str, Any], linears: list[dict[str, Any]]) -> None:
+        """Note a shard that is durable, with the reports of its linears, and make the note durable."""
+        self.shards.append({**shard, "linears": linears})
+        write_json(self.path, {"identity": self.identity, "shards": self.shards}, indent=None)
+
+    def whole_shards(self) -> list[dict[str, Any]]:
+        """The leading records whose files are there and have the recorded hash; a torn or later shard is written again."""
+        whole = []
+        for record in self.shards:
+            path = self.path.parent / record["file"]
+            if not path.is_file() or sha256_file(path) != record["sha256"]:
+                break
+            whole.append(record)
+        return whole
+
+
+def difference(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    """Names under which two identities differ, with both values, for the sentence of a refused resume."""
+    lines = []
+    for name in sorted(found.keys() | wanted.keys()):
+        left, right = found.get(name), wanted.get(name)
+        if isinstance(left, dict) and isinstance(right, dict):
+            lines += difference(left, right, f"{prefix}{name}.")
+        elif left != right:
+            lines.append(f"{prefix}{name} is {json.dumps(left)} there and {json.dumps(right)} here")
+    return lines
+
+
+class Writer:
+    """Fills one output folder. `shards` is the number of weight files it will hold: one per block and one for the rest."""
+
+    def __init__(self, folder: Path, shards: int) -> None:
+        self.folder = folder
+        self.shards = shards
+
+    def shard_name(self, position: int) -> str:
+        """File name of a shard; the form every Hugging Face loader knows."""
+        return f"model-{position + 1:05d}-of-{self.shards:05d}.safetensors"
+
+    def write_shard(self, position: int, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Write one shard durably and return its journal record."""
+        path = self.folder / self.shard_name(position)
+
+        def fill(temporary: Path) -> None:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+
+        replace_file(path, fill)
+        return {
+            "file": path.name,
+            "sha256": sha256_file(path),
+            "tensors": sorted(tensors),
+            "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        }
+
+    def write_index(self, records: list[dict[str, Any]]) -> None:
+        """Write the index: from here on the folder loads."""
+        weight_map = {name: record["file"] for record in records for name in record["tensors"]}
+        total = sum(record["bytes"] for record in records)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(self.folder / INDEX_NAME, index)
+
+    def withdraw_index(self) -> None:
+        """Take the index away: nothing loads the folder any more."""
+        (self.folder / INDEX_NAME).unlink(missing_ok=True)
+
+    def carry_over(self, source: Path, with_code: bool) -> list[str]:
+        """Copy config, tokenizer, chat template, generation and licence files as they are; config.json comes last."""
+        carried = []
+        for path in sorted(source.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+            if path.is_dir() and path.name == _TEMPLATES:
+                shutil.copytree(path, self.folder / path.name, dirs_exist_ok=True)
+                carried.append(path.name)
+            elif path.is_file() and _is_carried(path, with_code):
+                replace_file(self.folder / path.name, partial(_copy, path))
+                carried.append(path.name)
+        return carried
+
+    def write_manifest(self, manifest: dict[str, Any], card: str) -> None:
+        """Write the model card, then the manifest, which is the mark of a finished run; then drop the journal."""
+        write_text(self.folder / CARD_NAME, card)
+        write_json(self.folder / MANIFEST_NAME, manifest)
+        (self.folder / JOURNAL_NAME).unlink(missing_ok=True)
+
+
+def clear(folder: Path) -> None:
+    """Remove from `folder` what a model folder consists of, and the folder if that was all; other files stay."""
+    if not folder.is_dir():
+        return
+    ours = {JOURNAL_NAME, MANIFEST_NAME, CARD_NAME, INDEX_NAME, *_MODEL_FILES, *_written_before(folder)}
+    for path in folder.iterdir():
+        if path.is_dir() and path.name == _TEMPLATES:
+            shutil.rmtree(path)
+        elif path.is_file() and (
+            path.name in ours
+            or path.suffix == ".safetensors"
+            or (path.name.startswith(".") and path.name.endswith(".tmp"))
+        ):
+            path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _written_before(folder: Path) -> set[str]:
+    """File names a finished run's manifest lists; none where there is no readable manifest."""
+    try:
+        outputs = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["outputs"]
+        return {name for name in outputs if "/" not in name}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _is_carried(path: Path, with_code: bool) -> bool:
+    if path.name in (INDEX_NAME, MANIFEST_NAME, CARD_NAME, JOURNAL_NAME) or path.name.startswith("pytorch_model"):
+        return False
+    if path.suffix == ".py":
+        return with_code
+    return path.suffix in _CARRIED_SUFFIXES or path.name.startswith(_CARRIED_STEMS)
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)

@@ -1,0 +1,337 @@
+"""The command line: each verb parses, calls the API, prints. Nothing heavy is imported before a verb needs it.
+
+Results go to stdout, progress and messages to stderr. With `--json` the last line on stdout is one JSON object. Exit codes: 0 done,
+2 the input is wrong (one sentence), 130 interrupted, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import PrunekitError
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+app = typer.Typer(
+    name="prunekit",
+    help="Post-training pruning of large language models: Hugging Face folder in, Hugging Face folder out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str | None, typer.Argument(help="Folder, hub id, or smollm2-135m.", show_default=False)]
+Method = Annotated[str | None, typer.Option(help="A row of `prunekit methods`.", show_default=False)]
+Sparsity = Annotated[float | None, typer.Option(help="Fraction of zeros in every linear, like 0.5 (the default).")]
+PatternText = Annotated[
+    str | None, typer.Option("--pattern", help="K:G = keep K of every G inputs, like 2:4; or a fraction.")
+]
+Ratio = Annotated[float | None, typer.Option(help="Fraction of the block parameters to remove (shrink methods).")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PART.OPTION=VALUE", help="Set one option; see `prunekit methods NAME`. Repeatable."),
+]
+Source = Annotated[
+    str | None, typer.Option(help="Text: file, folder, preset or hf:ID[:split[:field]]. Default: builtin.")
+]
+Samples = Annotated[int | None, typer.Option(help="Number of calibration windows. Default: 128.")]
+Length = Annotated[
+    int | None, typer.Option(help="Tokens per window. Default: 2048, or the model's maximum where less.")
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything drawn at random. Default: 0.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="auto, float32, bfloat16 or float16: of the forward passes. Default: auto.")
+]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, ... Default: auto.")]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="Recipe file (.toml, .yaml, .json); options win over it.")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+Trust = Annotated[bool | None, typer.Option("--trust-remote-code", help="Run code that the model folder brings.")]
+Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")]
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def prune(
+    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    model: Model = None,
+    method: Method = None,
+    sparsity: Sparsity = None,
+    pattern: PatternText = None,
+    ratio: Ratio = None,
+    settings: Settings = None,
+    calibration: Source = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    recipe: RecipeFile = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Memory the reload check may take, like 4GB. Default: half of what is free.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue what is in the output folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Prune MODEL and write the result to a folder."""
+    chosen = _recipe(locals())
+    _quiet()
+    from . import machine
+    from .progress import for_terminal
+    from .pruning import run
+
+    budget = None if memory_budget is None else machine.parse_bytes(memory_budget)
+    progress = for_terminal()
+    try:
+        result = run(chosen, out, resume=resume, overwrite=overwrite, memory_budget=budget, progress=progress)
+    finally:
+        progress.stop()
+    summary = result.summary()
+    seconds = summary["seconds"]
+    _emit(
+        as_json,
+        summary,
+        f"{chosen.model} pruned with {result.method} -> {result.out}\n"
+        f"  sparsity    {result.sparsity:.4f}  ({result.zeros:,} zeros of {result.weights:,} weights in {result.blocks} blocks)\n"
+        f"  parameters  {result.parameters:,}, none removed\n"
+        f"  calibration {result.windows} windows, {result.tokens:,} tokens\n"
+        f"  time        {seconds['total']:.1f} s: forward {seconds['forward']:.1f}, prune {seconds['prune']:.1f}, "
+        f"write {seconds['write']:.1f}, reload check {seconds['verify']:.1f}\n"
+        f"  memory      {result.peak_rss_bytes / 1e9:.2f} GB at most\n"
+        f"  reloaded    logits differ by {summary['verification']['difference']:.1e} of their norm "
+        f"(through {summary['verification']['through']})",
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, or smollm2-135m.")],
+    text: Annotated[str, typer.Option(help="Text: file, folder, preset or hf:ID[:split[:field]].")] = "builtin:eval",
+    length: Length = None,
+    samples: Annotated[int | None, typer.Option(help="Use only the first so many windows.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model's perplexity on a text."""
+    _quiet()
+    from .api import evaluate as evaluate_model
+    from .progress import for_terminal
+
+    progress = for_terminal()
+    try:
+        found = evaluate_model(
+            model,
+            text=text,
+            length=length,
+            samples=samples,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            trust_remote_code=bool(trust_remote_code),
+            progress=progress,
+        )
+    finally:
+        progress.stop()
+    _emit(
+        as_json,
+        found.summary(),
+        f"{model}\n  perplexity  {found.perplexity:.4f}  on {text}: {found.windows} windows of {found.length} tokens, "
+        f"{found.predictions:,} predictions\n  time        {found.seconds:.1f} s, {found.tokens / found.seconds:,.0f} tokens/s",
+    )
+
+
+@app.command()
+def plan(
+    model: Model = None,
+    method: Method = None,
+    sparsity: Sparsity = None,
+    pattern: PatternText = None,
+    ratio: Ratio = None,
+    settings: Settings = None,
+    calibration: Source = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    recipe: RecipeFile = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = None,
+    out: Annotated[Path | None, typer.Option(help="Folder a run would write.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what pruning would take: memory, disk, time. Starts nothing."""
+    chosen = _recipe(locals())
+    _quiet()
+    from .api import plan as plan_run
+
+    made = plan_run(chosen, out)
+    _emit(
+        as_json,
+        made.summary(),
+        f"{made.model}: {made.parameters:,} parameters, {made.blocks} blocks, {made.linears} linears with {made.weights:,} weights\n"
+        f"  {made.method}: {made.windows} windows of {made.length} tokens in {made.dtype}\n"
+        + "".join(f"  memory {phase:<7} about {size / 1e9:.2f} GB\n" for phase, size in made.memory.items())
+        + f"  of that     {made.hidden_states / 1e9:.2f} GB hidden states; {made.memory_available / 1e9:.1f} GB are free\n"
+        f"  disk        {made.disk / 1e9:.2f} GB\n"
+        f"  time        about {made.seconds:.0f} s, start-up and reload check not counted",
+    )
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method, for its details.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """List the methods, or describe one."""
+    from .api import methods as list_methods
+
+    rows = list_methods(name)
+    if name is None:
+        width = max(len(row["name"]) for row in rows)
+        text = "\n".join(
+            f"{row['name']:<{width}}  {row['kind']}  per {row['group']:<5}  {row['summary']}" for row in rows
+        )
+        _emit(as_json, rows, text)
+        return
+    row = rows[0]
+    options = "\n".join(f"    --set {option}=...   (default {default!r})" for option, default in row["options"].items())
+    _emit(
+        as_json,
+        row,
+        f"{row['name']}: {row['summary']}\n"
+        f"  score    {row['score']}: {row['formula']}\n"
+        f"  compares weights of the same {row['group']} (a K:G pattern: of the same group of G)\n"
+        f"  budget   {row['budget']}\n"
+        f"  measures {', '.join(row['needs']) or 'nothing'}\n"
+        f"  paper    {row['paper']}\n"
+        f"  options\n{options}",
+    )
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A model folder.")],
+    as_json: Json = False,
+) -> None:
+    """Show what a folder really holds: zeros by block, recipe, whether pattern and hashes are right."""
+    _quiet()
+    from .api import inspect as inspect_model
+
+    found = inspect_model(folder)
+    if as_json:
+        _emit(True, found.summary(), "")
+    else:
+        _print_inspection(found)
+    if not found.sound:
+        raise typer.Exit(1)
+
+
+def _print_inspection(found: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    blocks: dict[str, dict[str, Any]] = {}
+    for linear in found.linears:
+        parts = linear.name.split(".")
+        number = next(place for place, part in enumerate(parts) if part.isdigit())
+        blocks.setdefault(".".join(parts[: number + 1]), {})[".".join(parts[number + 1 :])] = linear
+    names = list(dict.fromkeys(name for linears in blocks.values() for name in linears))
+    table = Table("block", *[name.rsplit(".", 1)[-1] for name in names], title="zeros / weights")
+    for block, linears in blocks.items():
+        cells = [f"{linears[name].zeros / linears[name].weights:.3f}" if name in linears else "" for name in names]
+        table.add_row(block.rsplit(".", 1)[-1], *cells)
+    console = Console(width=None if sys.stdout.isatty() else 30 + 12 * len(names))
+    console.print(table)
+    typer.echo(f"sparsity    {found.zeros / found.weights:.4f}  ({found.zeros:,} zeros of {found.weights:,} weights)")
+    if found.manifest is None:
+        typer.echo("recipe      none: prunekit did not write this folder")
+        return
+    from .recipe import Recipe
+
+    typer.echo(f"recipe      {Recipe.build(found.manifest['recipe']).command('OUT')}")
+    recorded = sum(linear.holds is not None for linear in found.linears)
+    broken = (
+        f"BROKEN in {', '.join(found.broken)}" if found.broken else f"holds in all {recorded} linears it was asked of"
+    )
+    typer.echo(f"pattern     {broken}")
+    typer.echo(f"files       {'CHANGED: ' + ', '.join(found.changed) if found.changed else 'all as written (sha256)'}")
+
+
+def _recipe(given: dict[str, Any]) -> Recipe:
+    """The recipe file's values with the command line's laid over them, validated."""
+    from .recipe import Recipe, assign
+
+    values: dict[str, Any] = Recipe.read(given["recipe"]) if given["recipe"] is not None else {}
+    names = (
+        "model",
+        "method",
+        "sparsity",
+        "pattern",
+        "ratio",
+        "seed",
+        "dtype",
+        "device",
+        "revision",
+        "trust_remote_code",
+    )
+    said = {name: given[name] for name in names if given[name] is not None}
+    if said.keys() & {"sparsity", "pattern"}:  # one of them on the command line replaces either in the file
+        values.pop("sparsity", None)
+        values.pop("pattern", None)
+    values.update(said)
+    values.setdefault("method", "wanda")
+    section = values.setdefault("calibration", {})
+    if isinstance(section, dict):
+        for option, name in (("calibration", "source"), ("samples", "samples"), ("length", "length")):
+            if given[option] is not None:
+                section[name] = given[option]
+        for setting in given["settings"] or []:
+            assign(values, setting)
+    return Recipe.build(values)
+
+
+def _emit(as_json: bool, summary: Any, text: str) -> None:
+    typer.echo(json.dumps(summary, ensure_ascii=False) if as_json else text)
+
+
+def _quiet() -> None:
+    """Keep transformers' own bars and hints off the terminal; prunekit says what matters."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Entry point: turns errors into one sentence and an exit code."""
+    try:
+        app()
+    except PrunekitError as problem:
+        typer.echo(f"prunekit: {problem}", err=True)
+        sys.exit(problem.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,41 @@
+"""What can go wrong, sorted by whose move it is.
+
+`InputError` is the user's: one sentence that names the value, why it is wrong and what to do. The command line prints it without
+a traceback and exits with 2. Every other `PrunekitError` is ours or the machine's and exits with 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PrunekitError(Exception):
+    """Anything prunekit itself refuses or fails at."""
+
+    exit_code = 1
+
+
+class InputError(PrunekitError):
+    """The user's input is wrong; the message says which value, why, and what to do."""
+
+    exit_code = 2
+
+
+class StorageError(PrunekitError):
+    """The machine could not store the result (disk full, read-only, ...); what is written so far can be resumed."""
+
+
+class VerificationError(PrunekitError):
+    """What was written does not compute what the walk computed; the output must not be used."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A half-sentence that suggests the closest known name, and lists them all.
+
+    Example: `nearest("wonda", ["magnitude", "wanda"])` -> `did you mean 'wanda'? Known: magnitude, wanda`.
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"{hint}Known: {', '.join(names)}"

@@ -1,0 +1,142 @@
+"""What a folder really holds: zeros counted from the stored weights, not taken from what the manifest says."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bits import count_zeros
+from .catalogue import find_method
+from .checkpoint.manifest import read_manifest
+from .checkpoint.reader import Reader, sha256_file
+from .checkpoint.writer import Journal
+from .errors import InputError
+from .model.anatomy import Linear
+from .model.source import StreamedModel
+from .recipe import Pattern
+
+
+@dataclass(frozen=True)
+class LinearZeros:
+    """Zeros of one linear. `holds` says whether the pattern it was pruned to is there; None where none is recorded."""
+
+    name: str
+    shape: tuple[int, int]
+    weights: int
+    zeros: int
+    pattern: str | None
+    holds: bool | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a folder holds.
+
+    Attributes:
+        manifest: `prunekit.json`, or None for a folder prunekit did not write.
+        linears: one entry per block linear, in the model's order.
+        changed: files whose sha256 is not the recorded one.
+    """
+
+    folder: Path
+    manifest: dict[str, Any] | None
+    linears: list[LinearZeros]
+    changed: list[str]
+    parameters: int
+
+    @property
+    def zeros(self) -> int:
+        """Zeros of all block linears."""
+        return sum(linear.zeros for linear in self.linears)
+
+    @property
+    def weights(self) -> int:
+        """Weights of all block linears."""
+        return sum(linear.weights for linear in self.linears)
+
+    @property
+    def broken(self) -> list[str]:
+        """Linears that do not have the pattern they were pruned to."""
+        return [linear.name for linear in self.linears if linear.holds is False]
+
+    @property
+    def sound(self) -> bool:
+        """Whether every recorded pattern and hash is right."""
+        return not self.broken and not self.changed
+
+    def summary(self) -> dict[str, Any]:
+        """The figures `--json` prints."""
+        return {
+            "folder": str(self.folder),
+            "recipe": None if self.manifest is None else self.manifest["recipe"],
+            "sparsity": self.zeros / self.weights,
+            "weights": self.weights,
+            "zeros": self.zeros,
+            "parameters": self.parameters,
+            "sound": self.sound,
+            "broken": self.broken,
+            "changed": self.changed,
+            "linears": [asdict(linear) for linear in self.linears],
+        }
+
+
+def inspect_folder(folder: Path) -> Inspection:
+    """Count zeros and check patterns and hashes, a block in memory at a time. Raises `InputError`."""
+    manifest = read_manifest(folder)
+    journal = Journal.read(folder)
+    if manifest is None and journal is not None:
+        raise InputError(
+            f"'{folder}' is the output of a run that was interrupted after {len(journal.shards)} shards: "
+            "finish it with the same command and --resume"
+        )
+    reader = Reader(folder)
+    trusted = bool(manifest and manifest["recipe"]["trust_remote_code"])
+    source = StreamedModel(reader, torch.float32, torch.device("cpu"), trust_remote_code=trusted)
+    recorded = {line["name"]: line["pattern"] for line in manifest["linears"]} if manifest else {}
+    group = _group(manifest)
+    linears = []
+    for block in source.anatomy.blocks:
+        keys = {linear.name: source.key_of[f"{linear.full_name}.weight"] for linear in block.linears}
+        tensors = reader.read(keys.values())
+        for linear in block.linears:
+            weight = linear.matrix(tensors[keys[linear.name]])
+            pattern = recorded.get(linear.full_name)
+            linears.append(_count(linear, weight, pattern, group))
+    changed = []
+    if manifest:
+        changed = [name for name, digest in manifest["outputs"].items() if _digest(folder / name) != digest]
+    return Inspection(folder, manifest, linears, changed, source.parameter_count)
+
+
+def pattern_holds(weight: Tensor, pattern: Pattern, group: str) -> bool:
+    """Whether a weight [out, in] has at least the zeros a pattern asks for, in every row, group, or the layer."""
+    rows, columns = weight.shape
+    zero = weight == 0
+    if pattern.group is not None and pattern.keep is not None:
+        if columns % pattern.group:
+            return False
+        return bool((zero.reshape(rows, -1, pattern.group).sum(-1) >= pattern.group - pattern.keep).all())
+    if group == "row":
+        return bool((zero.sum(1) >= pattern.zeros(columns)).all())
+    return int(zero.sum()) >= pattern.zeros(rows * columns)
+
+
+def _count(linear: Linear, weight: Tensor, pattern: str | None, group: str) -> LinearZeros:
+    holds = None if pattern is None else pattern_holds(weight, Pattern.parse(pattern), group)
+    shape = (linear.out_features, linear.in_features)
+    return LinearZeros(linear.full_name, shape, linear.count, count_zeros(weight), pattern, holds)
+
+
+def _group(manifest: dict[str, Any] | None) -> str:
+    if manifest is None:
+        return "row"
+    recipe = manifest["recipe"]
+    return str(recipe["parts"].get("pattern", {}).get("group", find_method(recipe["method"]).group))
+
+
+def _digest(path: Path) -> str | None:
+    return sha256_file(path) if path.is_file() else None

@@ -1,0 +1,158 @@
+"""The machine under us: memory, processor features, versions. Linux figures are exact; elsewhere what the system offers."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 1024**3
+
+
+def peak_rss_bytes() -> int:
+    """The process's largest resident size so far, in bytes.
+
+    Linux: `VmHWM`, not `getrusage`, whose figure a child inherits from the process that started it.
+    """
+    return _status("VmHWM") or _getrusage_peak()
+
+
+def rss_bytes() -> int:
+    """The process's resident size now, in bytes."""
+    return _status("VmRSS") or _getrusage_peak()
+
+
+def _status(field: str) -> int:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def _getrusage_peak() -> int:
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def return_memory(*, collect: bool = True) -> None:
+    """Give freed memory back to the system. glibc keeps it otherwise, and the next phase's allocations come on top.
+
+    Without `collect`, cyclic garbage is left alone: a few milliseconds, cheap enough for every block.
+    """
+    if collect:
+        gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent where the C library is not glibc
+        if trim is not None:
+            trim(0)
+
+
+def available_memory_bytes() -> int:
+    """Memory that can be taken without swapping, in bytes: the smaller of the system's and the control group's."""
+    free = 0
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            free = min(free, max(0, int(limit) - used))
+    except (OSError, ValueError):
+        pass
+    if not free:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return free
+
+
+def parse_bytes(text: str) -> int:
+    """`"800MB"`, `"2.5GiB"`, `"4G"` or plain bytes -> bytes. Decimal suffixes are powers of 1000, `i` ones of 1024."""
+    number = text.strip().rstrip("BbiIkKmMgGtT")
+    suffix = text.strip()[len(number) :].lower().rstrip("b")
+    try:
+        power = ["", "k", "m", "g", "t"].index(suffix.rstrip("i"))
+        value = float(number) * (1024 if suffix.endswith("i") else 1000) ** power
+    except ValueError:
+        value = -1.0
+    if value <= 0:
+        raise InputError(f"memory budget '{text}' is not a size: write it like 800MB, 2.5GiB or 4G")
+    return int(value)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` -> the first CUDA device if there is one, else the processor; any other name as PyTorch reads it."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise InputError(f"device '{name}' cannot be used here ({reason}): take --device auto or cpu") from None
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the forward passes. `auto`: bfloat16 where the hardware multiplies it, else float32.
+
+    It never changes what is stored: kept weights are written back in the checkpoint's own dtype, bit for bit.
+    """
+    import torch
+
+    if name != "auto":
+        dtype = getattr(torch, name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    # PyTorch has no public question for this; the operator is the one its own bf16 paths ask.
+    native = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def describe() -> dict[str, str | int]:
+    """What the manifest keeps of the machine a run was made on."""
+    import torch
+
+    return {
+        "system": platform.system(),
+        "processor": _processor(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes: Python, prunekit and the libraries that touch numbers or text."""
+    found = {"python": platform.python_version()}
+    for package in ("prunekit", "torch", "transformers", "tokenizers", "safetensors", "numpy"):
+        found[package] = metadata.version(package)
+    return found

@@ -1,0 +1,159 @@
+"""What a model consists of, found from the model itself: its blocks, and the linears in them.
+
+Nothing here knows a model family by name. The blocks are the module list that holds most of the model's linear weights; a linear
+is a module whose forward is one matrix product; and any other tensor of two or more dimensions inside a block means the block is
+of a kind prunekit does not yet understand (mixture-of-experts, state space, ...), which is refused rather than half pruned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A weight matrix `[out_features, in_features]` of a block.
+
+    A GPT-2 `Conv1D` stores it the other way round (`transposed`); `matrix` presents either as `[out, in]`.
+    """
+
+    name: str
+    block: str
+    out_features: int
+    in_features: int
+    transposed: bool
+
+    @property
+    def full_name(self) -> str:
+        """Name in the whole model, like `model.layers.3.mlp.down_proj`."""
+        return f"{self.block}.{self.name}"
+
+    @property
+    def count(self) -> int:
+        """Number of weights."""
+        return self.out_features * self.in_features
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A view of the stored weight as `[out, in]`."""
+        return weight.t() if self.transposed else weight
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer: its place, its name in the model, its linears in definition order."""
+
+    index: int
+    name: str
+    linears: tuple[Linear, ...]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A model's blocks. `blocks_name` is the module list they stand in, like `model.layers`."""
+
+    blocks_name: str
+    blocks: tuple[Block, ...]
+
+    def linears(self) -> Iterator[Linear]:
+        """Every linear that can be pruned, block by block."""
+        for block in self.blocks:
+            yield from block.linears
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is one matrix product with an optional bias (subclasses of `nn.Linear` included)."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def read_anatomy(model: nn.Module) -> Anatomy:
+    """Find the blocks and linears of a causal language model; it may lie on the meta device.
+
+    Raises `InputError` where the model is not a stack of blocks of dense linears, naming the modules.
+    """
+    blocks_name = _find_blocks(model)
+    container = model.get_submodule(blocks_name)
+    assert isinstance(container, nn.ModuleList)
+    _refuse_shared(model, blocks_name, container)
+    _refuse_strange(blocks_name, container)
+    blocks = []
+    for index, module in enumerate(container):
+        block_name = f"{blocks_name}.{index}"
+        linears = []
+        for name, child in module.named_modules():
+            if is_linear(child):
+                transposed = isinstance(child, Conv1D)
+                rows, columns = child.weight.shape
+                size = (columns, rows) if transposed else (rows, columns)
+                linears.append(Linear(name, block_name, *size, transposed))
+        blocks.append(Block(index, block_name, tuple(linears)))
+    return Anatomy(blocks_name, tuple(blocks))
+
+
+def _find_blocks(model: nn.Module) -> str:
+    weights: dict[str, int] = {}
+    for name, module in model.named_modules():
+        inside_found = any(name.startswith(found + ".") for found in weights)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside_found:
+            weights[name] = sum(parameter.numel() for parameter in module.parameters() if parameter.ndim >= 2)
+    if not weights or max(weights.values()) == 0:
+        raise InputError(f"{type(model).__name__} has no list of decoder blocks: prunekit prunes decoder-only models")
+    return max(weights, key=lambda name: weights[name])
+
+
+def _refuse_shared(model: nn.Module, blocks_name: str, container: nn.ModuleList) -> None:
+    """A weight that stands in two places cannot be pruned in one of them."""
+    owners: dict[int, str] = {}
+    inside = {id(parameter) for parameter in container.parameters() if parameter.ndim >= 2}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in inside:
+            if id(parameter) in owners:
+                raise InputError(
+                    f"'{owners[id(parameter)]}' and '{name}' of '{blocks_name}' are one tensor: "
+                    "models that share block weights are not supported yet"
+                )
+            owners[id(parameter)] = name
+
+
+def _refuse_strange(blocks_name: str, container: nn.ModuleList) -> None:
+    strange: dict[str, str] = {}
+    for index, block in enumerate(container):
+        for name, module in block.named_modules():
+            path = f"{blocks_name}.{index}.{name}" if name else f"{blocks_name}.{index}"
+            if isinstance(module, nn.ModuleList) and any(is_linear(child) for child in module.modules()):
+                strange[path] = type(module[0]).__name__
+            elif not is_linear(module):
+                for tensor_name, tensor in module.named_parameters(recurse=False):
+                    if tensor.ndim >= 2:
+                        strange[f"{path}.{tensor_name}"] = type(module).__name__
+    if not strange:
+        return
+    first = next(iter(strange))
+    place = first.removeprefix(blocks_name + ".").split(".", 1)[0]
+    shown = [f"'{path}' ({kind})" for path, kind in strange.items() if path.startswith(f"{blocks_name}.{place}.")]
+    expert = any(word in f"{path} {kind}".lower() for path, kind in strange.items() for word in ("expert", "router"))
+    what = "mixture-of-experts models are not yet supported" if expert else "this kind of block is not yet supported"
+    raise InputError(
+        f"{what}: {len(strange)} tensors are neither norms nor plain linears, in block {place}: {', '.join(shown)}"
+    )
+
+
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """First name of each parameter -> all its names, where it has more than one (a tied head)."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {found[0]: found for found in names.values() if len(found) > 1}
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The stored weight of a linear module, without its gradient bookkeeping."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.detach()

@@ -1,0 +1,282 @@
+"""Where a walk takes its blocks from: a checkpoint folder, one block at a time, or a model that is already in memory.
+
+Both give the same few calls, so that everything above them is written once:
+`load_outer` / `free_outer` (embeddings, final norm, head), `load_block(i)` / `free_block(i)`.
+
+A checkpoint's model is built on the meta device from its config: parameters have shapes and no memory until they are read.
+Non-persistent buffers (rotary frequencies, embedding scales) are in no checkpoint; they are made real and initialised the way
+transformers' own `from_pretrained` does it.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..bits import all_finite
+from ..checkpoint.reader import Reader
+from ..errors import InputError
+from .anatomy import Anatomy, read_anatomy, tied_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# buffers that older releases stored and no model reads any more
+_OBSOLETE = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias)$")
+
+
+class Source(Protocol):
+    """What a walk needs of a model. `module` is the whole causal language model, its blocks loaded or not."""
+
+    module: PreTrainedModel
+    anatomy: Anatomy
+    device: torch.device
+    dtype: torch.dtype
+
+    def load_outer(self) -> None:
+        """Make everything outside the blocks usable."""
+
+    def free_outer(self) -> None:
+        """Give that memory back where it can be read again."""
+
+    def load_block(self, index: int) -> nn.Module:
+        """Make a block usable and return it."""
+
+    def free_block(self, index: int) -> None:
+        """Give a block's memory back where it can be read again."""
+
+
+class ResidentModel:
+    """A model that lies in memory as a whole; nothing is loaded or freed."""
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        self.module = module
+        self.anatomy = read_anatomy(module)
+        first = next(module.parameters())
+        self.device = first.device
+        self.dtype = first.dtype
+
+    def load_outer(self) -> None:
+        """Nothing to do."""
+
+    def free_outer(self) -> None:
+        """Nothing to do."""
+
+    def load_block(self, index: int) -> nn.Module:
+        """The block as it is."""
+        block: nn.Module = self.module.get_submodule(self.anatomy.blocks[index].name)
+        return block
+
+    def free_block(self, index: int) -> None:
+        """Nothing to do."""
+
+
+class StreamedModel:
+    """A checkpoint's model whose parameters are in memory only between `load_*` and `free_*`.
+
+    Attributes:
+        stored: for the blocks loaded now, checkpoint tensor name -> tensor in its stored dtype. Pruning changes these in place,
+            and the writer writes them, so that kept weights stay bit-identical whatever the dtype of the forward passes.
+        key_of: parameter name -> the name it is stored under.
+    """
+
+    def __init__(
+        self, reader: Reader, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
+    ) -> None:
+        self.reader = reader
+        self.dtype = dtype
+        self.device = device
+        self.module = build_skeleton(reader, dtype, device, trust_remote_code=trust_remote_code)
+        self.anatomy = read_anatomy(self.module)
+        self._ties = tied_names(self.module)
+        self._shapes = {
+            name: tuple(tensor.shape)
+            for name, tensor in [
+                *self.module.named_parameters(remove_duplicate=False),
+                *_persistent_buffers(self.module),
+            ]
+        }
+        self.key_of, self.leftover = self._match_names()
+        self.stored: dict[int, dict[str, Tensor]] = {}
+
+    @property
+    def parameter_count(self) -> int:
+        """All parameters; a tied head counts once."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def block_parameters(self, index: int) -> list[str]:
+        """Names of the parameters and persistent buffers of a block."""
+        prefix = self.anatomy.blocks[index].name + "."
+        return [name for name in self._shapes if name.startswith(prefix)]
+
+    def outer_parameters(self) -> list[str]:
+        """Names of the parameters and persistent buffers outside the blocks."""
+        prefix = self.anatomy.blocks_name + "."
+        return [name for name in self._shapes if not name.startswith(prefix)]
+
+    def block_keys(self, index: int) -> list[str]:
+        """Stored names of a block's tensors."""
+        return [self.key_of[name] for name in self.block_parameters(index)]
+
+    def outer_keys(self) -> list[str]:
+        """Stored names of every tensor outside the blocks, those no model reads any more included."""
+        return sorted(
+            {self.key_of[name] for name in self.outer_parameters() if name in self.key_of} | set(self.leftover)
+        )
+
+    def load_outer(self) -> None:
+        """Read everything outside the blocks."""
+        names = [name for name in self.outer_parameters() if name in self.key_of]
+        tensors = self.reader.read({self.key_of[name] for name in names})
+        for name in names:
+            _refuse_not_finite(tensors[self.key_of[name]], self.key_of[name], "outside the blocks")
+            self._place(name, tensors[self.key_of[name]])
+
+    def free_outer(self) -> None:
+        """Put everything outside the blocks back on the meta device."""
+        self._free(self.outer_parameters())
+
+    def load_block(self, index: int, tensors: dict[str, Tensor] | None = None) -> nn.Module:
+        """Read a block, or take `tensors` (stored name -> tensor) for it, and return its module."""
+        if index not in self.stored:
+            stored = self.reader.read(self.block_keys(index)) if tensors is None else tensors
+            for name in self.block_parameters(index):
+                _refuse_not_finite(stored[self.key_of[name]], self.key_of[name], f"block {index}")
+                self._place(name, stored[self.key_of[name]])
+            self.stored[index] = stored
+        block: nn.Module = self.module.get_submodule(self.anatomy.blocks[index].name)
+        return block
+
+    def free_block(self, index: int) -> None:
+        """Put a block back on the meta device."""
+        self.stored.pop(index, None)
+        self._free(self.block_parameters(index))
+
+    def _place(self, name: str, tensor: Tensor) -> None:
+        value = tensor.to(device=self.device, dtype=self.dtype if tensor.is_floating_point() else tensor.dtype)
+        parameter = None
+        for alias in self._ties.get(name, [name]):
+            owner, leaf = self._owner(alias)
+            if leaf in owner._buffers:
+                owner._buffers[leaf] = value
+            else:
+                parameter = parameter if parameter is not None else nn.Parameter(value, requires_grad=False)
+                owner._parameters[leaf] = parameter
+
+    def _free(self, names: list[str]) -> None:
+        for name in names:
+            owner, leaf = self._owner(name)
+            home: dict[str, Any] = owner._buffers if leaf in owner._buffers else owner._parameters
+            if home[leaf].device.type != "meta":
+                empty = torch.empty_like(home[leaf], device="meta")
+                if home is owner._buffers:
+                    owner._buffers[leaf] = empty
+                else:
+                    parameter = nn.Parameter(empty, requires_grad=False)
+                    for alias in self._ties.get(name, [name]):
+                        alias_owner, alias_leaf = self._owner(alias)
+                        alias_owner._parameters[alias_leaf] = parameter
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        path, _, leaf = name.rpartition(".")
+        return self.module.get_submodule(path), leaf
+
+    def _match_names(self) -> tuple[dict[str, str], list[str]]:
+        """Pair the model's parameters with stored tensors; a checkpoint of the base model lacks (or has) one prefix more."""
+        entries = self.reader.entries
+        prefix = getattr(self.module, "base_model_prefix", "") + "."
+        key_of: dict[str, str] = {}
+        for name, shape in self._shapes.items():
+            for key in (name, name.removeprefix(prefix), prefix + name):
+                if key in entries:
+                    if entries[key].shape != shape:
+                        raise InputError(
+                            f"tensor '{key}' has shape {list(entries[key].shape)} in '{self.reader.folder}', but its config.json "
+                            f"asks for {list(shape)}: config and weights do not belong together"
+                        )
+                    key_of[name] = key
+                    break
+        supplied = {
+            alias for name, aliases in self._ties.items() if any(a in key_of for a in aliases) for alias in aliases
+        }
+        missing = [name for name in self._shapes if name not in key_of and name not in supplied]
+        if missing:
+            raise InputError(
+                f"'{self.reader.folder}' lacks {len(missing)} tensors its config.json asks for: {_some(missing)}"
+            )
+        ignored = [*(getattr(self.module, "_keys_to_ignore_on_load_unexpected", None) or []), _OBSOLETE]
+        leftover = sorted(set(entries) - set(key_of.values()))
+        unexpected = [key for key in leftover if not any(re.search(pattern, key) for pattern in ignored)]
+        if unexpected:
+            raise InputError(
+                f"'{self.reader.folder}' holds {len(unexpected)} tensors that {type(self.module).__name__} does not know: "
+                f"{_some(unexpected)}; they would be lost"
+            )
+        return key_of, leftover
+
+
+def build_skeleton(
+    reader: Reader, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The folder's causal language model on the meta device, ready to be given parameters. Raises `InputError`."""
+    folder = reader.folder
+    config = load_config(folder, reader.config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # warnings about generation settings of the folder are not about us
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as problem:
+        raise InputError(
+            f"'{folder}/config.json' does not describe a causal language model: {_first_line(problem)}"
+        ) from None
+    model.requires_grad_(False)
+    model.eval()
+    for name, buffer in model.named_buffers():
+        owner_path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_path)
+        if leaf in owner._non_persistent_buffers_set:
+            owner._buffers[leaf] = torch.empty_like(buffer, device=device)
+    model.initialize_weights()  # fills those buffers; parameters are still on the meta device, where this costs nothing
+    return model
+
+
+def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -> Any:
+    """The folder's config object. Raises `InputError`, also where it needs code of the folder's own."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as problem:  # transformers raises a dozen kinds here, all of them about this file
+        if "auto_map" in raw and not trust_remote_code:
+            raise InputError(
+                f"'{folder}' brings its own model code, which would run on this machine: read it, then say --trust-remote-code"
+            ) from None
+        raise InputError(f"'{folder}/config.json' is not a config transformers knows: {_first_line(problem)}") from None
+
+
+def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    found = []
+    for name, buffer in model.named_buffers():
+        path, _, leaf = name.rpartition(".")
+        if leaf not in model.get_submodule(path)._non_persistent_buffers_set:
+            found.append((name, buffer))
+    return found
+
+
+def _refuse_not_finite(tensor: Tensor, name: str, where: str) -> None:
+    if not all_finite(tensor):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise InputError(f"tensor '{name}' ({where}) holds {bad} NaN or infinite values: the checkpoint is damaged")
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _first_line(problem: Exception) -> str:
+    return (str(problem) or type(problem).__name__).strip().splitlines()[0]

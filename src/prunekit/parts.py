@@ -1,0 +1,126 @@
+"""The registry of parts: one decorated function is a part, and its signature is its documentation.
+
+A part's keyword-only parameters are its options: they appear in `prunekit methods`, are set with `--set kind.option=value`, and
+their annotations and defaults are checked once, here. A new criterion is therefore one file with one function; nothing else
+changes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from .errors import InputError, nearest
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_HOMES = {"score": "prunekit.sparsify.scores", "budget": "prunekit.sparsify.budget"}
+_REGISTERED: dict[str, dict[str, Part]] = {kind: {} for kind in _HOMES}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One keyword-only parameter of a part."""
+
+    name: str
+    annotation: Any
+    default: Any
+
+
+@dataclass(frozen=True)
+class Part:
+    """A pure function on tensors, with what it declares about itself.
+
+    Attributes:
+        kind: `score` or `budget`.
+        needs: names of the `Statistics` sums it reads; nothing else is measured.
+        rowwise: the result for some rows depends on those rows alone, so they may be computed in chunks.
+        options: its keyword-only parameters.
+    """
+
+    kind: str
+    name: str
+    function: Callable[..., Any]
+    needs: frozenset[str]
+    paper: str
+    rowwise: bool
+    options: dict[str, Option]
+
+    @property
+    def summary(self) -> str:
+        """The first line of the function's docstring."""
+        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+    def bind(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The options with their defaults, `values` laid over them and checked. Raises `InputError`."""
+        for name, value in values.items():
+            if name not in self.options:
+                known = nearest(name, self.options) if self.options else f"{self.kind} '{self.name}' has no options"
+                raise InputError(f"'{self.kind}.{name}' is not an option of {self.kind} '{self.name}': {known}")
+            wanted = self.options[name].annotation
+            if not _fits(value, wanted):
+                raise InputError(f"'{self.kind}.{name}' cannot be {value!r}: it takes {_spell(wanted)}")
+        return {name: values.get(name, option.default) for name, option in self.options.items()}
+
+
+def score(*, needs: set[str], paper: str, rowwise: bool = False) -> Callable[[Function], Function]:
+    """Register `function(weight, stats, *, options...) -> importance`, all of shape `[out, in]`; larger is kept."""
+    return _register("score", needs, paper, rowwise)
+
+
+def budget(*, paper: str = "") -> Callable[[Function], Function]:
+    """Register `function(pattern, blocks, *, options...) -> one pattern per block`."""
+    return _register("budget", set(), paper, False)
+
+
+def _register(kind: str, needs: set[str], paper: str, rowwise: bool) -> Callable[[Function], Function]:
+    def register(function: Function) -> Function:
+        name = function.__name__.replace("_", "-")
+        hints = typing.get_type_hints(function)
+        options = {}
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                if parameter.default is inspect.Parameter.empty or parameter.name not in hints:
+                    raise TypeError(f"option '{parameter.name}' of {kind} '{name}' needs an annotation and a default")
+                options[parameter.name] = Option(parameter.name, hints[parameter.name], parameter.default)
+        _REGISTERED[kind][name] = Part(kind, name, function, frozenset(needs), paper, rowwise, options)
+        return function
+
+    return register
+
+
+def parts(kind: str) -> dict[str, Part]:
+    """All parts of a kind by name; imports the modules they live in."""
+    home = importlib.import_module(_HOMES[kind])
+    for module in pkgutil.iter_modules(getattr(home, "__path__", [])):
+        importlib.import_module(f"{home.__name__}.{module.name}")
+    return _REGISTERED[kind]
+
+
+def find_part(kind: str, name: str) -> Part:
+    """The part of that kind and name. Raises `InputError` with the nearest known name otherwise."""
+    known = parts(kind)
+    if name not in known:
+        raise InputError(f"{kind} '{name}' is unknown: {nearest(name, known)}")
+    return known[name]
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    if typing.get_origin(wanted) is typing.Literal:
+        return value in typing.get_args(wanted)
+    if wanted is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if wanted is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, wanted)
+
+
+def _spell(wanted: Any) -> str:
+    if typing.get_origin(wanted) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(wanted)))
+    return {float: "a number", int: "a whole number", bool: "true or false", str: "text"}.get(wanted, str(wanted))

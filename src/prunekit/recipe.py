@@ -1,0 +1,231 @@
+"""The Recipe: everything that decides what comes out, in one schema for the command line, recipe files and Python.
+
+A recipe file is TOML or YAML with the same names:
+
+    model = "smollm2-135m"
+    method = "wanda"
+    pattern = "2:4"            # or: sparsity = 0.5
+
+    [calibration]
+    source = "builtin"
+    samples = 128
+
+    [parts.budget.overrides]   # what `--set budget.overrides.GLOB=VALUE` says
+    "*.down_proj" = 0.6
+
+Unknown names are errors. The resolved recipe (every default filled in) is kept in the output's manifest and can be run again.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .catalogue import find_method
+from .errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """How much is removed, and where: a fraction of zeros, or keep `keep` of every `group` consecutive inputs.
+
+    The fraction is kept as the decimal the user wrote: 0.29 of 100 inputs is 29, not the 28 that binary rounding gives.
+    """
+
+    fraction: Fraction
+    keep: int | None = None
+    group: int | None = None
+
+    @classmethod
+    def parse(cls, text: str | float) -> Pattern:
+        """`0.5`, `"0.5"` or `"2:4"`. Raises `ValueError` with a sentence."""
+        words = str(text).strip()
+        if ":" in words:
+            left, _, right = words.partition(":")
+            if not (left.isdigit() and right.isdigit() and 0 < int(left) < int(right)):
+                raise ValueError(f"pattern '{words}' is not K:G with 0 < K < G (keep K of every G inputs, like 2:4)")
+            keep, group = int(left), int(right)
+            return cls(1 - Fraction(keep, group), keep, group)
+        try:
+            fraction = Fraction(words)
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(f"pattern '{words}' is neither a fraction of zeros like 0.5 nor K:G like 2:4") from None
+        if not 0 <= fraction < 1:
+            raise ValueError(f"sparsity {words} is outside [0, 1): give the fraction of weights to remove, like 0.5")
+        return cls(fraction)
+
+    def zeros(self, count: int) -> int:
+        """Exact number of zeros among `count` weights that are compared with each other: `floor(count · s)`."""
+        return int(count * self.fraction)
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.group}" if self.group else format(float(self.fraction), "g")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(_Section):
+    """The text the statistics are measured on."""
+
+    source: str = Field("builtin", description="file, folder, preset or hf:ID[:split[:field]]")
+    samples: int = Field(128, ge=1, description="number of windows")
+    length: int | None = Field(
+        None,
+        ge=2,
+        description=f"tokens per window; default {DEFAULT_LENGTH}, or the model's maximum where that is less",
+    )
+    sampling: Literal["random", "first"] = Field(
+        "random", description="windows at random positions, or the first non-overlapping ones"
+    )
+    mode: Literal["sequential", "dense"] = Field(
+        "sequential", description="statistics behind the already pruned blocks, or of the dense model throughout"
+    )
+    batch: int | None = Field(None, ge=1, description="windows per forward pass; default: as many as hold 2048 tokens")
+
+
+class Recipe(_Section):
+    """What to prune, how, and on which text. Two equal recipes on equal inputs give equal bytes."""
+
+    model: str = Field(description="folder, hub id, or smollm2-135m")
+    method: str = Field(description="a row of `prunekit methods`")
+    sparsity: float | None = Field(None, description="fraction of zeros in every linear")
+    pattern: str | None = Field(None, description="fraction of zeros, or K:G = keep K of every G consecutive inputs")
+    ratio: float | None = Field(None, description="fraction of the block parameters to remove (shrink methods)")
+    calibration: Calibration = Calibration()
+    seed: int = Field(0, ge=0, description="seed of everything drawn at random")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of the forward passes")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    revision: str | None = Field(None, description="revision of a hub model")
+    trust_remote_code: bool = Field(False, description="run code that the model folder brings")
+    parts: dict[str, dict[str, Any]] = Field(default_factory=dict, description="options of the method's parts")
+
+    @field_validator("parts")
+    @classmethod
+    def _known_parts(cls, parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for part in parts:
+            if part not in ("score", "pattern", "budget"):
+                raise ValueError(f"'{part}' is no part of a method: the parts are score, pattern, budget")
+        return parts
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Recipe:
+        method = find_method(self.method)
+        if self.ratio is not None:
+            raise ValueError(
+                f"ratio {self.ratio} is for methods that remove structures; '{method.name}' zeroes single weights: "
+                "use --sparsity or --pattern"
+            )
+        if self.sparsity is not None and self.pattern is not None:
+            raise ValueError(f"sparsity {self.sparsity} and pattern {self.pattern} are both given: give one of them")
+        _ = self.target
+        return self
+
+    @property
+    def target(self) -> Pattern:
+        """The pattern asked for; half of the weights where nothing was said."""
+        if self.pattern is not None:
+            return Pattern.parse(self.pattern)
+        return Pattern.parse(0.5 if self.sparsity is None else self.sparsity)
+
+    def command(self, out: str) -> str:
+        """The command line that repeats this recipe."""
+        words = ["prunekit", "prune", self.model, "--method", self.method, "--pattern", str(self.target)]
+        calibration = self.calibration
+        words += ["--calibration", calibration.source, "--samples", str(calibration.samples)]
+        words += [] if calibration.length is None else ["--length", str(calibration.length)]
+        words += ["--seed", str(self.seed), "--dtype", self.dtype, "--device", self.device]
+        words += [] if self.revision is None else ["--revision", self.revision]
+        words += ["--trust-remote-code"] if self.trust_remote_code else []
+        for name in ("sampling", "mode", "batch"):
+            value = getattr(calibration, name)
+            if value != Calibration.model_fields[name].default:
+                words += ["--set", f"calibration.{name}={value}"]
+        for part, options in self.parts.items():
+            for name, value in options.items():
+                if name == "overrides":
+                    words += [f for glob, wanted in value.items() for f in ("--set", f"{part}.{name}.{glob}={wanted}")]
+                else:
+                    text = ",".join(value) if isinstance(value, list) else value
+                    words += ["--set", f"{part}.{name}={text}"]
+        return shlex.join([*words, "--out", out])
+
+    @classmethod
+    def build(cls, values: dict[str, Any]) -> Recipe:
+        """Validate `values` into a Recipe. Raises `InputError` with the first thing that is wrong."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as problem:
+            raise InputError(_first_sentence(problem)) from None
+
+    @classmethod
+    def read(cls, path: Path) -> dict[str, Any]:
+        """The values of a `.toml`, `.yaml`, `.yml` or `.json` recipe file, not yet validated."""
+        try:
+            text = path.read_text(encoding="utf-8")
+            if path.suffix == ".toml":
+                values = tomllib.loads(text)
+            elif path.suffix in (".yaml", ".yml", ".json"):  # JSON is YAML
+                values = yaml.safe_load(text)
+            else:
+                raise InputError(f"recipe '{path}' must end in .toml, .yaml, .yml or .json")
+        except OSError as problem:
+            raise InputError(f"recipe '{path}' cannot be read: {problem.strerror}") from None
+        except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as problem:
+            raise InputError(
+                f"recipe '{path}' is not valid {path.suffix[1:]}: {' '.join(str(problem).split())}"
+            ) from None
+        if not isinstance(values, dict):
+            raise InputError(f"recipe '{path}' must hold names and values, like `method = \"wanda\"`")
+        return values
+
+
+def assign(values: dict[str, Any], setting: str) -> None:
+    """Lay one `part.option=value` of `--set` into unvalidated recipe `values`, in place.
+
+    The value is read as YAML (`0.7`, `true`, `[a, b]`, plain text). What follows `budget.overrides.` is a glob and may hold dots.
+    """
+    key, separator, text = setting.partition("=")
+    part, _, option = key.strip().partition(".")
+    if not separator or not option:
+        raise InputError(f"--set '{setting}' is not part.option=value, like calibration.sampling=first")
+    try:
+        # `*.o_proj` and `2:4` are plain text to a person, but an alias and a sexagesimal number to YAML
+        value = text if text.startswith("*") or ":" in text else yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    section = values if part == "calibration" else values.setdefault("parts", {})
+    options = section.setdefault(part, {})
+    if part == "budget" and option.startswith("overrides."):
+        options.setdefault("overrides", {})[option.removeprefix("overrides.")] = value
+    else:
+        options[option] = value
+
+
+def _first_sentence(problem: ValidationError) -> str:
+    error = problem.errors()[0]
+    where = ".".join(str(step) for step in error["loc"])
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"]) if "ctx" in error else str(error["msg"])
+    if error["type"] == "extra_forbidden":
+        return f"'{where}' is not a name a recipe knows: see `prunekit prune --help`"
+    if error["type"] == "missing":
+        return f"'{where}' is missing: name it on the command line or in the recipe file"
+    value = json.dumps(error["input"], default=str)
+    return f"{where} cannot be {value}: {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -1,0 +1,82 @@
+"""One weight matrix: score it, choose what to keep. Memory is bounded by working on chunks of rows where the parts allow it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from ..bits import all_finite
+from ..catalogue import Method
+from ..errors import InputError, PrunekitError
+from ..parts import Part, find_part
+from ..recipe import Pattern
+from ..statistics import Statistics
+from .patterns import keep_groups, keep_largest
+
+_CHUNK = 1 << 22  # weights scored at a time where a score works row by row
+
+Group = Literal["row", "layer"]
+
+
+@dataclass(frozen=True)
+class Sparsifier:
+    """A method with its options bound: what turns (weight, statistics, pattern) into a keep-mask."""
+
+    score: Part
+    group: Group
+    score_options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, method: Method, options: dict[str, dict[str, Any]]) -> Sparsifier:
+        """The method's parts with a recipe's options laid over their defaults. Raises `InputError`."""
+        part = find_part("score", method.score)
+        pattern_options = dict(options.get("pattern", {}))
+        group = pattern_options.pop("group", method.group)
+        if group not in ("row", "layer"):
+            raise InputError(f"'pattern.group' cannot be {group!r}: it is row or layer")
+        if pattern_options:
+            raise InputError(f"'pattern.{next(iter(pattern_options))}' is not an option of the pattern: known is group")
+        return cls(part, cast(Group, group), part.bind(options.get("score", {})))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics its parts read."""
+        return self.score.needs
+
+    def keep_mask(self, weight: Tensor, stats: Statistics, pattern: Pattern, name: str) -> Tensor:
+        """Which weights stay.
+
+        Shapes: weight [out, in], any float dtype -> bool [out, in], True = kept. Exactly `floor(in·s)` False per row, or
+        `floor(out·in·s)` over the layer, or `G − K` per group. Scores are computed in float32 (float64 for a float64 weight).
+        """
+        rows, columns = weight.shape
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        stats = stats.to(dtype, weight.device)
+        if pattern.keep is None and self.group == "layer":
+            flat = self._scores(weight, stats, dtype, name).reshape(1, -1)
+            return keep_largest(flat, pattern.zeros(rows * columns)).reshape(rows, columns)
+        step = max(1, _CHUNK // columns) if self.score.rowwise else rows
+        keep = torch.empty(rows, columns, dtype=torch.bool, device=weight.device)
+        for start in range(0, rows, step):
+            scores = self._scores(weight[start : start + step], stats, dtype, name)
+            if pattern.keep is None:
+                keep[start : start + step] = keep_largest(scores, pattern.zeros(columns))
+            else:
+                assert pattern.group is not None
+                keep[start : start + step] = keep_groups(scores, pattern.keep, pattern.group)
+        return keep
+
+    def _scores(self, weight: Tensor, stats: Statistics, dtype: torch.dtype, name: str) -> Tensor:
+        scores = self.score.function(weight.to(dtype), stats, **self.score_options)
+        if scores.shape != weight.shape:
+            raise PrunekitError(
+                f"score '{self.score.name}' gave shape {list(scores.shape)} for a weight {list(weight.shape)}: they must be equal"
+            )
+        if not all_finite(scores):
+            raise InputError(
+                f"score '{self.score.name}' of '{name}' is NaN or infinite: its weights or its inputs are not finite"
+            )
+        return cast(Tensor, scores)

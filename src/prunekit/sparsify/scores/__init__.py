@@ -1,0 +1,1 @@
+"""One file a criterion. Each holds one function decorated with `prunekit.parts.score`; nothing else needs to know of it."""

@@ -1,0 +1,202 @@
+"""Streaming sums over calibration tokens, per linear: the only thing a score may know of the data.
+
+Sums are raw (no means, no norms), so that order and batch size do not matter beyond rounding: products are taken in float32,
+summed over a few hundred tokens, and added up in float64. Linears that are fed the same tensor (query, key and value; gate and up)
+share one measurement. Tokens that are padding are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from .errors import PrunekitError
+
+INPUT_SUMS = frozenset({"input_sum", "input_square", "input_abs", "gram"})
+OUTPUT_SUMS = frozenset({"output_square"})
+_ROWS = (
+    256  # tokens whose products are summed in float32 before they join the float64 sums; small enough to stay in cache
+)
+
+
+class Statistics:
+    """Sums over the calibration tokens that a linear has seen.
+
+    Shapes: input_sum, input_square, input_abs [in]; output_square [out] (of the module's output, bias included); gram [in, in];
+    count is the number of tokens. Vectors are float64 and the gram matrix float32 unless `to` says otherwise.
+    Reading a sum that was not measured raises `PrunekitError`.
+    """
+
+    def __init__(self, count: int, sums: Mapping[str, Tensor]) -> None:
+        self.count = count
+        self._sums = dict(sums)
+
+    def _get(self, name: str) -> Tensor:
+        if name not in self._sums:
+            raise PrunekitError(
+                f"statistic '{name}' was not measured: the part that reads it must declare needs={{'{name}'}}"
+            )
+        return self._sums[name]
+
+    @property
+    def input_sum(self) -> Tensor:
+        """Σ x, [in]."""
+        return self._get("input_sum")
+
+    @property
+    def input_square(self) -> Tensor:
+        """Σ x², [in]."""
+        return self._get("input_square")
+
+    @property
+    def input_abs(self) -> Tensor:
+        """Σ |x|, [in]."""
+        return self._get("input_abs")
+
+    @property
+    def output_square(self) -> Tensor:
+        """Σ y², [out]."""
+        return self._get("output_square")
+
+    @property
+    def gram(self) -> Tensor:
+        """Σ x xᵀ, [in, in]."""
+        return self._get("gram")
+
+    @property
+    def input_norm(self) -> Tensor:
+        """‖X_:j‖₂ of every input channel, [in]."""
+        return self.input_square.sqrt()
+
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Statistics:
+        """The same sums in another dtype (norms are best cast after the root, which this does not do) or on another device."""
+        return Statistics(
+            self.count, {name: value.to(device=device, dtype=dtype) for name, value in self._sums.items()}
+        )
+
+
+class _Sums:
+    """Accumulates the sums of one stream of vectors."""
+
+    def __init__(self, wanted: frozenset[str]) -> None:
+        self.wanted = wanted
+        self.count = 0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, values: Tensor, keep: Tensor | None) -> None:
+        """Add the vectors along the last axis of `values` [..., width], or those where `keep` [...] is True."""
+        rows = values.reshape(-1, values.shape[-1])
+        if keep is not None:
+            rows = rows[keep.reshape(-1).to(rows.device)]
+        self.count += rows.shape[0]
+        for chunk in torch.split(rows, _ROWS):
+            exact = chunk if chunk.dtype == torch.float64 else chunk.float()
+            if "gram" in self.wanted:
+                self._accumulate("gram", exact.t() @ exact, exact.dtype)
+            if "input_sum" in self.wanted:
+                self._accumulate("input_sum", exact.sum(0))
+            if "input_abs" in self.wanted:
+                self._accumulate("input_abs", exact.abs().sum(0))
+            for name in ("input_square", "output_square"):
+                if name in self.wanted:
+                    self._accumulate(name, exact.square().sum(0))
+
+    def _accumulate(self, name: str, value: Tensor, dtype: torch.dtype = torch.float64) -> None:
+        if name not in self.sums:
+            self.sums[name] = torch.zeros_like(value, dtype=dtype)
+        self.sums[name] += value
+
+
+class Collector:
+    """Hooks on a block's linears that sum what passes through them while it is entered.
+
+    Tell it the batch's token mask through `keep` before each forward, and call `end_batch` after it. While `sample_tokens` is not 0,
+    it also keeps that many inputs of each linear, the last ones of the batch's last window, and the norm of what the weight makes of
+    them.
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Module], needs: Iterable[str]) -> None:
+        self.keep: Tensor | None = None
+        self.sample_tokens = 0
+        self._samples: dict[str, Tensor] = {}
+        self._output_norms: dict[str, float] = {}
+        self._linears = dict(linears)
+        self._inputs_wanted = frozenset(needs) & INPUT_SUMS
+        self._outputs_wanted = frozenset(needs) & OUTPUT_SUMS
+        unknown = frozenset(needs) - INPUT_SUMS - OUTPUT_SUMS
+        if unknown:
+            raise PrunekitError(f"unknown statistics {sorted(unknown)}: known are {sorted(INPUT_SUMS | OUTPUT_SUMS)}")
+        self._input_sums: dict[str, _Sums] = {}  # by the first linear that is fed the tensor
+        self._output_sums: dict[str, _Sums] = {}
+        self._leader: dict[str, str] = {}  # linear -> the linear it shares its input with
+        self._live: list[tuple[str, Tensor]] = []  # inputs of the batch under way, held so that identity means sameness
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Collector:
+        for name, module in self._linears.items():
+            self._handles.append(module.register_forward_hook(self._hook(name)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._live.clear()
+
+    def end_batch(self) -> None:
+        """Forget the batch's tensors. Which linears share an input is known after the first one."""
+        self._live.clear()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self._see_input(name, inputs[0])
+            if self.sample_tokens:
+                product = self._last(output) if module.bias is None else self._last(output) - cast(Tensor, module.bias)
+                self._output_norms[name] = float(torch.linalg.vector_norm(product, dtype=torch.float32))
+            if self._outputs_wanted:
+                self._output_sums.setdefault(name, _Sums(self._outputs_wanted)).add(output, self.keep)
+
+        return hook
+
+    def _see_input(self, name: str, value: Tensor) -> None:
+        for leader, tensor in self._live:
+            if tensor is value and leader != name:
+                self._leader[name] = leader
+                return
+        self._live.append((name, value))
+        self._leader[name] = name
+        self._input_sums.setdefault(name, _Sums(self._inputs_wanted)).add(value, self.keep)
+        if self.sample_tokens:
+            self._samples[name] = self._last(value).clone()
+
+    def _last(self, values: Tensor) -> Tensor:
+        """The last `sample_tokens` vectors of the last window of `values` [windows, length, width], padding left out."""
+        last = values[-1] if self.keep is None else values[-1][self.keep[-1].to(values.device)]
+        return last[-self.sample_tokens :]
+
+    def sample(self, name: str) -> Tensor:
+        """The sampled inputs of a linear, [tokens, in], in the model's dtype."""
+        return self._samples[self._leader[name]]
+
+    def sample_output_norm(self, name: str) -> float:
+        """‖XWᵀ‖_F of the sampled inputs, without the bias."""
+        return self._output_norms[name]
+
+    def statistics(self) -> dict[str, Statistics]:
+        """The sums by linear. Raises `PrunekitError` for a linear that no token went through."""
+        found: dict[str, Statistics] = {}
+        for name in self._linears:
+            if name not in self._leader:
+                raise PrunekitError(
+                    f"linear '{name}' was never called: the block computes past it, so it cannot be measured"
+                )
+            source = self._input_sums[self._leader[name]]
+            outputs = self._output_sums[name].sums if name in self._output_sums else {}
+            found[name] = Statistics(source.count, {**source.sums, **outputs})
+        return found

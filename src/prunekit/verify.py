@@ -1,0 +1,120 @@
+"""Trust what is on disk, not what was meant: load the written folder again and compare its logits with the walk's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint.reader import Reader
+from .errors import VerificationError
+from .model.source import StreamedModel
+from .model.stream import Walk, Windows
+
+# Same weights, same inputs, same batch: most machines give the same bits. What is left over is the order of sums in other kernels.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+_TOKENS = 128  # positions at the end of the last window whose logits are compared
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How the reload compared.
+
+    `through` is `from_pretrained` or `streamed`; `difference` is ‖a−b‖/‖a‖ over the logits of `tokens` positions.
+    """
+
+    through: str
+    tokens: int
+    difference: float
+    tolerance: float
+
+
+def compared_tokens(windows: Windows) -> int:
+    """How many positions at the end of the last window are compared."""
+    return min(_TOKENS, windows.length)
+
+
+@torch.inference_mode()
+def verify(
+    folder: Path,
+    windows: Windows,
+    expected: Tensor,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    whole: bool,
+    trust_remote_code: bool = False,
+) -> Verification:
+    """Compare the folder's logits with `expected`.
+
+    Args:
+        folder: a finished model folder.
+        windows: the batch the walk computed, as it was batched there.
+        expected: [tokens, vocabulary] logits of the last positions of its last window.
+        dtype, device: those of the walk.
+        whole: load with `from_pretrained`, or else stream block by block.
+        trust_remote_code: passed on to transformers.
+
+    Raises:
+        VerificationError: the logits differ by more than rounding.
+    """
+    if whole:
+        found = _through_transformers(folder, windows, len(expected), dtype, device, trust_remote_code)
+    else:
+        found = _streamed(folder, windows, len(expected), dtype, device, trust_remote_code)
+    difference = _relative_difference(found, expected)
+    result = Verification("from_pretrained" if whole else "streamed", len(expected), difference, _TOLERANCE[dtype])
+    if not difference <= result.tolerance:
+        raise VerificationError(
+            f"'{folder}' does not compute what was pruned: its logits differ by {difference:.2g} of their norm "
+            f"(allowed: {result.tolerance:g}). Its index was removed so that nothing loads it; please report this"
+        )
+    return result
+
+
+def _relative_difference(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖_F / ‖expected‖_F, a few rows at a time: in float32 a large vocabulary's logits are larger than a block."""
+    squares = torch.zeros(2, dtype=torch.float64)
+    for ours, theirs in zip(torch.split(expected, 16), torch.split(found, 16), strict=True):
+        wanted = ours.double()
+        squares += torch.stack([(theirs.double() - wanted).square().sum(), wanted.square().sum()]).cpu()
+    gap, norm = squares.sqrt().tolist()
+    return float(gap / norm) if norm > 0 else float(gap)
+
+
+def _through_transformers(
+    folder: Path, windows: Windows, tokens: int, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    model.to(device).eval()
+
+    def cut(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # the head sees only the positions that are compared; logits of a whole batch may be larger than the model
+        return (inputs[0][-1:, -tokens:],)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(cut)
+    mask = None if windows.keep is None else windows.keep.to(device=device, dtype=torch.long)
+    output = model(input_ids=windows.ids.to(device), attention_mask=mask, use_cache=False)
+    handle.remove()
+    logits = output.logits[0]
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def _streamed(
+    folder: Path, windows: Windows, tokens: int, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+) -> Tensor:
+    source = StreamedModel(Reader(folder), dtype, device, trust_remote_code=trust_remote_code)
+    walk = Walk(source, windows, batch=len(windows))
+    walk.start()
+    for block in source.anatomy.blocks:
+        walk.run(block.index, source.load_block(block.index))
+        source.free_block(block.index)
+    source.load_outer()
+    return walk.logits(walk.hidden[-1, -tokens:], windows.ids[-1, -tokens:])
