@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import tiny
+from transformers.utils import logging
+
+logging.disable_progress_bar()
 
 
 @pytest.fixture

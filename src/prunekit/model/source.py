@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..bits import all_finite
 from ..checkpoint.reader import Reader
@@ -188,20 +190,35 @@ class StreamedModel:
         return self.module.get_submodule(path), leaf
 
     def _match_names(self) -> tuple[dict[str, str], list[str]]:
-        """Pair the model's parameters with stored tensors; a checkpoint of the base model lacks (or has) one prefix more."""
+        """Pair the model's parameters with stored tensors: name of the parameter -> stored name, and what is left over.
+
+        Checkpoints keep names of older releases, or of the base model without its head; transformers knows how each is read.
+        """
         entries = self.reader.entries
-        prefix = getattr(self.module, "base_model_prefix", "") + "."
+        transforms = get_model_conversion_mapping(self.module)
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        prefix = self.module.base_model_prefix
         key_of: dict[str, str] = {}
-        for name, shape in self._shapes.items():
-            for key in (name, name.removeprefix(prefix), prefix + name):
-                if key in entries:
-                    if entries[key].shape != shape:
-                        raise InputError(
-                            f"tensor '{key}' has shape {list(entries[key].shape)} in '{self.reader.folder}', but its config.json "
-                            f"asks for {list(shape)}: config and weights do not belong together"
-                        )
-                    key_of[name] = key
-                    break
+        for key, entry in entries.items():
+            name, converter = rename_source_key(key, renamings, converters, prefix, self._shapes)
+            if converter is not None:
+                raise InputError(
+                    f"tensor '{key}' is stored in a form that is converted when {type(self.module).__name__} is loaded: "
+                    "not supported yet; save the model again with transformers' save_pretrained"
+                )
+            if name not in self._shapes:
+                continue
+            if name in key_of:
+                raise InputError(
+                    f"tensors '{key_of[name]}' and '{key}' both stand for '{name}': the checkpoint is ambiguous"
+                )
+            if entry.shape != self._shapes[name]:
+                raise InputError(
+                    f"tensor '{key}' has shape {list(entry.shape)} in '{self.reader.folder}', but its config.json asks for "
+                    f"{list(self._shapes[name])}: config and weights do not belong together"
+                )
+            key_of[name] = key
         supplied = {
             alias for name, aliases in self._ties.items() if any(a in key_of for a in aliases) for alias in aliases
         }
