@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 from transformers.utils import logging
+
+import tiny
 
 logging.disable_progress_bar()
 

@@ -21,7 +21,7 @@ from .catalogue import METHODS, find_method
 from .checkpoint.locate import locate
 from .checkpoint.reader import Reader
 from .errors import InputError
-from .evaluate.perplexity import perplexity
+from .evaluation.perplexity import perplexity
 from .inspection import Inspection, inspect_folder
 from .model.source import ResidentModel, StreamedModel
 from .model.stream import Windows

@@ -8,6 +8,7 @@ from ..errors import InputError
 from . import embedded
 
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
+_UNWANTED = ["consolidated*", "original/*"]  # the same weights once more, in the form of another library
 
 
 def locate(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
@@ -34,7 +35,9 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_UNWANTED)
+        )
     except HFValidationError:
         raise InputError(f"model '{model}' is neither a folder nor a hub id like org/name") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as problem:

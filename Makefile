@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine that has Python 3.10 or newer: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The version whose processor build pip takes; a bare `torch` is a CUDA build of several GB. Empty: whatever is newest.
+TORCH ?= torch==2.13.0
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+
+DEMO = demo
+DEMO_SAMPLES ?= 16
+DEMO_LENGTH ?= 1024
+
+.PHONY: demo test lint types floor clean
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/prunekit prune smollm2-135m --method wanda --sparsity 0.5 \
+	    --samples $(DEMO_SAMPLES) --length $(DEMO_LENGTH) --out $(DEMO) --overwrite
+	$(BIN)/prunekit eval smollm2-135m --length $(DEMO_LENGTH) --samples 16
+	$(BIN)/prunekit eval $(DEMO) --length $(DEMO_LENGTH) --samples 16
+	$(BIN)/prunekit inspect $(DEMO)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+floor: $(STAMP)
+	$(BIN)/python benchmarks/floor.py --keep benchmarks/results/floor.json
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
