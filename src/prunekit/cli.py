@@ -320,10 +320,12 @@ def _emit(as_json: bool, summary: Any, text: str) -> None:
 def _quiet() -> None:
     """Keep transformers' own bars and hints off the terminal; prunekit says what matters."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
 
 
 def main() -> None:

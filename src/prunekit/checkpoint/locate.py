@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import InputError
 from . import embedded
 
-_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
+_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
 _UNWANTED = ["consolidated*", "original/*"]  # the same weights once more, in the form of another library
 
 

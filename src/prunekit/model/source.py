@@ -145,8 +145,8 @@ class StreamedModel:
         self._free(self.outer_parameters())
 
     def load_block(self, index: int, tensors: dict[str, Tensor] | None = None) -> nn.Module:
-        """Read a block, or take `tensors` (stored name -> tensor) for it, and return its module."""
-        if index not in self.stored:
+        """Read a block where it is not in memory yet, or take `tensors` (stored name -> tensor) for it, and return its module."""
+        if tensors is not None or index not in self.stored:
             stored = self.reader.read(self.block_keys(index)) if tensors is None else tensors
             for name in self.block_parameters(index):
                 _refuse_not_finite(stored[self.key_of[name]], self.key_of[name], f"block {index}")
