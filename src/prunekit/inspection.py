@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .bits import count_zeros
-from .catalogue import find_method
 from .checkpoint.manifest import read_manifest
 from .checkpoint.reader import Reader, sha256_file
 from .checkpoint.writer import Journal
@@ -134,8 +133,7 @@ def _count(linear: Linear, weight: Tensor, pattern: str | None, group: str) -> L
 def _group(manifest: dict[str, Any] | None) -> str:
     if manifest is None:
         return "row"
-    recipe = manifest["recipe"]
-    return str(recipe["parts"].get("pattern", {}).get("group", find_method(recipe["method"]).group))
+    return str(manifest["recipe"]["parts"]["pattern"]["group"])
 
 
 def _digest(path: Path) -> str | None:

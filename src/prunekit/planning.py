@@ -16,7 +16,7 @@ from .checkpoint.reader import Reader
 from .model.source import StreamedModel
 from .model.stream import BATCH_TOKENS, Walk, Windows
 from .progress import Silent
-from .pruning import window_length
+from .pruning import window_length, windows_needed
 from .recipe import Recipe
 from .sparsify.budget import allot
 from .sparsify.linear import Sparsifier
@@ -65,7 +65,7 @@ def make_plan(recipe: Recipe, out: Path | None) -> Plan:
     sparsifier = Sparsifier.of(method, recipe.parts)
     allot(source.anatomy, recipe.target, part=method.budget, options=recipe.parts.get("budget"))
     length = window_length(source.module.config, recipe.calibration.length, Silent())
-    windows = recipe.calibration.samples if sparsifier.needs else 1
+    windows = windows_needed(recipe.calibration.samples, sparsifier)
     batch = min(windows, recipe.calibration.batch or max(1, BATCH_TOKENS // length))
     base = machine.rss_bytes()
     seconds_per_pass, hidden_size = _time_block(source, batch, length)

@@ -24,6 +24,7 @@ from .catalogue import find_method
 from .checkpoint.locate import locate
 from .checkpoint.manifest import FORMAT, read_manifest
 from .checkpoint.reader import Reader, read_file, sha256_file
+from .checkpoint.storage import is_temporary
 from .checkpoint.writer import Journal, Writer, clear, difference
 from .errors import InputError, PrunekitError, StorageError, VerificationError
 from .model.anatomy import Block, Linear, weight_of
@@ -143,6 +144,7 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise InputError(f"output folder '{out}' cannot be made: {problem.strerror}") from None
+    journal.save()  # before any shard, so that a run killed at any moment is known for what it is
     with _orderly_end(out, journal, len(prepared.source.anatomy.blocks), progress):
         reference = _walk(prepared, Writer(out, len(prepared.source.anatomy.blocks) + 1), journal)
         result = _finish(prepared, out, journal, reference, begun)
@@ -161,7 +163,7 @@ def prune_in_memory(
     try:
         source = ResidentModel(model)
         sparsifier, patterns = _method_parts(recipe, source)
-        windows = _needed(windows, sparsifier)
+        windows = windows[len(windows) - windows_needed(len(windows), sparsifier) :]
         walk = Walk(source, windows, recipe.calibration.batch)
         sparsify = SparsifyWalk(walk, sparsifier, patterns, dense=recipe.calibration.mode == "dense")
         sparsify.start()
@@ -171,8 +173,8 @@ def prune_in_memory(
             module = source.load_block(block.index)
             reports += sparsify.prune_block(block, module, partial(_resident_weight, module))
             progress.step()
-        progress.stop()
     finally:
+        progress.stop()
         model.train(training)
     sparsify.seconds.total = time.perf_counter() - begun
     return Result(
@@ -226,18 +228,19 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
     windows = calibration_windows(
         documents(calibration.source, "calibration"),
         tokenizer,
-        samples=calibration.samples,
+        samples=windows_needed(calibration.samples, sparsifier),
         length=length,
         seed=recipe.seed,
         sampling=calibration.sampling,
     )
     check_vocabulary(windows, source)
-    windows = _needed(windows, sparsifier)
     resolved = recipe.model_copy(
         update={
+            "sparsity": None if recipe.pattern is not None else float(recipe.target.fraction),
             "dtype": str(dtype).removeprefix("torch."),
             "device": str(device),
             "calibration": calibration.model_copy(update={"length": length}),
+            "parts": sparsifier.resolved(recipe.parts),
         }
     )
     machine.return_memory()  # what tokenising took
@@ -263,9 +266,9 @@ def _method_parts(recipe: Recipe, source: StreamedModel | ResidentModel) -> tupl
     return sparsifier, patterns
 
 
-def _needed(windows: Windows, sparsifier: Sparsifier) -> Windows:
-    """All windows; or only the last where the method looks at no data, for the output errors and the reload check."""
-    return windows if sparsifier.needs else windows[len(windows) - 1 : len(windows)]
+def windows_needed(asked: int, sparsifier: Sparsifier) -> int:
+    """As many as asked; one where the method looks at no data, for the output errors and the reload check."""
+    return asked if sparsifier.needs else 1
 
 
 def check_vocabulary(windows: Windows, source: StreamedModel | ResidentModel) -> None:
@@ -288,7 +291,7 @@ def _check_output(folder: Path, out: Path, *, resume: bool, overwrite: bool) -> 
         raise InputError(f"output '{out}' is a file: choose another --out")
     if resume and overwrite:
         raise InputError("--resume and --overwrite are both given: continue what is there, or replace it")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    if out.is_dir() and not overwrite and any(not is_temporary(path) for path in out.iterdir()):
         known = Journal.read(out) is not None or read_manifest(out) is not None
         if not (resume and known):
             hint = (

@@ -35,9 +35,7 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(
-            snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_UNWANTED)
-        )
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_UNWANTED))
     except HFValidationError:
         raise InputError(f"model '{model}' is neither a folder nor a hub id like org/name") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as problem:

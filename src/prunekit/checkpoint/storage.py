@@ -10,13 +10,20 @@ from typing import Any
 
 from ..errors import StorageError
 
+_SUFFIX = ".prunekit-tmp"
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether this is what a killed run left of a file it had not finished."""
+    return path.name.startswith(".") and path.name.endswith(_SUFFIX)
+
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, make it durable, and rename it to `path`.
 
     Raises `StorageError` where the system refuses (disk full, read-only, ...); `path` is then as it was.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}{_SUFFIX}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # what this user's files usually are; safetensors makes its own private ones

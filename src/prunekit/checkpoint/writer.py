@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from ..errors import InputError
 from .reader import INDEX_NAME, sha256_file
-from .storage import replace_file, write_json, write_text
+from .storage import is_temporary, replace_file, write_json, write_text
 
 JOURNAL_NAME = ".prunekit-journal.json"
 MANIFEST_NAME = "prunekit.json"
@@ -76,6 +76,10 @@ class Journal:
     def add(self, shard: dict[str, Any], linears: list[dict[str, Any]]) -> None:
         """Note a shard that is durable, with the reports of its linears, and make the note durable."""
         self.shards.append({**shard, "linears": linears})
+        self.save()
+
+    def save(self) -> None:
+        """Make the present state durable."""
         write_json(self.path, {"identity": self.identity, "shards": self.shards}, indent=None)
 
     def whole_shards(self) -> list[dict[str, Any]]:
@@ -165,11 +169,7 @@ def clear(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir() and path.name == _TEMPLATES:
             shutil.rmtree(path)
-        elif path.is_file() and (
-            path.name in ours
-            or path.suffix == ".safetensors"
-            or (path.name.startswith(".") and path.name.endswith(".tmp"))
-        ):
+        elif path.is_file() and (path.name in ours or path.suffix == ".safetensors" or is_temporary(path)):
             path.unlink()
     if not any(folder.iterdir()):
         folder.rmdir()

@@ -46,6 +46,11 @@ class Sparsifier:
         """Statistics its parts read."""
         return self.score.needs
 
+    def resolved(self, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """A recipe's part options with the defaults that hold today filled in."""
+        own = {"score": self.score_options} if self.score_options else {}
+        return {**options, **own, "pattern": {"group": self.group}}
+
     def keep_mask(self, weight: Tensor, stats: Statistics, pattern: Pattern, name: str) -> Tensor:
         """Which weights stay.
 
