@@ -92,24 +92,24 @@ def prune_(
     sparsity: float | None = None,
     pattern: str | None = None,
     calibration: str | Mapping[str, Any] = "builtin",
+    seed: int = 0,
+    parts: Mapping[str, dict[str, Any]] | None = None,
     progress: Progress | None = None,
-    **settings: Any,
 ) -> Result:
-    """Prune a model that lies in memory, in place.
+    """Prune a model that lies in memory, in place, in its own dtype and on its own device.
 
     Args:
         model: a causal language model of transformers.
         tokens: a tokenizer (windows are then cut from `calibration`); or token ids [windows, length]; or a mapping with `input_ids`
             and `attention_mask` (1 = a real token), both [windows, length]; or `Windows`.
-        method, sparsity, pattern, calibration, progress, **settings: as for `prune`.
+        method, sparsity, pattern, calibration, seed, parts, progress: as for `prune`.
 
     Raises:
         InputError: something in the input is wrong. Blocks before the one named may be pruned already.
     """
     recipe = Recipe.build(
         {"model": "in memory", "method": method, "sparsity": sparsity, "pattern": pattern}
-        | {"calibration": _calibration(calibration)}
-        | settings
+        | {"calibration": _calibration(calibration), "seed": seed, "parts": dict(parts or {})}
     )
     return pruning.prune_in_memory(model, recipe, _windows(model, tokens, recipe), progress)
 
@@ -171,6 +171,8 @@ def evaluate(
         if tokenizer is None:
             raise InputError("a model in memory is evaluated with tokenizer=...: give the one that belongs to it")
         source = ResidentModel(model)
+    if samples is not None and samples < 1:
+        raise InputError(f"samples {samples} is no number of windows: give 1 or more")
     width = pruning.window_length(source.module.config, length, progress)
     windows = evaluation_windows(documents(text, "evaluation"), tokenizer, length=width, samples=samples)
     pruning.check_vocabulary(windows, source)
@@ -236,13 +238,16 @@ def _calibration(given: str | Mapping[str, Any]) -> dict[str, Any]:
 
 def _windows(model: PreTrainedModel, tokens: Any, recipe: Recipe) -> Windows:
     if isinstance(tokens, Windows):
-        windows = tokens
+        windows = tokens if tokens.keep is None else Windows(tokens.ids, tokens.keep.bool())
     elif isinstance(tokens, Tensor):
         windows = Windows(tokens)
     elif isinstance(tokens, Mapping) and "input_ids" in tokens:
-        mask = tokens.get("attention_mask")
-        keep = None if mask is None or bool(torch.as_tensor(mask).bool().all()) else torch.as_tensor(mask).bool()
-        windows = Windows(torch.as_tensor(tokens["input_ids"]), keep)
+        try:
+            ids = torch.as_tensor(tokens["input_ids"])
+            mask = torch.as_tensor(tokens.get("attention_mask", torch.ones_like(ids))).bool()
+        except (ValueError, TypeError, RuntimeError) as problem:
+            raise InputError(f"input_ids and attention_mask must be tables of whole numbers: {problem}") from None
+        windows = Windows(ids, None if bool(mask.all()) else mask)
     elif callable(tokens):
         calibration = recipe.calibration
         windows = calibration_windows(

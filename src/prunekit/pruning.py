@@ -158,10 +158,12 @@ def prune_in_memory(
     """Prune a model that lies in memory, in place, on windows of tokens. Raises `InputError`."""
     begun = time.perf_counter()
     progress = progress or Silent()
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         source = ResidentModel(model)
+        check_vocabulary(windows, source)
+        window_length(model.config, windows.length, progress)
         sparsifier, patterns = _method_parts(recipe, source)
         windows = windows[len(windows) - windows_needed(len(windows), sparsifier) :]
         walk = Walk(source, windows, recipe.calibration.batch)
@@ -175,7 +177,8 @@ def prune_in_memory(
             progress.step()
     finally:
         progress.stop()
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
     sparsify.seconds.total = time.perf_counter() - begun
     return Result(
         out=None,
@@ -192,6 +195,8 @@ def prune_in_memory(
 
 def window_length(config: Any, asked: int | None, progress: Progress) -> int:
     """Tokens per window: as asked, or the default cut to the model's maximum. Raises `InputError` beyond that maximum."""
+    if asked is not None and asked < 2:
+        raise InputError(f"length {asked} is too short: a window needs 2 tokens or more")
     longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if asked is None:
         if longest is not None and longest < DEFAULT_LENGTH:
@@ -274,11 +279,11 @@ def windows_needed(asked: int, sparsifier: Sparsifier) -> int:
 def check_vocabulary(windows: Windows, source: StreamedModel | ResidentModel) -> None:
     """Raise `InputError` where a token has no row in the embedding."""
     rows = source.module.get_input_embeddings().weight.shape[0]
-    highest = int(windows.ids.max())
-    if highest >= rows:
-        raise InputError(
-            f"the tokenizer gives token {highest}, but the model's embedding has {rows} rows: they do not belong together"
-        )
+    for token in (int(windows.ids.min()), int(windows.ids.max())):
+        if not 0 <= token < rows:
+            raise InputError(
+                f"token {token} is not one of the {rows} the model's embedding has: model and tokenizer do not belong together"
+            )
 
 
 def _check_output(folder: Path, out: Path, *, resume: bool, overwrite: bool) -> None:

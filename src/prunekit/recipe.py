@@ -57,7 +57,7 @@ class Pattern:
         words = str(text).strip()
         if ":" in words:
             left, _, right = words.partition(":")
-            if not (left.isdigit() and right.isdigit() and 0 < int(left) < int(right)):
+            if not (left.isdecimal() and right.isdecimal() and 0 < int(left) < int(right)):
                 raise ValueError(f"pattern '{words}' is not K:G with 0 < K < G (keep K of every G inputs, like 2:4)")
             keep, group = int(left), int(right)
             return cls(1 - Fraction(keep, group), keep, group)
@@ -74,7 +74,10 @@ class Pattern:
         return int(count * self.fraction)
 
     def __str__(self) -> str:
-        return f"{self.keep}:{self.group}" if self.group else format(float(self.fraction), "g")
+        if self.group:
+            return f"{self.keep}:{self.group}"
+        decimal = repr(float(self.fraction)).removesuffix(".0")
+        return decimal if Fraction(decimal) == self.fraction else str(self.fraction)  # 1/3 has no decimal form
 
 
 class _Section(BaseModel):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -114,16 +113,15 @@ class _Sums:
 class Collector:
     """Hooks on a block's linears that sum what passes through them while it is entered.
 
-    Tell it the batch's token mask through `keep` before each forward, and call `end_batch` after it. While `sample_tokens` is not 0,
-    it also keeps that many inputs of each linear, the last ones of the batch's last window, and the norm of what the weight makes of
-    them.
+    Tell it the batch's number of `windows` and its token mask `keep` before each forward, and call `end_batch` after it. While
+    `sample_tokens` is not 0, it also keeps that many inputs of each linear, the last ones of the batch's last window.
     """
 
     def __init__(self, linears: Mapping[str, nn.Module], needs: Iterable[str]) -> None:
+        self.windows = 1
         self.keep: Tensor | None = None
         self.sample_tokens = 0
         self._samples: dict[str, Tensor] = {}
-        self._output_norms: dict[str, float] = {}
         self._linears = dict(linears)
         self._inputs_wanted = frozenset(needs) & INPUT_SUMS
         self._outputs_wanted = frozenset(needs) & OUTPUT_SUMS
@@ -156,9 +154,6 @@ class Collector:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             self._see_input(name, inputs[0])
-            if self.sample_tokens:
-                product = self._last(output) if module.bias is None else self._last(output) - cast(Tensor, module.bias)
-                self._output_norms[name] = float(torch.linalg.vector_norm(product, dtype=torch.float32))
             if self._outputs_wanted:
                 self._output_sums.setdefault(name, _Sums(self._outputs_wanted)).add(output, self.keep)
 
@@ -176,17 +171,15 @@ class Collector:
             self._samples[name] = self._last(value).clone()
 
     def _last(self, values: Tensor) -> Tensor:
-        """The last `sample_tokens` vectors of the last window of `values` [windows, length, width], padding left out."""
-        last = values[-1] if self.keep is None else values[-1][self.keep[-1].to(values.device)]
+        """The last `sample_tokens` vectors of the last window, padding left out; some blocks flatten windows and length to one axis."""
+        last = values.reshape(self.windows, -1, values.shape[-1])[-1]
+        if self.keep is not None:
+            last = last[self.keep[-1].to(last.device)]
         return last[-self.sample_tokens :]
 
     def sample(self, name: str) -> Tensor:
         """The sampled inputs of a linear, [tokens, in], in the model's dtype."""
         return self._samples[self._leader[name]]
-
-    def sample_output_norm(self, name: str) -> float:
-        """‖XWᵀ‖_F of the sampled inputs, without the bias."""
-        return self._output_norms[name]
 
     def statistics(self) -> dict[str, Statistics]:
         """The sums by linear. Raises `PrunekitError` for a linear that no token went through."""

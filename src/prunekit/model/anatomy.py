@@ -110,7 +110,7 @@ def _find_blocks(model: nn.Module) -> str:
 def _refuse_shared(model: nn.Module, blocks_name: str, container: nn.ModuleList) -> None:
     """A weight that stands in two places cannot be pruned in one of them."""
     owners: dict[int, str] = {}
-    inside = {id(parameter) for parameter in container.parameters() if parameter.ndim >= 2}
+    inside = {id(parameter) for parameter in container.parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in inside:
             if id(parameter) in owners:
@@ -140,7 +140,8 @@ def _refuse_strange(blocks_name: str, container: nn.ModuleList) -> None:
     expert = any(word in f"{path} {kind}".lower() for path, kind in strange.items() for word in ("expert", "router"))
     what = "mixture-of-experts models are not yet supported" if expert else "this kind of block is not yet supported"
     raise InputError(
-        f"{what}: {len(strange)} tensors are neither norms nor plain linears, in block {place}: {', '.join(shown)}"
+        f"{what}: in every such block there are parts that are neither norms nor plain linears; in block {place}: "
+        f"{', '.join(shown)}"
     )
 
 

@@ -113,8 +113,7 @@ class SparsifyWalk:
                     keep = self.sparsifier.keep_mask(weight, statistics[linear.name], pattern, linear.full_name)
                     live = linear.matrix(weight_of(module.get_submodule(linear.name)))
                     live_keep = keep.to(live.device)
-                    lost = collector.sample(linear.name) @ removed_part(live, live_keep).t()
-                    error = _relative(lost, collector.sample_output_norm(linear.name))
+                    error = _output_error(live, live_keep, collector.sample(linear.name))
                     apply_mask(weight, keep)
                     if live.data_ptr() != weight.data_ptr():
                         apply_mask(live, live_keep)
@@ -156,6 +155,7 @@ class SparsifyWalk:
         last = len(self.walk.batches) - 1
         with self.seconds.timed("forward"), collector:
             for position, batch in enumerate(self.walk.batches):
+                collector.windows = batch.stop - batch.start
                 collector.keep = self.walk.windows[batch].keep
                 collector.sample_tokens = ERROR_TOKENS if position == last else 0
                 output = self.walk.run_batch(block.index, module, position, self.walk.hidden[batch])
@@ -165,6 +165,12 @@ class SparsifyWalk:
         return collector
 
 
-def _relative(lost: Tensor, whole: float) -> float:
-    """‖lost‖_F / whole; 0 where there was nothing to lose."""
-    return float(torch.linalg.vector_norm(lost, dtype=torch.float32)) / whole if whole > 0 else 0.0
+def _output_error(weight: Tensor, keep: Tensor, inputs: Tensor) -> float:
+    """‖X(W̃−W)ᵀ‖_F / ‖XWᵀ‖_F, products in the model's dtype; 0 where there was nothing to lose.
+
+    Shapes: weight and keep [out, in], inputs [tokens, in].
+    """
+    norm_dtype = torch.promote_types(weight.dtype, torch.float32)
+    lost = torch.linalg.vector_norm(inputs @ removed_part(weight, keep).t(), dtype=norm_dtype)
+    whole = torch.linalg.vector_norm(inputs @ weight.t(), dtype=norm_dtype)
+    return float(lost / whole) if float(whole) > 0 else 0.0
