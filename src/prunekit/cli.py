@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__
+from .catalogue import find_method
 from .errors import PrunekitError
 
 if TYPE_CHECKING:
@@ -206,6 +207,8 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """List the methods, or describe one."""
+    if name is not None:
+        find_method(name)  # refused before anything heavy is imported
     from .api import methods as list_methods
 
     rows = list_methods(name)

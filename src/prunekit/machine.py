@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import platform
 import sys
@@ -16,7 +15,7 @@ from .errors import InputError
 if TYPE_CHECKING:
     import torch
 
-GIB = 1024**3
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def peak_rss_bytes() -> int:
@@ -49,13 +48,8 @@ def _getrusage_peak() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def return_memory(*, collect: bool = True) -> None:
-    """Give freed memory back to the system. glibc keeps it otherwise, and the next phase's allocations come on top.
-
-    Without `collect`, cyclic garbage is left alone: a few milliseconds, cheap enough for every block.
-    """
-    if collect:
-        gc.collect()
+def return_memory() -> None:
+    """Give freed memory back to the system: a few milliseconds. glibc keeps it otherwise, and what comes next is put on top."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent where the C library is not glibc
         if trim is not None:
@@ -102,7 +96,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.ones(1, device=device).item()  # the meta device has no values, and is refused here
     except (RuntimeError, AssertionError) as problem:
         reason = str(problem).splitlines()[0]
         raise InputError(f"device '{name}' cannot be used here ({reason}): take --device auto or cpu") from None
@@ -117,6 +111,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     import torch
 
     if name != "auto":
+        if name not in DTYPES:
+            raise InputError(f"dtype '{name}' is unknown: it is one of {', '.join(DTYPES)}")
         dtype = getattr(torch, name)
         assert isinstance(dtype, torch.dtype)
         return dtype

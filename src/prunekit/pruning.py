@@ -411,7 +411,7 @@ def _walk(run_: _Run, writer: Writer, journal: Journal) -> Tensor:
                     writer.write_shard(block.index + 1, source.stored[block.index]), [asdict(r) for r in reports]
                 )
         source.free_block(block.index)
-        machine.return_memory(collect=False)
+        machine.return_memory()
         progress.step(f"block {block.index}")
     machine.return_memory()
     with seconds.timed("verify"):
@@ -468,6 +468,10 @@ def _finish(run_: _Run, out: Path, journal: Journal, reference: Tensor, begun: f
             )
         except Exception as problem:
             writer.withdraw_index()
+            if isinstance(
+                problem, VerificationError
+            ):  # the shards are wrong: a resume that took them would agree with itself
+                journal.path.unlink(missing_ok=True)
             if isinstance(problem, PrunekitError):
                 raise
             raise VerificationError(f"'{out}' was written but does not load: {problem}") from problem

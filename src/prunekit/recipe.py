@@ -19,6 +19,7 @@ Unknown names are errors. The resolved recipe (every default filled in) is kept 
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -38,6 +39,22 @@ else:
     import tomli as tomllib
 
 DEFAULT_LENGTH = 2048
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML in which `2:4` is text; in YAML 1.1 it is a number to the base of sixty."""
+
+
+_Yaml.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+\Z"), list("-+0123456789"))
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?\Z"),
+    list("-+0123456789."),
+)
 
 
 @dataclass(frozen=True)
@@ -119,6 +136,11 @@ class Recipe(_Section):
     trust_remote_code: bool = Field(False, description="run code that the model folder brings")
     parts: dict[str, dict[str, Any]] = Field(default_factory=dict, description="options of the method's parts")
 
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _fraction_as_text(cls, pattern: Any) -> Any:
+        return str(pattern) if isinstance(pattern, float) else pattern
+
     @field_validator("parts")
     @classmethod
     def _known_parts(cls, parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -149,7 +171,8 @@ class Recipe(_Section):
 
     def command(self, out: str) -> str:
         """The command line that repeats this recipe."""
-        words = ["prunekit", "prune", self.model, "--method", self.method, "--pattern", str(self.target)]
+        words = ["prunekit", "prune", self.model, "--method", self.method]
+        words += ["--sparsity" if self.pattern is None else "--pattern", str(self.target)]
         calibration = self.calibration
         words += ["--calibration", calibration.source, "--samples", str(calibration.samples)]
         words += [] if calibration.length is None else ["--length", str(calibration.length)]
@@ -185,7 +208,7 @@ class Recipe(_Section):
             if path.suffix == ".toml":
                 values = tomllib.loads(text)
             elif path.suffix in (".yaml", ".yml", ".json"):  # JSON is YAML
-                values = yaml.safe_load(text)
+                values = yaml.load(text, _Yaml)
             else:
                 raise InputError(f"recipe '{path}' must end in .toml, .yaml, .yml or .json")
         except OSError as problem:
@@ -209,16 +232,21 @@ def assign(values: dict[str, Any], setting: str) -> None:
     if not separator or not option:
         raise InputError(f"--set '{setting}' is not part.option=value, like calibration.sampling=first")
     try:
-        # `*.o_proj` and `2:4` are plain text to a person, but an alias and a sexagesimal number to YAML
-        value = text if text.startswith("*") or ":" in text else yaml.safe_load(text)
+        # `*.o_proj` is plain text to a person, but an alias to YAML
+        value = text if text.startswith("*") else yaml.load(text, _Yaml)
     except yaml.YAMLError:
         value = text
-    section = values if part == "calibration" else values.setdefault("parts", {})
-    options = section.setdefault(part, {})
+    path = [part] if part == "calibration" else ["parts", part]
     if part == "budget" and option.startswith("overrides."):
-        options.setdefault("overrides", {})[option.removeprefix("overrides.")] = value
-    else:
-        options[option] = value
+        path, option = [*path, "overrides"], option.removeprefix("overrides.")
+    section = values
+    for name in path:
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            raise InputError(
+                f"--set '{setting}' does not fit the recipe file, where '{name}' is {section!r}, not a section"
+            )
+    section[option] = value
 
 
 def _first_sentence(problem: ValidationError) -> str:

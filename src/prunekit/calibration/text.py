@@ -109,7 +109,7 @@ def _file(path: Path) -> list[Document]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as problem:
         raise InputError(f"text file '{path}' cannot be read: {problem.strerror}") from None
     except UnicodeDecodeError as problem:
@@ -118,7 +118,7 @@ def _read_text(path: Path) -> str:
 
 def _json_lines(path: Path) -> list[Document]:
     found = []
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -184,8 +184,9 @@ def _load_dataset(name: str, arguments: dict[str, Any]) -> Iterable[dict[str, An
     try:
         loaded: Iterable[dict[str, Any]] = datasets.load_dataset(**arguments)
     except Exception as problem:  # offline, renamed, gated, no such split: the library has its own class for each
+        reason = " ".join([f"{type(problem).__name__}:", *str(problem).strip().splitlines()[:1]]).rstrip(":")
         raise InputError(
-            f"text '{name}' could not be had from the hub ({type(problem).__name__}: {str(problem).splitlines()[0]}): "
+            f"text '{name}' could not be had from the hub ({reason}): "
             "check the name and the connection, or give a local .txt, .jsonl or .parquet file, or builtin"
         ) from None
     return loaded

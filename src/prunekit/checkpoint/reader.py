@@ -178,7 +178,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"'{path}' does not hold a JSON object")
     if config.get("quantization_config") is not None:
-        method = config["quantization_config"].get("quant_method", "unknown")
+        quantisation = config["quantization_config"]
+        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
         raise InputError(
             f"'{folder}' is quantised ({method}): prunekit prunes float weights; prune the float model, then quantise"
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..errors import InputError
@@ -69,7 +70,10 @@ class Journal:
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(path, content["identity"], content["shards"])
+            identity, shards = content["identity"], content["shards"]
+            if not (isinstance(identity, dict) and all(shard["file"] and shard["sha256"] for shard in shards)):
+                raise TypeError("not a journal")
+            return cls(path, identity, shards)
         except (ValueError, KeyError, TypeError, OSError) as problem:
             raise InputError(f"'{path}' cannot be read ({problem}): start afresh with --overwrite") from None
 
@@ -121,7 +125,10 @@ class Writer:
         path = self.folder / self.shard_name(position)
 
         def fill(temporary: Path) -> None:
-            save_file(tensors, temporary, metadata={"format": "pt"})
+            try:
+                save_file(tensors, temporary, metadata={"format": "pt"})
+            except SafetensorError as problem:  # how the library passes on a full disk
+                raise OSError(str(problem)) from problem
 
         replace_file(path, fill)
         return {

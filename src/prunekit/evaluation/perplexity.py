@@ -47,7 +47,7 @@ def perplexity(
     for block in source.anatomy.blocks:
         walk.run(block.index, source.load_block(block.index))
         source.free_block(block.index)
-        return_memory(collect=False)
+        return_memory()
         step()
     source.load_outer()
     head = source.module.get_output_embeddings()

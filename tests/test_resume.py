@@ -1,0 +1,369 @@
+"""A run that was stopped, however it was stopped, goes on where it stopped and ends in the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import prunekit
+import tiny
+from prunekit import InputError, StorageError, VerificationError
+from prunekit.checkpoint import writer
+from prunekit.checkpoint.writer import JOURNAL_NAME, Journal, Writer
+
+BLOCKS = 3
+SHARDS = BLOCKS + 1  # the first holds what is outside the blocks
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cheap_collections() -> Iterator[None]:
+    # a run collects garbage a few times; with all of transformers alive that takes longer than pruning a tiny model
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+class Setting:
+    """A model, a text, and the shards that an uninterrupted run makes of them."""
+
+    def __init__(self, folder: Path, mode: str) -> None:
+        self.model, self.text, self.mode = folder / "model", folder / "text.txt", mode
+        tiny.save_model(self.model, "llama")
+        self.text.write_text(tiny.make_text(), encoding="utf-8")
+        self.run(folder / "whole")
+        self.whole = shards(folder / "whole")
+
+    def run(self, out: Path, *, resume: bool = False, model: Path | None = None, **options: Any) -> prunekit.Result:
+        calibration = {"source": str(self.text), "samples": 6, "length": 32, "mode": self.mode}
+        calibration |= options.pop("calibration", {})
+        options = {"dtype": "float32", **options}
+        return prunekit.prune(model or self.model, out=out, calibration=calibration, resume=resume, **options)
+
+
+@pytest.fixture(scope="module", params=["sequential", "dense"])
+def both_modes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting(tmp_path_factory.mktemp("setting"), "sequential")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def interrupt(setting: Setting, out: Path, call: int, owner: Any = Writer, name: str = "write_shard") -> None:
+    """Run until `owner.name` is called for the time `call` (from 0), and be interrupted there."""
+    with pytest.MonkeyPatch.context() as patch:
+        real = getattr(owner, name)
+        calls = iter(range(SHARDS))
+
+        def stop(self: Any, *arguments: Any, **named: Any) -> Any:
+            if next(calls) == call:
+                raise KeyboardInterrupt
+            return real(self, *arguments, **named)
+
+        patch.setattr(owner, name, stop)
+        with pytest.raises(KeyboardInterrupt):
+            setting.run(out)
+
+
+def loads(folder: Path) -> bool:
+    try:
+        prunekit.evaluate(folder, text="builtin:eval", length=32, samples=1, dtype="float32")
+    except InputError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("call", range(SHARDS))
+def test_interrupted_before_any_shard_is_written(both_modes: Setting, out: Path, call: int) -> None:
+    interrupt(both_modes, out, call)
+    assert len(shards(out)) == call
+    assert not loads(out)
+    both_modes.run(out, resume=True)
+    assert shards(out) == both_modes.whole
+
+
+@pytest.mark.parametrize("call", range(SHARDS))
+def test_interrupted_between_a_shard_and_its_note(both_modes: Setting, out: Path, call: int) -> None:
+    interrupt(both_modes, out, call, Journal, "add")
+    both_modes.run(out, resume=True)
+    assert shards(out) == both_modes.whole
+
+
+@pytest.mark.parametrize("step", ["write_index", "carry_over", "write_manifest"])
+def test_interrupted_while_finishing(setting: Setting, out: Path, step: str) -> None:
+    interrupt(setting, out, 0, Writer, step)
+    assert shards(out) == setting.whole
+    result = setting.run(out, resume=True)
+    assert shards(out) == setting.whole
+    assert result.verification is not None
+    assert prunekit.inspect(out).sound
+
+
+def test_interrupted_twice(both_modes: Setting, out: Path) -> None:
+    interrupt(both_modes, out, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Writer, "write_shard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            both_modes.run(out, resume=True)
+    result = both_modes.run(out, resume=True)
+    assert shards(out) == both_modes.whole
+    assert [report.name for report in result.linears] == [
+        f"model.layers.{block}.{name}" for block in range(BLOCKS) for name in LINEARS
+    ]
+
+
+LINEARS = [*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_a_torn_shard_is_done_again(setting: Setting, out: Path, damage: str) -> None:
+    interrupt(setting, out, 3)
+    path = out / "model-00003-of-00004.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-100] if damage == "cut" else content)
+    setting.run(out, resume=True)
+    assert shards(out) == setting.whole
+
+
+def test_the_finished_blocks_are_not_pruned_again(setting: Setting, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(setting, out, 3)
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    written = []
+    real = Writer.write_shard
+
+    def note(self: Writer, position: int, tensors: Any) -> Any:
+        written.append(position)
+        return real(self, position, tensors)
+
+    monkeypatch.setattr(Writer, "write_shard", note)
+    setting.run(out, resume=True)
+    assert written == [3]
+    assert {name: (out / name).stat().st_mtime_ns for name in before} == before
+
+
+def test_resume_starts_where_nothing_is(setting: Setting, out: Path) -> None:
+    setting.run(out, resume=True)
+    assert shards(out) == setting.whole
+    (out.parent / "empty").mkdir()
+    setting.run(out.parent / "empty", resume=True)
+    assert shards(out.parent / "empty") == setting.whole
+
+
+def test_resume_of_a_finished_folder_gives_its_result_and_writes_nothing(setting: Setting, out: Path) -> None:
+    first = setting.run(out)
+    before = {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in out.iterdir()}
+    assert setting.run(out, resume=True) == first
+    assert {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in out.iterdir()} == before
+
+
+@pytest.fixture(scope="module", params=["unfinished", "finished"])
+def begun(request: pytest.FixtureRequest, setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that a run has begun, or finished; refusals must leave it alone, so it serves many tests."""
+    folder = tmp_path_factory.mktemp("begun") / "out"
+    if request.param == "finished":
+        setting.run(folder)
+    else:
+        interrupt(setting, folder, 2)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sparsity": 0.25}, "recipe.sparsity is 0.5 there and 0.25 here"),
+        ({"pattern": "2:4"}, 'recipe.pattern is null there and "2:4" here'),
+        ({"method": "magnitude"}, 'recipe.method is "wanda" there and "magnitude" here'),
+        ({"seed": 1}, "recipe.seed is 0 there and 1 here"),
+        ({"dtype": "bfloat16"}, 'recipe.dtype is "float32" there and "bfloat16" here'),
+        ({"calibration": {"samples": 5}}, "recipe.calibration.samples is 6 there and 5 here"),
+        ({"calibration": {"mode": "dense"}}, 'recipe.calibration.mode is "sequential" there and "dense" here'),
+    ],
+)
+def test_resume_with_another_recipe_is_refused(
+    setting: Setting, begun: Path, options: dict[str, Any], words: str
+) -> None:
+    before = {path.name: path.read_bytes() for path in begun.iterdir()}
+    with pytest.raises(InputError, match="belongs to another run") as caught:
+        setting.run(begun, resume=True, **options)
+    assert words in str(caught.value)
+    assert {path.name: path.read_bytes() for path in begun.iterdir()} == before
+
+
+def test_resume_on_another_text_is_refused_though_it_has_the_same_name(setting: Setting, begun: Path) -> None:
+    text = setting.text.read_text()
+    setting.text.write_text(text.upper())
+    try:
+        with pytest.raises(InputError, match=r"calibration_tokens is .* there and .* here"):
+            setting.run(begun, resume=True)
+    finally:
+        setting.text.write_text(text)
+
+
+def test_resume_of_another_model_is_refused(setting: Setting, begun: Path, tmp_path: Path) -> None:
+    tiny.save_model(tmp_path / "other", "llama", seed=1)
+    with pytest.raises(InputError, match=r"inputs\.model\.safetensors is .* there and .* here"):
+        setting.run(begun, resume=True, model=tmp_path / "other")
+
+
+def test_resume_of_the_same_model_under_another_path_goes_on(setting: Setting, out: Path, tmp_path: Path) -> None:
+    interrupt(setting, out, 2)
+    (tmp_path / "moved").symlink_to(setting.model)
+    setting.run(out, resume=True, model=tmp_path / "moved")
+    assert shards(out) == setting.whole
+
+
+@pytest.mark.parametrize("content", ["", "not json", "[]", '{"identity": {}}'])
+def test_an_overwritten_journal_is_refused(setting: Setting, out: Path, content: str) -> None:
+    interrupt(setting, out, 2)
+    (out / JOURNAL_NAME).write_text(content)
+    before = shards(out)
+    with pytest.raises(InputError, match="--overwrite"):
+        setting.run(out, resume=True)
+    assert shards(out) == before
+
+
+def test_a_folder_that_holds_no_run_is_not_resumed(setting: Setting, out: Path) -> None:
+    out.mkdir()
+    (out / "notes.md").write_text("mine")
+    with pytest.raises(InputError, match="holds no run of prunekit"):
+        setting.run(out, resume=True)
+    assert (out / "notes.md").read_text() == "mine"
+
+
+def test_a_full_disk_keeps_what_is_finished(setting: Setting, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+    fsync_of_block_1 = []
+
+    def refuse(handle: int) -> None:
+        if "model-00003" in str(Path(f"/proc/self/fd/{handle}").resolve()):
+            fsync_of_block_1.append(handle)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc to know which file is synced")
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StorageError, match="No space left on device"):
+        setting.run(out)
+    assert fsync_of_block_1
+    assert sorted(shards(out)) == ["model-00001-of-00004.safetensors", "model-00002-of-00004.safetensors"]
+    assert not [path.name for path in out.iterdir() if path.name.endswith("tmp")]
+    monkeypatch.undo()
+    setting.run(out, resume=True)
+    assert shards(out) == setting.whole
+
+
+def test_a_failed_verification_is_not_passed_by_resuming(
+    setting: Setting, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the journal has the hash of the wrong file, so a resume that trusted it would compare wrong with wrong, and agree
+    def save_wrongly(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+        name = "model.layers.1.mlp.down_proj.weight"
+        save_file({**tensors, name: -tensors[name]} if name in tensors else tensors, path, **options)
+
+    monkeypatch.setattr(writer, "save_file", save_wrongly)
+    with pytest.raises(VerificationError):
+        setting.run(out)
+    monkeypatch.undo()
+    try:
+        setting.run(out, resume=True)
+    except prunekit.PrunekitError:
+        assert not (out / "prunekit.json").exists()  # refusing is as good as doing it again
+    else:
+        assert shards(out) == setting.whole
+
+
+# Real processes: what no patch can imitate.
+
+
+def command(setting: Setting, out: Path) -> list[str]:
+    words = ["prune", str(setting.model), "--calibration", str(setting.text), "--samples", "6", "--length", "32"]
+    return [*words, "--dtype", "float32", "--out", str(out)]
+
+
+def test_killed_in_the_middle_of_a_write(setting: Setting, out: Path, tmp_path: Path) -> None:
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        "import os, signal, sys\n"
+        "from prunekit.checkpoint import writer\n"
+        "real = writer.save_file\n"
+        "def save_file(tensors, path, **options):\n"
+        "    real(tensors, path, **options)\n"
+        "    if '00003-of' in str(path):\n"
+        "        os.truncate(path, 1000)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "writer.save_file = save_file\n"
+        "from prunekit.cli import main\n"
+        "sys.argv[0] = 'prunekit'\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, driver, *command(setting, out)], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    left = sorted(shards(out))
+    assert left == ["model-00001-of-00004.safetensors", "model-00002-of-00004.safetensors"]
+    assert not (out / "config.json").exists()
+    setting.run(out, resume=True)  # in another process than the one that died
+    assert shards(out) == setting.whole
+    assert not [path.name for path in out.iterdir() if path.name.endswith("tmp")]
+
+
+def test_interrupted_from_the_keyboard(setting: Setting, out: Path, tmp_path: Path) -> None:
+    """SIGINT to a process that sits in a write: it exits with 130, and the sentence it leaves says what to do."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        "import runpy, sys, time\n"
+        "from prunekit.checkpoint.writer import Writer\n"
+        "real = Writer.write_shard\n"
+        "def write_shard(self, position, tensors):\n"
+        "    if position == 2:\n"
+        "        print('waiting', file=sys.stderr, flush=True)\n"
+        "        time.sleep(600)\n"
+        "    return real(self, position, tensors)\n"
+        "Writer.write_shard = write_shard\n"
+        "sys.argv[0] = 'prunekit'\n"
+        "runpy.run_module('prunekit', run_name='__main__', alter_sys=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, driver, *command(setting, out)], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        for line in process.stderr:
+            if line.strip() == "waiting":
+                break
+        time.sleep(0.2)  # into the sleep
+        process.send_signal(signal.SIGINT)
+        _, message = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in message
+    assert re.search(r"1 of 3 blocks are finished .* --resume", message)
+    setting.run(out, resume=True)
+    assert shards(out) == setting.whole
