@@ -28,10 +28,9 @@ from transformers.utils import logging
 import prunekit
 from prunekit import machine
 from prunekit.calibration.text import documents
-from prunekit.calibration.windows import calibration_windows
+from prunekit.calibration.windows import calibration_windows, load_tokenizer
 from prunekit.checkpoint.locate import locate
 from prunekit.model.stream import BATCH_TOKENS
-from prunekit.pruning import load_tokenizer
 
 
 def main() -> None:

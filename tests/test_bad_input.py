@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,6 @@ from test_cli import Done, call
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LAST_UP = "model.layers.2.mlp.up_proj.weight"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap_collections() -> Iterator[None]:
-    # a run collects garbage a few times; with all of transformers alive that takes longer than pruning a tiny model
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @dataclass

@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -52,15 +50,6 @@ def call(*words: object) -> Done:
             code = end.code or 0
     assert isinstance(code, int)
     return Done(code, out.getvalue(), err.getvalue())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap_collections() -> Iterator[None]:
-    # a run collects garbage a few times; with all of transformers alive that takes longer than pruning a tiny model
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

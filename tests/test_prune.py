@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +23,6 @@ from prunekit.cli import app
 from prunekit.model.anatomy import read_anatomy
 
 SAMPLES, LENGTH = 6, 32
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap_collections() -> Iterator[None]:
-    # a run collects garbage a few times; with all of transformers alive that takes longer than pruning a tiny model
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def calibration(text_file: Path, **changes: Any) -> dict[str, Any]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +24,6 @@ from prunekit.checkpoint.writer import JOURNAL_NAME, Journal, Writer
 
 BLOCKS = 3
 SHARDS = BLOCKS + 1  # the first holds what is outside the blocks
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap_collections() -> Iterator[None]:
-    # a run collects garbage a few times; with all of transformers alive that takes longer than pruning a tiny model
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Setting:

@@ -16,10 +16,15 @@ from torch import Tensor
 
 from . import machine, pruning
 from .calibration.text import documents
-from .calibration.windows import calibration_windows, evaluation_windows
+from .calibration.windows import (
+    calibration_windows,
+    check_vocabulary,
+    evaluation_windows,
+    load_tokenizer,
+    window_length,
+)
 from .catalogue import METHODS, find_method
 from .checkpoint.locate import locate
-from .checkpoint.reader import Reader
 from .errors import InputError
 from .evaluation.perplexity import perplexity
 from .inspection import Inspection, inspect_folder
@@ -160,22 +165,20 @@ def evaluate(
     """
     progress = progress or Silent()
     if isinstance(model, (str, Path)):
-        place = machine.resolve_device(device)
         folder = locate(str(model), revision=revision, trust_remote_code=trust_remote_code)
-        number = machine.resolve_dtype(dtype, place)
-        source: StreamedModel | ResidentModel = StreamedModel(
-            Reader(folder), number, place, trust_remote_code=trust_remote_code
+        source: StreamedModel | ResidentModel = StreamedModel.open(
+            folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
-        tokenizer = pruning.load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     else:
         if tokenizer is None:
             raise InputError("a model in memory is evaluated with tokenizer=...: give the one that belongs to it")
         source = ResidentModel(model)
     if samples is not None and samples < 1:
         raise InputError(f"samples {samples} is no number of windows: give 1 or more")
-    width = pruning.window_length(source.module.config, length, progress)
+    width = window_length(source.module.config, length, progress)
     windows = evaluation_windows(documents(text, "evaluation"), tokenizer, length=width, samples=samples)
-    pruning.check_vocabulary(windows, source)
+    check_vocabulary(windows, source.module)
     machine.return_memory()
     progress.start("perplexity", len(source.anatomy.blocks) + 1)
     begun = time.perf_counter()
@@ -254,7 +257,7 @@ def _windows(model: PreTrainedModel, tokens: Any, recipe: Recipe) -> Windows:
             documents(calibration.source, "calibration"),
             tokens,
             samples=calibration.samples,
-            length=pruning.window_length(model.config, calibration.length, Silent()),
+            length=window_length(model.config, calibration.length, Silent()),
             seed=recipe.seed,
             sampling=calibration.sampling,
         )

@@ -6,20 +6,20 @@ Results go to stdout, progress and messages to stderr. With `--json` the last li
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
+from collections.abc import Callable
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from . import __version__
 from .catalogue import find_method
 from .errors import PrunekitError
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
 
 app = typer.Typer(
     name="prunekit",
@@ -30,35 +30,93 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Model = Annotated[str | None, typer.Argument(help="Folder, hub id, or smollm2-135m.", show_default=False)]
-Method = Annotated[str | None, typer.Option(help="A row of `prunekit methods`.", show_default=False)]
-Sparsity = Annotated[float | None, typer.Option(help="Fraction of zeros in every linear, like 0.5 (the default).")]
-PatternText = Annotated[
-    str | None, typer.Option("--pattern", help="K:G = keep K of every G inputs, like 2:4; or a fraction.")
-]
-Ratio = Annotated[float | None, typer.Option(help="Fraction of the block parameters to remove (shrink methods).")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="PART.OPTION=VALUE", help="Set one option; see `prunekit methods NAME`. Repeatable."),
-]
-Source = Annotated[
-    str | None, typer.Option(help="Text: file, folder, preset or hf:ID[:split[:field]]. Default: builtin.")
-]
-Samples = Annotated[int | None, typer.Option(help="Number of calibration windows. Default: 128.")]
 Length = Annotated[
     int | None, typer.Option(help="Tokens per window. Default: 2048, or the model's maximum where less.")
 ]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything drawn at random. Default: 0.")]
-Dtype = Annotated[
-    str | None, typer.Option(help="auto, float32, bfloat16 or float16: of the forward passes. Default: auto.")
-]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, ... Default: auto.")]
-RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", help="Recipe file (.toml, .yaml, .json); options win over it.")
-]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
-Trust = Annotated[bool | None, typer.Option("--trust-remote-code", help="Run code that the model folder brings.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model folder brings.")]
 Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")]
+
+
+def _recipe(
+    model: Annotated[str | None, typer.Argument(help="Folder, hub id, or smollm2-135m.", show_default=False)] = None,
+    method: Annotated[str | None, typer.Option(help="A row of `prunekit methods`. Default: wanda.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Fraction of zeros in every linear. Default: 0.5.")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="K:G = keep K of every G consecutive inputs, like 2:4; or a fraction of zeros.")
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Fraction of the block parameters to remove (shrink methods).")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="PART.OPTION=VALUE", help="Set one option; see `prunekit methods NAME`. Repeatable."
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text: file, folder, preset or hf:ID[:split[:field]]. Default: builtin.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Number of calibration windows. Default: 128.")] = None,
+    length: Length = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything drawn at random. Default: 0.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto, float32, bfloat16 or float16: of the forward passes. Default: auto.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ... Default: auto.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--recipe", help="Recipe file (.toml, .yaml, .json); options win over it.")
+    ] = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> Any:
+    """The recipe file's values with the command line's laid over them, validated. Its parameters are options of many verbs."""
+    from .recipe import Recipe, assign
+
+    values: dict[str, Any] = {} if file is None else Recipe.read(file)
+    said = {
+        "model": model,
+        "method": method,
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "ratio": ratio,
+        "seed": seed,
+        "dtype": dtype,
+        "device": device,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code or None,
+    }
+    said = {name: value for name, value in said.items() if value is not None}
+    if said.keys() & {"sparsity", "pattern"}:  # one of them on the command line replaces either in the file
+        values.pop("sparsity", None)
+        values.pop("pattern", None)
+    values.update(said)
+    values.setdefault("method", "wanda")
+    section = values.setdefault("calibration", {})
+    if isinstance(section, dict):
+        for name, value in (("source", calibration), ("samples", samples), ("length", length)):
+            if value is not None:
+                section[name] = value
+        for setting in settings or []:
+            assign(values, setting)
+    return Recipe.build(values)
+
+
+def _takes_recipe(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the recipe's options; its parameter `recipe` receives what they make."""
+    shared = list(signature(_recipe, eval_str=True).parameters.values())
+    own = [parameter for name, parameter in signature(verb, eval_str=True).parameters.items() if name != "recipe"]
+
+    @functools.wraps(verb)
+    def command(**given: Any) -> None:
+        recipe = _recipe(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+        _quiet()
+        verb(recipe=recipe, **given)
+
+    parameters = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in (*shared, *own)]
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
 
 
 @app.callback(invoke_without_command=True)
@@ -69,23 +127,10 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 @app.command()
+@_takes_recipe
 def prune(
+    recipe: Any,
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
-    model: Model = None,
-    method: Method = None,
-    sparsity: Sparsity = None,
-    pattern: PatternText = None,
-    ratio: Ratio = None,
-    settings: Settings = None,
-    calibration: Source = None,
-    samples: Samples = None,
-    length: Length = None,
-    seed: Seed = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    recipe: RecipeFile = None,
-    revision: Revision = None,
-    trust_remote_code: Trust = None,
     memory_budget: Annotated[
         str | None, typer.Option(help="Memory the reload check may take, like 4GB. Default: half of what is free.")
     ] = None,
@@ -94,8 +139,6 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Prune MODEL and write the result to a folder."""
-    chosen = _recipe(locals())
-    _quiet()
     from . import machine
     from .progress import for_terminal
     from .pruning import run
@@ -103,7 +146,7 @@ def prune(
     budget = None if memory_budget is None else machine.parse_bytes(memory_budget)
     progress = for_terminal()
     try:
-        result = run(chosen, out, resume=resume, overwrite=overwrite, memory_budget=budget, progress=progress)
+        result = run(recipe, out, resume=resume, overwrite=overwrite, memory_budget=budget, progress=progress)
     finally:
         progress.stop()
     summary = result.summary()
@@ -111,7 +154,7 @@ def prune(
     _emit(
         as_json,
         summary,
-        f"{chosen.model} pruned with {result.method} -> {result.out}\n"
+        f"{recipe.model} pruned with {result.method} -> {result.out}\n"
         f"  sparsity    {result.sparsity:.4f}  ({result.zeros:,} zeros of {result.weights:,} weights in {result.blocks} blocks)\n"
         f"  parameters  {result.parameters:,}, none removed\n"
         f"  calibration {result.windows} windows, {result.tokens:,} tokens\n"
@@ -132,7 +175,7 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     revision: Revision = None,
-    trust_remote_code: Trust = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Measure a model's perplexity on a text."""
@@ -150,7 +193,7 @@ def evaluate(
             dtype=dtype,
             device=device,
             revision=revision,
-            trust_remote_code=bool(trust_remote_code),
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     finally:
@@ -164,31 +207,16 @@ def evaluate(
 
 
 @app.command()
+@_takes_recipe
 def plan(
-    model: Model = None,
-    method: Method = None,
-    sparsity: Sparsity = None,
-    pattern: PatternText = None,
-    ratio: Ratio = None,
-    settings: Settings = None,
-    calibration: Source = None,
-    samples: Samples = None,
-    length: Length = None,
-    seed: Seed = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    recipe: RecipeFile = None,
-    revision: Revision = None,
-    trust_remote_code: Trust = None,
+    recipe: Any,
     out: Annotated[Path | None, typer.Option(help="Folder a run would write.")] = None,
     as_json: Json = False,
 ) -> None:
     """Say what pruning would take: memory, disk, time. Starts nothing."""
-    chosen = _recipe(locals())
-    _quiet()
     from .api import plan as plan_run
 
-    made = plan_run(chosen, out)
+    made = plan_run(recipe, out)
     _emit(
         as_json,
         made.summary(),
@@ -281,39 +309,6 @@ def _print_inspection(found: Any) -> None:
     )
     typer.echo(f"pattern     {broken}")
     typer.echo(f"files       {'CHANGED: ' + ', '.join(found.changed) if found.changed else 'all as written (sha256)'}")
-
-
-def _recipe(given: dict[str, Any]) -> Recipe:
-    """The recipe file's values with the command line's laid over them, validated."""
-    from .recipe import Recipe, assign
-
-    values: dict[str, Any] = Recipe.read(given["recipe"]) if given["recipe"] is not None else {}
-    names = (
-        "model",
-        "method",
-        "sparsity",
-        "pattern",
-        "ratio",
-        "seed",
-        "dtype",
-        "device",
-        "revision",
-        "trust_remote_code",
-    )
-    said = {name: given[name] for name in names if given[name] is not None}
-    if said.keys() & {"sparsity", "pattern"}:  # one of them on the command line replaces either in the file
-        values.pop("sparsity", None)
-        values.pop("pattern", None)
-    values.update(said)
-    values.setdefault("method", "wanda")
-    section = values.setdefault("calibration", {})
-    if isinstance(section, dict):
-        for option, name in (("calibration", "source"), ("samples", "samples"), ("length", "length")):
-            if given[option] is not None:
-                section[name] = given[option]
-        for setting in given["settings"] or []:
-            assign(values, setting)
-    return Recipe.build(values)
 
 
 def _emit(as_json: bool, summary: Any, text: str) -> None:

@@ -10,16 +10,13 @@ from typing import Any
 import torch
 
 from . import machine
-from .catalogue import find_method
+from .calibration.windows import window_length
 from .checkpoint.locate import locate
-from .checkpoint.reader import Reader
 from .model.source import StreamedModel
 from .model.stream import BATCH_TOKENS, Walk, Windows
 from .progress import Silent
-from .pruning import window_length, windows_needed
 from .recipe import Recipe
-from .sparsify.budget import allot
-from .sparsify.linear import Sparsifier
+from .sparsify.walk import parts_of
 
 
 @dataclass(frozen=True)
@@ -57,25 +54,22 @@ class Plan:
 def make_plan(recipe: Recipe, out: Path | None) -> Plan:
     """Estimate a run. Raises `InputError` for what a run would refuse of the model, the method and the budget."""
     folder = locate(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    device = machine.resolve_device(recipe.device)
-    dtype = machine.resolve_dtype(recipe.dtype, device)
-    reader = Reader(folder)
-    source = StreamedModel(reader, dtype, device, trust_remote_code=recipe.trust_remote_code)
-    method = find_method(recipe.method)
-    sparsifier = Sparsifier.of(method, recipe.parts)
-    allot(source.anatomy, recipe.target, part=method.budget, options=recipe.parts.get("budget"))
+    source = StreamedModel.open(
+        folder, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
+    )
+    sparsifier, _ = parts_of(recipe, source.anatomy)
     length = window_length(source.module.config, recipe.calibration.length, Silent())
-    windows = windows_needed(recipe.calibration.samples, sparsifier)
+    windows = sparsifier.windows_needed(recipe.calibration.samples)
     batch = min(windows, recipe.calibration.batch or max(1, BATCH_TOKENS // length))
     base = machine.rss_bytes()
     seconds_per_pass, hidden_size = _time_block(source, batch, length)
     weights = sum(linear.count for linear in source.anatomy.linears())
     passes = 1 if recipe.calibration.mode == "dense" else 2
     seconds = passes * len(source.anatomy.blocks) * seconds_per_pass * windows / batch + weights / _WEIGHTS_PER_SECOND
-    stored = {name: entry.bytes for name, entry in reader.entries.items()}
+    stored = {name: entry.bytes for name, entry in source.reader.entries.items()}
     block_bytes = max(sum(stored[key] for key in source.block_keys(block.index)) for block in source.anatomy.blocks)
     outer_bytes = sum(stored[key] for key in source.outer_keys())
-    size = dtype.itemsize
+    size = source.dtype.itemsize
     hidden = windows * length * hidden_size * size
     widest = max(max(linear.out_features, linear.in_features) for linear in source.anatomy.linears())
     activations = batch * length * (4 * widest + 12 * hidden_size) * size
@@ -88,14 +82,14 @@ def make_plan(recipe: Recipe, out: Path | None) -> Plan:
     memory["peak"] = max(memory.values())
     return Plan(
         model=recipe.model,
-        method=method.name,
+        method=recipe.method,
         blocks=len(source.anatomy.blocks),
         linears=sum(1 for _ in source.anatomy.linears()),
         parameters=parameters,
         weights=weights,
         windows=windows,
         length=length,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(source.dtype).removeprefix("torch."),
         memory=memory,
         memory_available=machine.available_memory_bytes(),
         hidden_states=hidden,

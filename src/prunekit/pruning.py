@@ -19,11 +19,16 @@ from torch import Tensor, nn
 
 from . import machine
 from .calibration.text import documents
-from .calibration.windows import calibration_windows, token_hash
-from .catalogue import find_method
+from .calibration.windows import (
+    calibration_windows,
+    check_vocabulary,
+    load_tokenizer,
+    token_hash,
+    window_length,
+)
 from .checkpoint.locate import locate
 from .checkpoint.manifest import FORMAT, read_manifest
-from .checkpoint.reader import Reader, read_file, sha256_file
+from .checkpoint.reader import read_file, sha256_file
 from .checkpoint.storage import is_temporary
 from .checkpoint.writer import Journal, Writer, clear, difference
 from .errors import InputError, PrunekitError, StorageError, VerificationError
@@ -31,11 +36,9 @@ from .model.anatomy import Block, Linear, weight_of
 from .model.source import ResidentModel, StreamedModel
 from .model.stream import Walk, Windows
 from .progress import Progress, Silent
-from .recipe import DEFAULT_LENGTH, Recipe
+from .recipe import Recipe
 from .report.card import model_card
-from .sparsify.budget import allot
-from .sparsify.linear import Sparsifier
-from .sparsify.walk import LinearReport, Seconds, SparsifyWalk
+from .sparsify.walk import LinearReport, Seconds, SparsifyWalk, parts_of
 from .verify import Verification, compared_tokens, verify
 
 if TYPE_CHECKING:
@@ -162,10 +165,10 @@ def prune_in_memory(
     model.eval()
     try:
         source = ResidentModel(model)
-        check_vocabulary(windows, source)
+        check_vocabulary(windows, model)
         window_length(model.config, windows.length, progress)
-        sparsifier, patterns = _method_parts(recipe, source)
-        windows = windows[len(windows) - windows_needed(len(windows), sparsifier) :]
+        sparsifier, patterns = parts_of(recipe, source.anatomy)
+        windows = windows[len(windows) - sparsifier.windows_needed(len(windows)) :]
         walk = Walk(source, windows, recipe.calibration.batch)
         sparsify = SparsifyWalk(walk, sparsifier, patterns, dense=recipe.calibration.mode == "dense")
         sparsify.start()
@@ -193,57 +196,28 @@ def prune_in_memory(
     )
 
 
-def window_length(config: Any, asked: int | None, progress: Progress) -> int:
-    """Tokens per window: as asked, or the default cut to the model's maximum. Raises `InputError` beyond that maximum."""
-    if asked is not None and asked < 2:
-        raise InputError(f"length {asked} is too short: a window needs 2 tokens or more")
-    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if asked is None:
-        if longest is not None and longest < DEFAULT_LENGTH:
-            progress.say(f"window length is {longest}, the model's maximum")
-            return int(longest)
-        return DEFAULT_LENGTH
-    if longest is not None and asked > longest:
-        raise InputError(
-            f"length {asked} is more than the {longest} positions the model knows: give --length {longest} or less"
-        )
-    return asked
-
-
-def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
-    """The folder's tokenizer. Raises `InputError` where there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as problem:  # transformers raises a dozen kinds here, all of them about these files
-        reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-        raise InputError(f"'{folder}' has no tokenizer that transformers can load: {reason}") from None
-
-
 def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: Progress) -> _Run:
-    device = machine.resolve_device(recipe.device)
-    dtype = machine.resolve_dtype(recipe.dtype, device)
-    reader = Reader(folder)
-    source = StreamedModel(reader, dtype, device, trust_remote_code=recipe.trust_remote_code)
-    sparsifier, patterns = _method_parts(recipe, source)
+    source = StreamedModel.open(
+        folder, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
+    )
+    sparsifier, patterns = parts_of(recipe, source.anatomy)
     calibration = recipe.calibration
     length = window_length(source.module.config, calibration.length, progress)
     tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
     windows = calibration_windows(
         documents(calibration.source, "calibration"),
         tokenizer,
-        samples=windows_needed(calibration.samples, sparsifier),
+        samples=sparsifier.windows_needed(calibration.samples),
         length=length,
         seed=recipe.seed,
         sampling=calibration.sampling,
     )
-    check_vocabulary(windows, source)
+    check_vocabulary(windows, source.module)
     resolved = recipe.model_copy(
         update={
             "sparsity": None if recipe.pattern is not None else float(recipe.target.fraction),
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": str(device),
+            "dtype": str(source.dtype).removeprefix("torch."),
+            "device": str(source.device),
             "calibration": calibration.model_copy(update={"length": length}),
             "parts": sparsifier.resolved(recipe.parts),
         }
@@ -251,7 +225,7 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
     machine.return_memory()  # what tokenising took
     identity = {
         "recipe": resolved.model_dump(exclude={"model"}),  # the same model may be called by another path
-        "inputs": reader.sha256(),
+        "inputs": source.reader.sha256(),
         "calibration_tokens": token_hash(windows),
         "versions": machine.versions(),
     }
@@ -260,30 +234,8 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
     sparsify = SparsifyWalk(walk, sparsifier, patterns, dense=calibration.mode == "dense")
     sparsify.start()
     machine.return_memory()
-    whole = sum(parameter.numel() for parameter in source.module.parameters()) * dtype.itemsize
+    whole = source.parameter_count * source.dtype.itemsize
     return _Run(resolved, source, sparsify, windows, identity, whole_reload=whole <= budget, progress=progress)
-
-
-def _method_parts(recipe: Recipe, source: StreamedModel | ResidentModel) -> tuple[Sparsifier, dict[str, Any]]:
-    method = find_method(recipe.method)
-    sparsifier = Sparsifier.of(method, recipe.parts)
-    patterns = allot(source.anatomy, recipe.target, part=method.budget, options=recipe.parts.get("budget"))
-    return sparsifier, patterns
-
-
-def windows_needed(asked: int, sparsifier: Sparsifier) -> int:
-    """As many as asked; one where the method looks at no data, for the output errors and the reload check."""
-    return asked if sparsifier.needs else 1
-
-
-def check_vocabulary(windows: Windows, source: StreamedModel | ResidentModel) -> None:
-    """Raise `InputError` where a token has no row in the embedding."""
-    rows = source.module.get_input_embeddings().weight.shape[0]
-    for token in (int(windows.ids.min()), int(windows.ids.max())):
-        if not 0 <= token < rows:
-            raise InputError(
-                f"token {token} is not one of the {rows} the model's embedding has: model and tokenizer do not belong together"
-            )
 
 
 def _check_output(folder: Path, out: Path, *, resume: bool, overwrite: bool) -> None:

@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import prunekit
 from prunekit.calibration.text import documents
-from prunekit.calibration.windows import calibration_windows
-from prunekit.pruning import load_tokenizer
+from prunekit.calibration.windows import calibration_windows, load_tokenizer
 
 CALIBRATION = {"samples": 2, "length": 128}
 

@@ -13,7 +13,7 @@ import sysconfig
 from functools import partial
 from pathlib import Path
 
-from .text import Document
+from .document import Document
 
 _HELD_OUT = 8  # one topic or module in so many is for evaluation
 _LEAST = 120  # characters below which a docstring is no prose

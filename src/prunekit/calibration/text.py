@@ -6,22 +6,16 @@ A source becomes a list of documents whose text is read when it is asked for, so
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import InputError
+from .builtin import builtin_documents
+from .document import Document
 
 Purpose = Literal["calibration", "evaluation"]
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text and where it came from; `read` returns it."""
-
-    name: str
-    read: Callable[[], str]
 
 
 @dataclass(frozen=True)
@@ -76,8 +70,6 @@ def documents(source: str, purpose: Purpose) -> list[Document]:
         InputError: the source is unknown, unreadable, or cannot be reached from here.
     """
     if source in ("builtin", "builtin:eval"):
-        from .builtin import builtin_documents
-
         return builtin_documents(evaluation=source == "builtin:eval")
     if source in _PRESETS:
         return _preset(source, purpose)

@@ -5,18 +5,62 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from ..model.stream import Windows
-from .text import Document
+from ..progress import Progress
+from ..recipe import DEFAULT_LENGTH
+from .document import Document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PLENTY = 4  # random windows are drawn from so many times the tokens they need, or from all there are
 _SEPARATOR = "\n\n"
 _GROUP = 32  # documents tokenised in one call
+
+
+def window_length(config: Any, asked: int | None, progress: Progress) -> int:
+    """Tokens per window: as asked, or the default cut to the model's maximum. Raises `InputError` beyond that maximum."""
+    if asked is not None and asked < 2:
+        raise InputError(f"length {asked} is too short: a window needs 2 tokens or more")
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if asked is None:
+        if longest is not None and longest < DEFAULT_LENGTH:
+            progress.say(f"window length is {longest}, the model's maximum")
+            return int(longest)
+        return DEFAULT_LENGTH
+    if longest is not None and asked > longest:
+        raise InputError(
+            f"length {asked} is more than the {longest} positions the model knows: give --length {longest} or less"
+        )
+    return asked
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
+    """The folder's tokenizer. Raises `InputError` where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as problem:  # transformers raises a dozen kinds here, all of them about these files
+        reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+        raise InputError(f"'{folder}' has no tokenizer that transformers can load: {reason}") from None
+
+
+def check_vocabulary(windows: Windows, model: PreTrainedModel) -> None:
+    """Raise `InputError` where a token has no row in the embedding."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    for token in (int(windows.ids.min()), int(windows.ids.max())):
+        if not 0 <= token < rows:
+            raise InputError(
+                f"token {token} is not one of the {rows} the model's embedding has: model and tokenizer do not belong together"
+            )
 
 
 def tokenise(documents: Iterable[Document], tokenizer: Any, enough: int | None = None) -> Tensor:

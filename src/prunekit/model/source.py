@@ -24,6 +24,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from ..bits import all_finite
 from ..checkpoint.reader import Reader
 from ..errors import InputError
+from ..machine import resolve_device, resolve_dtype
 from .anatomy import Anatomy, read_anatomy, tied_names
 
 if TYPE_CHECKING:
@@ -106,6 +107,12 @@ class StreamedModel:
         }
         self.key_of, self.leftover = self._match_names()
         self.stored: dict[int, dict[str, Tensor]] = {}
+
+    @classmethod
+    def open(cls, folder: Path, *, dtype: str, device: str, trust_remote_code: bool = False) -> StreamedModel:
+        """A folder's model, dtype and device as the user names them (`auto`, ...). Raises `InputError`."""
+        place = resolve_device(device)
+        return cls(Reader(folder), resolve_dtype(dtype, place), place, trust_remote_code=trust_remote_code)
 
     @property
     def parameter_count(self) -> int:

@@ -46,6 +46,10 @@ class Sparsifier:
         """Statistics its parts read."""
         return self.score.needs
 
+    def windows_needed(self, asked: int) -> int:
+        """As many as asked; one where the method looks at no data, for the output errors and the reload check."""
+        return asked if self.needs else 1
+
     def resolved(self, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """A recipe's part options with the defaults that hold today filled in."""
         own = {"score": self.score_options} if self.score_options else {}

@@ -14,13 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from ..bits import apply_mask, count_zeros, removed_part
-from ..model.anatomy import Block, Linear, weight_of
+from ..catalogue import find_method
+from ..model.anatomy import Anatomy, Block, Linear, weight_of
 from ..model.stream import Walk
-from ..recipe import Pattern
+from ..recipe import Pattern, Recipe
 from ..statistics import Collector
+from .budget import allot
 from .linear import Sparsifier
 
 ERROR_TOKENS = 256  # inputs of the last window on which a linear's output error is measured
+
+
+def parts_of(recipe: Recipe, anatomy: Anatomy) -> tuple[Sparsifier, dict[str, Pattern | None]]:
+    """The recipe's method with its options bound, and the pattern of every linear. Raises `InputError`."""
+    method = find_method(recipe.method)
+    patterns = allot(anatomy, recipe.target, part=method.budget, options=recipe.parts.get("budget"))
+    return Sparsifier.of(method, recipe.parts), patterns
 
 
 @dataclass(frozen=True)
