@@ -165,7 +165,7 @@ def evaluate(
     """
     progress = progress or Silent()
     if isinstance(model, (str, Path)):
-        folder = locate(str(model), revision=revision, trust_remote_code=trust_remote_code)
+        folder = locate(str(model), revision=revision, trust_remote_code=trust_remote_code, progress=progress)
         source: StreamedModel | ResidentModel = StreamedModel.open(
             folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
@@ -197,9 +197,9 @@ def evaluate(
     )
 
 
-def plan(recipe: Recipe, out: str | Path | None = None) -> Plan:
+def plan(recipe: Recipe, out: str | Path = ".", progress: Progress | None = None) -> Plan:
     """What pruning by this recipe would take: memory, disk, time. Starts nothing. Raises `InputError`."""
-    return make_plan(recipe, None if out is None else Path(out))
+    return make_plan(recipe, Path(out), progress or Silent())
 
 
 def inspect(folder: str | Path) -> Inspection:

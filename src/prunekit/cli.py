@@ -210,13 +210,14 @@ def evaluate(
 @_takes_recipe
 def plan(
     recipe: Any,
-    out: Annotated[Path | None, typer.Option(help="Folder a run would write.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder a run would write.")] = Path(),
     as_json: Json = False,
 ) -> None:
     """Say what pruning would take: memory, disk, time. Starts nothing."""
     from .api import plan as plan_run
+    from .progress import for_terminal
 
-    made = plan_run(recipe, out)
+    made = plan_run(recipe, out, for_terminal())
     _emit(
         as_json,
         made.summary(),
@@ -224,7 +225,7 @@ def plan(
         f"  {made.method}: {made.windows} windows of {made.length} tokens in {made.dtype}\n"
         + "".join(f"  memory {phase:<7} about {size / 1e9:.2f} GB\n" for phase, size in made.memory.items())
         + f"  of that     {made.hidden_states / 1e9:.2f} GB hidden states; {made.memory_available / 1e9:.1f} GB are free\n"
-        f"  disk        {made.disk / 1e9:.2f} GB\n"
+        f"  disk        {made.disk / 1e9:.2f} GB; {made.disk_available / 1e9:.1f} GB are free\n"
         f"  time        about {made.seconds:.0f} s, start-up and reload check not counted",
     )
 

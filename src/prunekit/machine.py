@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -72,6 +73,14 @@ def available_memory_bytes() -> int:
     if not free:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     return free
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Free bytes on the disk a folder is on, or would be on if it were made."""
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def parse_bytes(text: str) -> int:

@@ -14,7 +14,7 @@ from .calibration.windows import window_length
 from .checkpoint.locate import locate
 from .model.source import StreamedModel
 from .model.stream import BATCH_TOKENS, Walk, Windows
-from .progress import Silent
+from .progress import Progress
 from .recipe import Recipe
 from .sparsify.walk import parts_of
 
@@ -27,7 +27,7 @@ class Plan:
         memory: peak by phase: `start` (embeddings and first hidden states), `walk`, `verify`; `peak` is the largest.
         memory_available: what this machine could give now.
         hidden_states: the buffer of windows × length × hidden, part of `walk`.
-        disk: size of the output folder's weights.
+        disk: size of the output folder's weights; `disk_available` is what is free where it would lie.
         seconds: forward passes plus what pruning and writing were measured to add.
     """
 
@@ -44,6 +44,7 @@ class Plan:
     memory_available: int
     hidden_states: int
     disk: int
+    disk_available: int
     seconds: float
 
     def summary(self) -> dict[str, Any]:
@@ -51,14 +52,16 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(recipe: Recipe, out: Path | None) -> Plan:
+def make_plan(recipe: Recipe, out: Path, progress: Progress) -> Plan:
     """Estimate a run. Raises `InputError` for what a run would refuse of the model, the method and the budget."""
-    folder = locate(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    folder = locate(
+        recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, progress=progress
+    )
     source = StreamedModel.open(
         folder, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
     )
     sparsifier, _ = parts_of(recipe, source.anatomy)
-    length = window_length(source.module.config, recipe.calibration.length, Silent())
+    length = window_length(source.module.config, recipe.calibration.length, progress)
     windows = sparsifier.windows_needed(recipe.calibration.samples)
     batch = min(windows, recipe.calibration.batch or max(1, BATCH_TOKENS // length))
     base = machine.rss_bytes()
@@ -94,6 +97,7 @@ def make_plan(recipe: Recipe, out: Path | None) -> Plan:
         memory_available=machine.available_memory_bytes(),
         hidden_states=hidden,
         disk=sum(stored.values()),
+        disk_available=machine.free_disk_bytes(out),
         seconds=seconds,
     )
 

@@ -6,7 +6,6 @@ and config come last; what was written is loaded again and compared; the manifes
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,7 +132,9 @@ def run(
     begun = time.perf_counter()
     progress = progress or Silent()
     out = out.expanduser()
-    folder = locate(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    folder = locate(
+        recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, progress=progress
+    )
     _check_output(folder, out, resume=resume, overwrite=overwrite)
     prepared = _prepare(recipe, folder, memory_budget, progress)
     if resume and (finished := _finished(out, prepared.identity)) is not None:
@@ -307,10 +308,7 @@ def _check_disk(out: Path, source: StreamedModel, journal: Journal, *, overwrite
     needed = sum(entry.bytes for entry in source.reader.entries.values()) - sum(
         shard["bytes"] for shard in journal.shards
     )
-    parent = out.resolve()
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    free = machine.free_disk_bytes(out)
     if overwrite and out.is_dir():
         free += sum(path.stat().st_size for path in out.glob("*.safetensors"))
     if needed * 1.02 > free:

