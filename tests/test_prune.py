@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import prunekit
 import tiny
-from prunekit import InputError, VerificationError, Windows
+from prunekit import InputError, VerificationError, Windows, pruning
 from prunekit.calibration.text import documents
 from prunekit.calibration.windows import calibration_windows, token_hash
 from prunekit.checkpoint import writer
 from prunekit.cli import app
 from prunekit.model.anatomy import read_anatomy
+from prunekit.model.stream import Walk
 
 SAMPLES, LENGTH = 6, 32
 
@@ -325,3 +327,66 @@ def test_the_input_folder_is_left_as_it_was(tmp_path: Path, llama_folder: Path, 
     before = {path.name: path.read_bytes() for path in llama_folder.iterdir()}
     prune(llama_folder, tmp_path / "out", text_file)
     assert {path.name: path.read_bytes() for path in llama_folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("kept", ["embedding", "head", "both"])
+def test_a_tied_pair_may_be_stored_under_either_name(kept: str, tmp_path: Path, text_file: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "llama", tie_word_embeddings=True)
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    embedding = tensors.pop("model.embed_tokens.weight")
+    tensors |= {"model.embed_tokens.weight": embedding} if kept != "head" else {}
+    tensors |= {"lm_head.weight": embedding.clone()} if kept != "embedding" else {}
+    save_file(tensors, path, metadata={"format": "pt"})
+    prunekit.prune(
+        tmp_path / "model",
+        out=tmp_path / "out",
+        calibration={"source": str(text_file), "samples": 2, "length": 16},
+        dtype="float32",
+    )
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
+    assert torch.equal(reloaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_hidden_states_are_given_back_before_the_reload(
+    llama_folder: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffers: list[weakref.ref[torch.Tensor]] = []
+    start, check = Walk.start, pruning.verify
+
+    def watched(walk: Walk) -> None:
+        start(walk)
+        buffers.append(weakref.ref(walk.hidden))
+
+    def verify(*arguments: Any, **named: Any) -> Any:
+        assert len(buffers) == 1
+        assert buffers[0]() is None
+        return check(*arguments, **named)
+
+    monkeypatch.setattr(Walk, "start", watched)
+    monkeypatch.setattr("prunekit.pruning.verify", verify)
+    calibration = {"source": str(text_file), "samples": 4, "length": 16}
+    prunekit.prune(llama_folder, out=tmp_path / "out", calibration=calibration)
+
+
+def test_overwrite_touches_no_folder_that_is_no_model(llama_folder: Path, tmp_path: Path, text_file: Path) -> None:
+    out = tmp_path / "project"
+    out.mkdir()
+    (out / "README.md").write_text("mine")
+    with pytest.raises(prunekit.InputError, match=r"holds no model, but 'README\.md'"):
+        prunekit.prune(llama_folder, out=out, calibration=str(text_file), overwrite=True)
+    assert (out / "README.md").read_text() == "mine"
+
+
+def test_a_linear_that_text_does_not_reach_is_refused_before_anything_is_written(
+    tmp_path: Path, text_file: Path
+) -> None:
+    tiny.save_model(tmp_path / "model", "gpt2", add_cross_attention=True)
+    with pytest.raises(prunekit.InputError, match=r"does not use .*crossattention"):
+        prunekit.prune(
+            tmp_path / "model",
+            out=tmp_path / "out",
+            calibration={"source": str(text_file), "samples": 2, "length": 16},
+        )
+    assert not (tmp_path / "out").exists()

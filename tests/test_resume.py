@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import prunekit
 import tiny
-from prunekit import InputError, StorageError, VerificationError
+from prunekit import InputError, PrunekitError, StorageError, VerificationError
 from prunekit.checkpoint import writer
 from prunekit.checkpoint.writer import JOURNAL_NAME, Journal, Writer
 
@@ -356,3 +356,49 @@ def test_interrupted_from_the_keyboard(setting: Setting, out: Path, tmp_path: Pa
     assert re.search(r"1 of 3 blocks are finished .* --resume", message)
     setting.run(out, resume=True)
     assert shards(out) == setting.whole
+
+
+def test_a_finished_folder_that_was_damaged_is_not_passed_by_resuming(setting: Setting, out: Path) -> None:
+    setting.run(out)
+    (out / "model-00002-of-00004.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model-00002-of-00004\.safetensors changed since"):
+        setting.run(out, resume=True)
+
+
+def test_a_reload_check_that_cannot_be_made_keeps_the_shards(
+    setting: Setting, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise InputError("something about the folder that was written")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prunekit.pruning.verify", fail)
+        with pytest.raises(PrunekitError, match="reload check could not be made"):
+            setting.run(out)
+    assert shards(out) == setting.whole
+    assert not loads(out)
+    setting.run(out, resume=True)
+    assert shards(out) == setting.whole
+
+
+def test_what_nobody_has_checked_neither_loads_nor_is_evaluated(
+    setting: Setting, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prunekit.pruning.verify", stop)
+    with pytest.raises(KeyboardInterrupt):
+        setting.run(out)
+    assert not loads(out)
+    with pytest.raises(InputError, match="interrupted: finish it with --resume"):
+        prunekit.evaluate(out, text=str(setting.text), length=32)
+
+
+def test_another_number_of_threads_is_another_run(setting: Setting, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # sums are then taken in another order, and bits may differ
+    interrupt(setting, out, 2)
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    with pytest.raises(InputError, match=r"machine\.threads is"):
+        setting.run(out, resume=True)

@@ -28,7 +28,7 @@ from .checkpoint.locate import locate
 from .errors import InputError
 from .evaluation.perplexity import perplexity
 from .inspection import Inspection, inspect_folder
-from .model.source import ResidentModel, StreamedModel
+from .model.source import ResidentModel, StreamedModel, evaluating
 from .model.stream import Windows
 from .parts import find_part
 from .planning import Plan, make_plan
@@ -158,7 +158,8 @@ def evaluate(
         length: tokens per window; 2048 or the model's maximum by default.
         samples: use only the first so many windows.
         tokenizer: for a model in memory.
-        dtype, device, revision, trust_remote_code, progress: as for `prune`.
+        dtype, device, revision, trust_remote_code: as for `prune`; a model in memory keeps its own dtype and device.
+        progress: told what is going on; silent by default.
 
     Raises:
         InputError: something in the input is wrong.
@@ -182,7 +183,8 @@ def evaluate(
     machine.return_memory()
     progress.start("perplexity", len(source.anatomy.blocks) + 1)
     begun = time.perf_counter()
-    value, predictions = perplexity(source, windows, step=progress.step)
+    with evaluating(source.module):
+        value, predictions = perplexity(source, windows, step=progress.step)
     seconds = time.perf_counter() - begun
     progress.stop()
     return Evaluation(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .bits import count_zeros
-from .checkpoint.manifest import read_manifest
-from .checkpoint.reader import Reader, sha256_file
+from .checkpoint.manifest import changed_files, read_manifest
+from .checkpoint.reader import Reader
 from .checkpoint.writer import Journal
 from .errors import InputError
 from .model.anatomy import Linear
@@ -105,9 +105,7 @@ def inspect_folder(folder: Path) -> Inspection:
             weight = linear.matrix(tensors[keys[linear.name]])
             pattern = recorded.get(linear.full_name)
             linears.append(_count(linear, weight, pattern, group))
-    changed = []
-    if manifest:
-        changed = [name for name, digest in manifest["outputs"].items() if _digest(folder / name) != digest]
+    changed = changed_files(folder, manifest) if manifest else []
     return Inspection(folder, manifest, linears, changed, source.parameter_count)
 
 
@@ -134,7 +132,3 @@ def _group(manifest: dict[str, Any] | None) -> str:
     if manifest is None:
         return "row"
     return str(manifest["recipe"]["parts"]["pattern"]["group"])
-
-
-def _digest(path: Path) -> str | None:
-    return sha256_file(path) if path.is_file() else None

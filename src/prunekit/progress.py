@@ -15,8 +15,8 @@ class Progress(Protocol):
     def say(self, text: str) -> None:
         """A sentence worth reading, once."""
 
-    def start(self, title: str, steps: int, done: int = 0) -> None:
-        """A piece of work of `steps` steps begins, `done` of which are done already."""
+    def start(self, title: str, steps: int) -> None:
+        """A piece of work of `steps` steps begins."""
 
     def step(self, note: str = "") -> None:
         """One step is done."""
@@ -31,7 +31,7 @@ class Silent:
     def say(self, text: str) -> None:
         """Nothing."""
 
-    def start(self, title: str, steps: int, done: int = 0) -> None:
+    def start(self, title: str, steps: int) -> None:
         """Nothing."""
 
     def step(self, note: str = "") -> None:
@@ -46,16 +46,16 @@ class Lines:
 
     def __init__(self) -> None:
         self._title = ""
-        self._steps = self._done = self._first = 0
+        self._steps = self._done = 0
         self._started = 0.0
 
     def say(self, text: str) -> None:
         """Print it."""
         print(text, file=sys.stderr, flush=True)  # noqa: T201
 
-    def start(self, title: str, steps: int, done: int = 0) -> None:
+    def start(self, title: str, steps: int) -> None:
         """Note the title."""
-        self._title, self._steps, self._done, self._first = title, steps, done, done
+        self._title, self._steps, self._done = title, steps, 0
         self._started = time.monotonic()
 
     def step(self, note: str = "") -> None:
@@ -65,7 +65,7 @@ class Lines:
         if self._done % stride and self._done != self._steps:
             return
         spent = time.monotonic() - self._started
-        left = spent / (self._done - self._first) * (self._steps - self._done)
+        left = spent / self._done * (self._steps - self._done)
         self.say(
             f"{self._title} {self._done}/{self._steps}  {note}  {spent:.0f} s, {left:.0f} s left, "
             f"memory {rss_bytes() / 1e9:.2f} GB"
@@ -88,7 +88,7 @@ class Bar:
         """Print it above the bar."""
         self._console.print(text, highlight=False, markup=False)
 
-    def start(self, title: str, steps: int, done: int = 0) -> None:
+    def start(self, title: str, steps: int) -> None:
         """Show the bar."""
         from rich import progress
 
@@ -104,7 +104,7 @@ class Bar:
             console=self._console,
             transient=True,
         )
-        self._task = bar.add_task(title, total=steps, completed=done, note="")
+        self._task = bar.add_task(title, total=steps, note="")
         bar.start()
         self._bar = bar
 

@@ -26,13 +26,13 @@ from .calibration.windows import (
     window_length,
 )
 from .checkpoint.locate import locate
-from .checkpoint.manifest import FORMAT, read_manifest
-from .checkpoint.reader import read_file, sha256_file
+from .checkpoint.manifest import FORMAT, changed_files, read_manifest
+from .checkpoint.reader import INDEX_NAME, read_file, sha256_file
 from .checkpoint.storage import is_temporary
-from .checkpoint.writer import Journal, Writer, clear, difference
-from .errors import InputError, PrunekitError, StorageError, VerificationError
+from .checkpoint.writer import Journal, Writer, clear, difference, holds_model, model_files
+from .errors import InputError, PrunekitError, VerificationError
 from .model.anatomy import Block, Linear, weight_of
-from .model.source import ResidentModel, StreamedModel
+from .model.source import ResidentModel, StreamedModel, evaluating
 from .model.stream import Walk, Windows
 from .progress import Progress, Silent
 from .recipe import Recipe
@@ -101,7 +101,6 @@ class _Run:
     sparsify: SparsifyWalk
     windows: Windows
     identity: dict[str, Any]
-    whole_reload: bool
     progress: Progress
 
 
@@ -135,11 +134,16 @@ def run(
     folder = locate(
         recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, progress=progress
     )
-    _check_output(folder, out, resume=resume, overwrite=overwrite)
-    prepared = _prepare(recipe, folder, memory_budget, progress)
+    try:
+        _check_output(folder, out, resume=resume, overwrite=overwrite)
+    except (OSError, ValueError) as problem:  # no permission, a null byte, ...
+        raise InputError(f"output folder {str(out)!r} cannot be used: {problem}") from None
+    prepared = _prepare(recipe, folder, progress)
     if resume and (finished := _finished(out, prepared.identity)) is not None:
         progress.say(f"{out} is finished already")
         return finished
+    prepared.sparsify.start()
+    machine.return_memory()
     journal = _journal(out, prepared.identity, resume=resume)
     _check_disk(out, prepared.source, journal, overwrite=overwrite)
     if overwrite and not resume:
@@ -149,9 +153,10 @@ def run(
     except OSError as problem:
         raise InputError(f"output folder '{out}' cannot be made: {problem.strerror}") from None
     journal.save()  # before any shard, so that a run killed at any moment is known for what it is
+    writer = Writer(out, len(prepared.source.anatomy.blocks) + 1)
     with _orderly_end(out, journal, len(prepared.source.anatomy.blocks), progress):
-        reference = _walk(prepared, Writer(out, len(prepared.source.anatomy.blocks) + 1), journal)
-        result = _finish(prepared, out, journal, reference, begun)
+        reference = _walk(prepared, writer, journal)
+        result = _finish(prepared, writer, journal, reference, memory_budget, begun)
     progress.stop()
     return result
 
@@ -162,9 +167,7 @@ def prune_in_memory(
     """Prune a model that lies in memory, in place, on windows of tokens. Raises `InputError`."""
     begun = time.perf_counter()
     progress = progress or Silent()
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         source = ResidentModel(model)
         check_vocabulary(windows, model)
         window_length(model.config, windows.length, progress)
@@ -179,10 +182,7 @@ def prune_in_memory(
             module = source.load_block(block.index)
             reports += sparsify.prune_block(block, module, partial(_resident_weight, module))
             progress.step()
-    finally:
         progress.stop()
-        for module, mode in training.items():
-            module.training = mode
     sparsify.seconds.total = time.perf_counter() - begun
     return Result(
         out=None,
@@ -197,7 +197,7 @@ def prune_in_memory(
     )
 
 
-def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: Progress) -> _Run:
+def _prepare(recipe: Recipe, folder: Path, progress: Progress) -> _Run:
     source = StreamedModel.open(
         folder, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
     )
@@ -229,14 +229,11 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
         "inputs": source.reader.sha256(),
         "calibration_tokens": token_hash(windows),
         "versions": machine.versions(),
+        "machine": machine.describe(),  # sums are taken in another order on another processor or number of threads
     }
-    budget = machine.available_memory_bytes() // 2 if memory_budget is None else memory_budget
     walk = Walk(source, windows, calibration.batch)
     sparsify = SparsifyWalk(walk, sparsifier, patterns, dense=calibration.mode == "dense")
-    sparsify.start()
-    machine.return_memory()
-    whole = source.parameter_count * source.dtype.itemsize
-    return _Run(resolved, source, sparsify, windows, identity, whole_reload=whole <= budget, progress=progress)
+    return _Run(resolved, source, sparsify, windows, identity, progress)
 
 
 def _check_output(folder: Path, out: Path, *, resume: bool, overwrite: bool) -> None:
@@ -249,6 +246,10 @@ def _check_output(folder: Path, out: Path, *, resume: bool, overwrite: bool) -> 
         raise InputError(f"output '{out}' is a file: choose another --out")
     if resume and overwrite:
         raise InputError("--resume and --overwrite are both given: continue what is there, or replace it")
+    if overwrite and out.is_dir() and not holds_model(out) and (mine := model_files(out)):
+        raise InputError(
+            f"output folder '{out}' holds no model, but '{mine[0].name}', which would be replaced: choose another --out"
+        )
     if out.is_dir() and not overwrite and any(not is_temporary(path) for path in out.iterdir()):
         known = Journal.read(out) is not None or read_manifest(out) is not None
         if not (resume and known):
@@ -283,12 +284,17 @@ def _finished(out: Path, identity: dict[str, Any]) -> Result | None:
         return None
     recipe = {name: value for name, value in manifest["recipe"].items() if name != "model"}
     _refuse_other(out, {**{name: manifest[name] for name in identity}, "recipe": recipe}, identity)
+    changed = changed_files(out, manifest)
+    if changed:
+        raise InputError(
+            f"'{out}' was finished, but {', '.join(changed)} changed since: use --overwrite to prune again"
+        )
     return result_of(out, manifest)
 
 
 def result_of(out: Path, manifest: dict[str, Any]) -> Result:
     """The `Result` a manifest was written from."""
-    linears = [LinearReport(**{**line, "shape": tuple(line["shape"])}) for line in manifest["linears"]]
+    linears = [LinearReport.of(line) for line in manifest["linears"]]
     run_ = manifest["run"]
     return Result(
         out=out,
@@ -325,7 +331,9 @@ def _orderly_end(out: Path, journal: Journal, blocks: int, progress: Progress) -
     except InputError:  # NaN weights or overflowing activations would only be met again
         clear(out)
         raise
-    except (KeyboardInterrupt, StorageError):
+    except VerificationError:
+        raise
+    except BaseException:
         progress.stop()
         done = max(0, len(journal.shards) - 1)
         progress.say(
@@ -348,7 +356,7 @@ def _walk(run_: _Run, writer: Writer, journal: Journal) -> Tensor:
     done = len(journal.shards) - 1
     if done:
         progress.say(f"resuming behind block {done} of {len(blocks)}")
-    progress.start(run_.recipe.method, len(blocks), 0)
+    progress.start(run_.recipe.method, len(blocks))
     for block in blocks:
         if block.index < done:
             _replay(run_, writer.folder, journal.shards[block.index + 1], block)
@@ -384,18 +392,18 @@ def _replay(run_: _Run, out: Path, record: dict[str, Any], block: Block) -> None
 
 
 def _stored_weight(source: StreamedModel, linear: Linear) -> Tensor:
-    index = int(linear.block.rsplit(".", 1)[1])
-    return source.stored[index][source.key_of[f"{linear.full_name}.weight"]]
+    return source.stored[linear.index][source.key_of[f"{linear.full_name}.weight"]]
 
 
 def _resident_weight(module: nn.Module, linear: Linear) -> Tensor:
     return weight_of(module.get_submodule(linear.name))
 
 
-def _finish(run_: _Run, out: Path, journal: Journal, reference: Tensor, begun: float) -> Result:
+def _finish(
+    run_: _Run, writer: Writer, journal: Journal, reference: Tensor, memory_budget: int | None, begun: float
+) -> Result:
     """Index, config and tokenizer; then the reload check; then the manifest."""
-    source, seconds = run_.source, run_.sparsify.seconds
-    writer = Writer(out, len(source.anatomy.blocks) + 1)
+    source, seconds, out = run_.source, run_.sparsify.seconds, writer.folder
     with seconds.timed("write"):
         writer.write_index(journal.shards)
         carried = writer.carry_over(source.reader.folder, with_code=run_.recipe.trust_remote_code)
@@ -403,8 +411,9 @@ def _finish(run_: _Run, out: Path, journal: Journal, reference: Tensor, begun: f
     dtype, device = source.dtype, source.device
     parameters, blocks = source.parameter_count, len(source.anatomy.blocks)
     run_.progress.say("loading what was written and comparing its logits")
-    run_.sparsify.walk.release()
+    run_.sparsify.release()
     machine.return_memory()
+    budget = machine.available_memory_bytes() // 2 if memory_budget is None else memory_budget
     with seconds.timed("verify"):
         try:
             verification = verify(
@@ -413,21 +422,20 @@ def _finish(run_: _Run, out: Path, journal: Journal, reference: Tensor, begun: f
                 reference,
                 dtype=dtype,
                 device=device,
-                whole=run_.whole_reload,
+                whole=parameters * dtype.itemsize <= budget,
                 trust_remote_code=run_.recipe.trust_remote_code,
             )
-        except Exception as problem:
-            writer.withdraw_index()
-            if isinstance(
-                problem, VerificationError
-            ):  # the shards are wrong: a resume that took them would agree with itself
+        except BaseException as problem:
+            writer.withdraw_index()  # what nobody has checked must not be taken for finished
+            if isinstance(problem, VerificationError):
+                # the shards are wrong: a resume that took them would agree with itself
                 journal.path.unlink(missing_ok=True)
-            if isinstance(problem, PrunekitError):
-                raise
-            raise VerificationError(f"'{out}' was written but does not load: {problem}") from problem
-    linears = [
-        LinearReport(**{**line, "shape": tuple(line["shape"])}) for shard in journal.shards for line in shard["linears"]
-    ]
+            elif isinstance(problem, Exception):
+                raise PrunekitError(
+                    f"'{out}' was written, but its reload check could not be made: {problem}"
+                ) from problem
+            raise
+    linears = [LinearReport.of(line) for shard in journal.shards for line in shard["linears"]]
     seconds.total = time.perf_counter() - begun
     result = Result(
         out=out,
@@ -445,13 +453,12 @@ def _finish(run_: _Run, out: Path, journal: Journal, reference: Tensor, begun: f
         "format": FORMAT,
         **run_.identity,
         "recipe": run_.recipe.model_dump(),
-        "machine": machine.describe(),
         "run": {
             name: value for name, value in result.summary().items() if name not in ("out", "method", "verification")
         }
         | {"parameters": parameters},
         "verification": asdict(verification),
-        "outputs": {name: sha256_file(out / name) for name in carried if (out / name).is_file()}
+        "outputs": {name: sha256_file(out / name) for name in (INDEX_NAME, *carried)}
         | {shard["file"]: shard["sha256"] for shard in journal.shards},
         "linears": [asdict(linear) for linear in linears],
     }

@@ -255,7 +255,8 @@ def _first_sentence(problem: ValidationError) -> str:
     if error["type"] == "value_error":
         return str(error["ctx"]["error"]) if "ctx" in error else str(error["msg"])
     if error["type"] == "extra_forbidden":
-        return f"'{where}' is not a name a recipe knows: see `prunekit prune --help`"
+        home = f": write it under calibration, like calibration.{where}" if where in Calibration.model_fields else ""
+        return f"'{where}' is not a name a recipe has at that place{home}"
     if error["type"] == "missing":
         return f"'{where}' is missing: name it on the command line or in the recipe file"
     value = json.dumps(error["input"], default=str)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .checkpoint.reader import Reader
 from .errors import VerificationError
@@ -89,9 +92,10 @@ def _through_transformers(
 ) -> Tensor:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, trust_remote_code=trust_remote_code
-    )
+    with _no_bar():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     model.to(device).eval()
 
     def cut(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -107,14 +111,24 @@ def _through_transformers(
     return logits
 
 
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Without transformers' own progress bar: the library prints nothing unless it is asked to."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _streamed(
     folder: Path, windows: Windows, tokens: int, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
 ) -> Tensor:
     source = StreamedModel(Reader(folder), dtype, device, trust_remote_code=trust_remote_code)
     walk = Walk(source, windows, batch=len(windows))
     walk.start()
-    for block in source.anatomy.blocks:
-        walk.run(block.index, source.load_block(block.index))
-        source.free_block(block.index)
+    walk.run_all()
     source.load_outer()
     return walk.logits(walk.hidden[-1, -tokens:], windows.ids[-1, -tokens:])

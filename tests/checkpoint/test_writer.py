@@ -160,9 +160,10 @@ def test_what_is_carried_over(tmp_path: Path, with_code: bool) -> None:
         (source / name).write_text(f"content of {name}")
     carried = Writer(target, 1).carry_over(source, with_code=with_code)
     code = ["modeling_x.py"] if with_code else []
-    assert sorted(carried) == sorted([*CARRIED, *code, "config.json", "additional_chat_templates"])
+    templates = "additional_chat_templates/tools.jinja"
+    assert sorted(carried) == sorted([*CARRIED, *code, "config.json", templates])
     assert carried[-1] == "config.json"  # without it nothing loads, so it comes when the rest is there
-    assert listing(target) == sorted(carried)
+    assert listing(target) == sorted([*CARRIED, *code, "config.json", "additional_chat_templates"])
     assert (target / "tokenizer.json").read_text() == "content of tokenizer.json"
     assert (target / "additional_chat_templates" / "tools.jinja").read_text() == "tools"
 

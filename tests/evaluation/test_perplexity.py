@@ -199,3 +199,14 @@ def test_a_text_or_a_request_too_short_or_too_long_is_refused(tmp_path: Path) ->
             prunekit.evaluate(model, text=str(path), tokenizer=tokenizer, **options)
     with pytest.raises(InputError, match="tokenizer="):
         prunekit.evaluate(model, text=str(path), length=16)
+
+
+def test_dropout_is_off_while_a_model_in_memory_is_evaluated_and_on_again_after(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(tiny.make_text(100), encoding="utf-8")
+    options: dict[str, Any] = {"text": str(path), "tokenizer": tiny.make_tokenizer(), "length": 32}
+    model = tiny.make_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
+    expected = prunekit.evaluate(model, **options).perplexity
+    model.train()
+    assert prunekit.evaluate(model, **options).perplexity == expected
+    assert {module.training for module in model.modules()} == {True}

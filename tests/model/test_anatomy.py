@@ -169,5 +169,31 @@ def test_shared_block_weights_are_refused() -> None:
 def test_a_tied_head_is_no_shared_block_weight() -> None:
     model = tiny.make_model("llama", tie_word_embeddings=True)
     assert len(read_anatomy(model).blocks) == 3
-    assert tied_names(model) == {"model.embed_tokens.weight": ["model.embed_tokens.weight", "lm_head.weight"]}
+    names = ["model.embed_tokens.weight", "lm_head.weight"]
+    assert tied_names(model) == dict.fromkeys(names, names)
     assert tied_names(tiny.make_model("llama", tie_word_embeddings=False)) == {}
+
+
+def test_packed_weights_are_refused() -> None:
+    model = tiny.make_model("llama")
+    projection = model.model.layers[1].mlp.up_proj
+    projection.weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(InputError, match=r"'model\.layers\.1\.mlp\.up_proj' \(Linear\) holds torch\.int8"):
+        read_anatomy(model)
+
+
+def test_a_larger_vision_tower_is_not_taken_for_the_text() -> None:
+    class Seeing(nn.Module):
+        """Text blocks, and a tower of wider ones that text never reaches."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = nn.Module()
+            self.tower.layers = nn.ModuleList(nn.Sequential(nn.Linear(64, 64)) for _ in range(4))
+            self.text = nn.Module()
+            self.text.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(2))
+
+        def get_decoder(self) -> nn.Module:
+            return self.text
+
+    assert read_anatomy(Seeing()).blocks_name == "text.layers"

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tiny
 from prunekit.checkpoint.reader import Reader
-from prunekit.errors import InputError, PrunekitError
+from prunekit.errors import InputError
 from prunekit.model.source import ResidentModel, StreamedModel
 from prunekit.model.stream import Recorder, Walk, Windows, split_call
 
@@ -214,7 +214,7 @@ def test_split_call_and_replay_are_inverse() -> None:
         split, call = split_call(args, kwargs)
         assert split is hidden
         assert call.replay(block, hidden) == (args, kwargs)
-    with pytest.raises(PrunekitError, match="without hidden states"):
+    with pytest.raises(InputError, match="without hidden states"):
         split_call((mask, torch.randn(2, 3)), {"flag": 1})
 
 
@@ -289,5 +289,5 @@ def test_a_model_that_skips_a_block_is_refused() -> None:
             return hidden
 
     source = ResidentModel(Skipping(tiny.make_model("llama")))  # type: ignore[arg-type]
-    with pytest.raises(PrunekitError, match="did not call every block"):
+    with pytest.raises(InputError, match="does not call every block"):
         Walk(source, Windows(draw_ids(1, 8)), 1).start()

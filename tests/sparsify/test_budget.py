@@ -20,7 +20,7 @@ def anatomy(inputs: int = 12, odd: str = "", odd_inputs: int = 0) -> Anatomy:
     blocks = []
     for index in range(12):
         name = f"model.layers.{index}"
-        linears = tuple(Linear(n, name, 8, odd_inputs if n == odd else inputs, False) for n in NAMES)
+        linears = tuple(Linear(n, name, index, 8, odd_inputs if n == odd else inputs, False) for n in NAMES)
         blocks.append(Block(index, name, linears))
     return Anatomy("model.layers", tuple(blocks))
 

@@ -8,7 +8,18 @@ from ..errors import InputError
 from ..progress import Progress, Silent
 from . import embedded
 
-_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
+_WANTED = [
+    "*.safetensors",
+    "*.json",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "*.tiktoken",
+    "LICEN[CS]E*",
+    "COPYING*",
+    "NOTICE*",
+    "README.md",
+]
 _UNWANTED = ["consolidated*", "original/*"]  # the same weights once more, in the form of another library
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .reader import sha256_file
 from .writer import MANIFEST_NAME
 
 FORMAT = 1
@@ -24,9 +25,20 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         format_ = manifest["format"]
+        if format_ == FORMAT:
+            _ = [manifest[name] for name in ("recipe", "inputs", "outputs", "linears", "run", "verification")]
     except (ValueError, KeyError, TypeError, OSError) as problem:
         raise InputError(f"'{path}' cannot be read: {problem}") from None
     if format_ != FORMAT:
         raise InputError(f"'{path}' has format {format_}, this prunekit reads {FORMAT}: use the version that wrote it")
     assert isinstance(manifest, dict)
     return manifest
+
+
+def changed_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Output files that are missing or whose sha256 is not the recorded one."""
+    return [
+        name
+        for name, digest in manifest["outputs"].items()
+        if not (folder / name).is_file() or sha256_file(folder / name) != digest
+    ]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import InputError
+from ..errors import InputError, StorageError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -149,7 +149,7 @@ def _read_tensor(stream: FileIO, entry: Entry) -> torch.Tensor:
         while done < len(memory):  # one read call gives at most 2 GiB
             got = stream.readinto(memory[done:])
             if not got:
-                raise InputError(f"'{entry.file}' ended while it was read: is another program changing it?")
+                raise StorageError(f"'{entry.file}' ended while it was read: is another program changing it?")
             done += got
     return tensor
 

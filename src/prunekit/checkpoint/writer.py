@@ -41,6 +41,8 @@ _MODEL_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# what a training run leaves beside a model: true of the original, not of the result
+_LEFT_BEHIND = ("trainer_state", "training_args", "optimizer", "scheduler", "adapter_", "all_results", "train_results")
 _CARRIED_STEMS = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 
 
@@ -154,8 +156,10 @@ class Writer:
         carried = []
         for path in sorted(source.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
             if path.is_dir() and path.name == _TEMPLATES:
-                shutil.copytree(path, self.folder / path.name, dirs_exist_ok=True)
-                carried.append(path.name)
+                (self.folder / _TEMPLATES).mkdir(exist_ok=True)
+                for template in sorted(path.glob("*.jinja")):
+                    replace_file(self.folder / _TEMPLATES / template.name, partial(_copy, template))
+                    carried.append(f"{_TEMPLATES}/{template.name}")
             elif path.is_file() and _is_carried(path, with_code):
                 replace_file(self.folder / path.name, partial(_copy, path))
                 carried.append(path.name)
@@ -172,14 +176,31 @@ def clear(folder: Path) -> None:
     """Remove from `folder` what a model folder consists of, and the folder if that was all; other files stay."""
     if not folder.is_dir():
         return
-    ours = {JOURNAL_NAME, MANIFEST_NAME, CARD_NAME, INDEX_NAME, *_MODEL_FILES, *_written_before(folder)}
-    for path in folder.iterdir():
-        if path.is_dir() and path.name == _TEMPLATES:
+    for path in model_files(folder):
+        if path.is_dir():
             shutil.rmtree(path)
-        elif path.is_file() and (path.name in ours or path.suffix == ".safetensors" or is_temporary(path)):
+        else:
             path.unlink()
     if not any(folder.iterdir()):
         folder.rmdir()
+
+
+def model_files(folder: Path) -> list[Path]:
+    """What in `folder` belongs to a model or to a run of prunekit, by name."""
+    ours = {JOURNAL_NAME, MANIFEST_NAME, CARD_NAME, INDEX_NAME, *_MODEL_FILES, *_written_before(folder)}
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if (path.is_dir() and path.name == _TEMPLATES)
+        or (path.is_file() and (path.name in ours or path.suffix == ".safetensors" or is_temporary(path)))
+    ]
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder holds a model or what a run of prunekit left, finished or not."""
+    if (folder / MANIFEST_NAME).is_file() or (folder / JOURNAL_NAME).is_file():
+        return True
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
 def _written_before(folder: Path) -> set[str]:
@@ -192,7 +213,9 @@ def _written_before(folder: Path) -> set[str]:
 
 
 def _is_carried(path: Path, with_code: bool) -> bool:
-    if path.name in (INDEX_NAME, MANIFEST_NAME, CARD_NAME, JOURNAL_NAME) or path.name.startswith("pytorch_model"):
+    if path.name in (MANIFEST_NAME, CARD_NAME, JOURNAL_NAME) or path.name.endswith(".index.json"):
+        return False
+    if path.name.startswith(_LEFT_BEHIND):
         return False
     if path.suffix == ".py":
         return with_code

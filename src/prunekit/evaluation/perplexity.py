@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..machine import return_memory
 from ..model.source import Source
 from ..model.stream import Walk, Windows
 
@@ -44,11 +43,7 @@ def perplexity(
         raise InputError("perplexity is defined over whole windows: give windows without padding")
     walk = Walk(source, windows, batch)
     walk.start()
-    for block in source.anatomy.blocks:
-        walk.run(block.index, source.load_block(block.index))
-        source.free_block(block.index)
-        return_memory()
-        step()
+    walk.run_all(step)
     source.load_outer()
     head = source.module.get_output_embeddings()
     size = chunk_tokens(head.weight.shape[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,13 @@ from ..errors import InputError
 class Linear:
     """A weight matrix `[out_features, in_features]` of a block.
 
-    A GPT-2 `Conv1D` stores it the other way round (`transposed`); `matrix` presents either as `[out, in]`.
+    `name` is its name in the block called `block`, the one at place `index`. A GPT-2 `Conv1D` stores its weight the other way round
+    (`transposed`); `matrix` presents either as `[out, in]`.
     """
 
     name: str
     block: str
+    index: int
     out_features: int
     in_features: int
     transposed: bool
@@ -89,22 +92,39 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         for name, child in module.named_modules():
             if is_linear(child):
                 transposed = isinstance(child, Conv1D)
-                rows, columns = child.weight.shape
+                rows, columns = child.weight.shape if child.weight.ndim == 2 else (0, 0)
                 size = (columns, rows) if transposed else (rows, columns)
-                linears.append(Linear(name, block_name, *size, transposed))
+                asked = (child.nf, child.nx) if transposed else (child.out_features, child.in_features)
+                if size != asked or not child.weight.is_floating_point():
+                    raise InputError(
+                        f"'{block_name}.{name}' ({type(child).__name__}) holds {child.weight.dtype} {list(child.weight.shape)} "
+                        f"for {list(asked)}: quantised or packed weights cannot be pruned; load the float model"
+                    )
+                linears.append(Linear(name, block_name, index, *size, transposed))
         blocks.append(Block(index, block_name, tuple(linears)))
     return Anatomy(blocks_name, tuple(blocks))
 
 
 def _find_blocks(model: nn.Module) -> str:
     weights: dict[str, int] = {}
-    for name, module in model.named_modules():
+    for name, module in _text_decoder(model):
         inside_found = any(name.startswith(found + ".") for found in weights)
         if isinstance(module, nn.ModuleList) and len(module) and not inside_found:
             weights[name] = sum(parameter.numel() for parameter in module.parameters() if parameter.ndim >= 2)
     if not weights or max(weights.values()) == 0:
         raise InputError(f"{type(model).__name__} has no list of decoder blocks: prunekit prunes decoder-only models")
     return max(weights, key=lambda name: weights[name])
+
+
+def _text_decoder(model: Any) -> list[tuple[str, nn.Module]]:
+    """The named modules of the part that decodes text, where the model says which that is: a vision tower may be larger."""
+    named: list[tuple[str, nn.Module]] = list(model.named_modules())
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    inside = [(name, module) for name, module in named if module is decoder]
+    if not inside or not any(isinstance(module, nn.ModuleList) for module in inside[0][1].modules()):
+        return named
+    home = inside[0][0]
+    return [(name, module) for name, module in named if not home or name == home or name.startswith(home + ".")]
 
 
 def _refuse_shared(model: nn.Module, blocks_name: str, container: nn.ModuleList) -> None:
@@ -146,11 +166,11 @@ def _refuse_strange(blocks_name: str, container: nn.ModuleList) -> None:
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
-    """First name of each parameter -> all its names, where it has more than one (a tied head)."""
+    """Each name of a parameter that has several (a tied head) -> all its names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    return {found[0]: found for found in names.values() if len(found) > 1}
+    return {name: found for found in names.values() if len(found) > 1 for name in found}
 
 
 def weight_of(module: nn.Module) -> Tensor:

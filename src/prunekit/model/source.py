@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +25,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from ..bits import all_finite
 from ..checkpoint.reader import Reader
+from ..checkpoint.writer import JOURNAL_NAME, MANIFEST_NAME
 from ..errors import InputError
 from ..machine import resolve_device, resolve_dtype
 from .anatomy import Anatomy, read_anatomy, tied_names
@@ -80,6 +83,18 @@ class ResidentModel:
         """Nothing to do."""
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and the like for the time being; each module's own mode is restored."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 class StreamedModel:
     """A checkpoint's model whose parameters are in memory only between `load_*` and `free_*`.
 
@@ -110,7 +125,12 @@ class StreamedModel:
 
     @classmethod
     def open(cls, folder: Path, *, dtype: str, device: str, trust_remote_code: bool = False) -> StreamedModel:
-        """A folder's model, dtype and device as the user names them (`auto`, ...). Raises `InputError`."""
+        """A folder's model, dtype and device as the user names them (`auto`, ...). Raises `InputError`.
+
+        The output of a run that was interrupted is refused: it may be loadable, but nobody has checked it.
+        """
+        if (folder / JOURNAL_NAME).is_file() and not (folder / MANIFEST_NAME).is_file():
+            raise InputError(f"'{folder}' is the output of a run that was interrupted: finish it with --resume first")
         place = resolve_device(device)
         return cls(Reader(folder), resolve_dtype(dtype, place), place, trust_remote_code=trust_remote_code)
 
@@ -142,10 +162,11 @@ class StreamedModel:
     def load_outer(self) -> None:
         """Read everything outside the blocks."""
         names = [name for name in self.outer_parameters() if name in self.key_of]
-        tensors = self.reader.read({self.key_of[name] for name in names})
-        for name in names:
-            _refuse_not_finite(tensors[self.key_of[name]], self.key_of[name], "outside the blocks")
-            self._place(name, tensors[self.key_of[name]])
+        for name in names:  # one at a time: an embedding may be the largest tensor of all
+            key = self.key_of[name]
+            tensor = self.reader.read([key])[key]
+            _refuse_not_finite(tensor, key, "outside the blocks")
+            self._place(name, tensor)
 
     def free_outer(self) -> None:
         """Put everything outside the blocks back on the meta device."""
@@ -169,14 +190,17 @@ class StreamedModel:
 
     def _place(self, name: str, tensor: Tensor) -> None:
         value = tensor.to(device=self.device, dtype=self.dtype if tensor.is_floating_point() else tensor.dtype)
-        parameter = None
+        owner, leaf = self._owner(name)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = value
+        else:
+            self._set_parameter(name, nn.Parameter(value, requires_grad=False))
+
+    def _set_parameter(self, name: str, parameter: nn.Parameter) -> None:
+        """Put a parameter under its name and under every name tied to it."""
         for alias in self._ties.get(name, [name]):
             owner, leaf = self._owner(alias)
-            if leaf in owner._buffers:
-                owner._buffers[leaf] = value
-            else:
-                parameter = parameter if parameter is not None else nn.Parameter(value, requires_grad=False)
-                owner._parameters[leaf] = parameter
+            owner._parameters[leaf] = parameter
 
     def _free(self, names: list[str]) -> None:
         for name in names:
@@ -187,10 +211,7 @@ class StreamedModel:
                 if home is owner._buffers:
                     owner._buffers[leaf] = empty
                 else:
-                    parameter = nn.Parameter(empty, requires_grad=False)
-                    for alias in self._ties.get(name, [name]):
-                        alias_owner, alias_leaf = self._owner(alias)
-                        alias_owner._parameters[alias_leaf] = parameter
+                    self._set_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         path, _, leaf = name.rpartition(".")
@@ -226,9 +247,7 @@ class StreamedModel:
                     f"{list(self._shapes[name])}: config and weights do not belong together"
                 )
             key_of[name] = key
-        supplied = {
-            alias for name, aliases in self._ties.items() if any(a in key_of for a in aliases) for alias in aliases
-        }
+        supplied = {name for name, aliases in self._ties.items() if any(alias in key_of for alias in aliases)}
         missing = [name for name in self._shapes if name not in key_of and name not in supplied]
         if missing:
             raise InputError(
@@ -255,9 +274,9 @@ def build_skeleton(
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about generation settings of the folder are not about us
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as problem:
+    except Exception as problem:  # whatever a wrong config makes a model's own code stumble over
         raise InputError(
-            f"'{folder}/config.json' does not describe a causal language model: {_first_line(problem)}"
+            f"'{folder}/config.json' does not describe a causal language model: {_reason(problem)}"
         ) from None
     model.requires_grad_(False)
     model.eval()
@@ -265,8 +284,15 @@ def build_skeleton(
         owner_path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_path)
         if leaf in owner._non_persistent_buffers_set:
-            owner._buffers[leaf] = torch.empty_like(buffer, device=device)
+            unset = torch.nan if buffer.is_floating_point() else 0
+            owner._buffers[leaf] = torch.full_like(buffer, unset, device=device)
     model.initialize_weights()  # fills those buffers; parameters are still on the meta device, where this costs nothing
+    for name, buffer in model.named_buffers():
+        if buffer.device.type != "meta" and not all_finite(buffer):
+            raise InputError(
+                f"{type(model).__name__} does not say how its buffer '{name}' is made without loading the whole model: "
+                "not supported yet"
+            )
     return model
 
 
@@ -279,7 +305,7 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
             raise InputError(
                 f"'{folder}' brings its own model code, which would run on this machine: read it, then say --trust-remote-code"
             ) from None
-        raise InputError(f"'{folder}/config.json' is not a config transformers knows: {_first_line(problem)}") from None
+        raise InputError(f"'{folder}/config.json' is not a config transformers knows: {_reason(problem)}") from None
 
 
 def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -302,5 +328,5 @@ def _some(names: list[str], limit: int = 4) -> str:
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _first_line(problem: Exception) -> str:
-    return (str(problem) or type(problem).__name__).strip().splitlines()[0]
+def _reason(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {' '.join(str(problem).split()[:40])}"

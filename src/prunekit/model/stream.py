@@ -9,16 +9,18 @@ exact logits, whatever its final norm, projections, scaling or soft-capping.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..bits import all_finite
-from ..errors import InputError, PrunekitError
+from ..errors import InputError
+from ..machine import return_memory
 from .source import Source
 
 BATCH_TOKENS = 2048
@@ -112,6 +114,11 @@ class _Probe(Recorder):
         return output
 
 
+def _note(called: set[str], name: str, module: nn.Module, inputs: Any) -> None:
+    """Forward pre-hook: this module was called."""
+    called.add(name)
+
+
 def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
     """Tell the hidden states from a block's other arguments: the first floating-point `[batch, length, hidden]` tensor."""
     for position, value in enumerate(args):
@@ -122,8 +129,8 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, C
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3:
             rest = {other: kept for other, kept in kwargs.items() if other != name}
             return value, Call(args, (), rest, name)
-    raise PrunekitError(
-        "a block was called without hidden states of shape [batch, length, hidden]: unknown kind of model"
+    raise InputError(
+        "a block is called without hidden states [batch, length, hidden]: this kind of model is not supported yet"
     )
 
 
@@ -188,7 +195,9 @@ class Walk:
             self._calls.append([interner.call(recorder.call) for recorder in recorders if recorder.call is not None])
             first = recorders[0].hidden
             if first is None or len(self._calls[-1]) != len(recorders):
-                raise PrunekitError("the model's forward did not call every block: unknown kind of model")
+                raise InputError(
+                    "the model's forward does not call every block once: this kind of model is not supported yet"
+                )
             if batch.start == 0:
                 shape = (len(self.windows), *first.shape[1:])
                 self.hidden = torch.empty(shape, dtype=first.dtype)
@@ -221,6 +230,14 @@ class Walk:
         del self.hidden
         self._calls.clear()
 
+    def run_all(self, step: Callable[[], None] = lambda: None) -> None:
+        """Send all hidden states through every block as it is, one block in memory at a time."""
+        for block in self.source.anatomy.blocks:
+            self.run(block.index, self.source.load_block(block.index))
+            self.source.free_block(block.index)
+            return_memory()
+            step()
+
     @torch.inference_mode()
     def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """The model's logits for final hidden states.
@@ -249,10 +266,24 @@ class Walk:
         for index, block in enumerate(container):
             first_of.setdefault(type(block), index)
         probes = {index: _Probe(self.source.load_block(index), self._forms) for index in first_of.values()}
+        linears = [linear for index in probes for linear in self.source.anatomy.blocks[index].linears]
+        called: set[str] = set()
+        handles = []
+        for linear in linears:
+            note = partial(_note, called, linear.full_name)
+            handles.append(self.source.module.get_submodule(linear.full_name).register_forward_pre_hook(note))
         with self._recorders():
             for index, probe in probes.items():
                 container[index] = probe
             self._forward_base(Windows(self.windows.ids[:1, :_PROBE_TOKENS]))
+        for handle in handles:
+            handle.remove()
+        idle = [linear.full_name for linear in linears if linear.full_name not in called]
+        if idle:
+            raise InputError(
+                f"{type(self.source.module).__name__} does not use {', '.join(map(repr, idle))} when it reads text "
+                "(cross-attention, or computed past the module): such models are not supported yet"
+            )
         for index in probes:
             if index:  # the walk takes block 0 next
                 self.source.free_block(index)

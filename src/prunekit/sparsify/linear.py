@@ -64,10 +64,12 @@ class Sparsifier:
         rows, columns = weight.shape
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         stats = stats.to(dtype, weight.device)
-        if pattern.keep is None and self.group == "layer":
-            flat = self._scores(weight, stats, dtype, name).reshape(1, -1)
-            return keep_largest(flat, pattern.zeros(rows * columns)).reshape(rows, columns)
         step = max(1, _CHUNK // columns) if self.score.rowwise else rows
+        if pattern.keep is None and self.group == "layer":
+            whole = torch.empty(rows, columns, dtype=dtype, device=weight.device)
+            for start in range(0, rows, step):
+                whole[start : start + step] = self._scores(weight[start : start + step], stats, dtype, name)
+            return keep_largest(whole.reshape(1, -1), pattern.zeros(rows * columns)).reshape(rows, columns)
         keep = torch.empty(rows, columns, dtype=torch.bool, device=weight.device)
         for start in range(0, rows, step):
             scores = self._scores(weight[start : start + step], stats, dtype, name)

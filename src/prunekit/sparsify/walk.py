@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,11 @@ class LinearReport:
     zeros: int
     output_error: float | None
     seconds: float
+
+    @classmethod
+    def of(cls, line: dict[str, Any]) -> LinearReport:
+        """The report a line of the manifest or the journal was written from."""
+        return cls(**{**line, "shape": tuple(line["shape"])})
 
 
 @dataclass
@@ -102,6 +108,11 @@ class SparsifyWalk:
         self.check = self.walk.hidden[self.walk.batches[-1]]
         if self.dense:
             self.check = self.check.clone()
+
+    def release(self) -> None:
+        """Give the hidden states back; the walk is over."""
+        del self.check  # in sequential mode a view that would keep all of them
+        self.walk.release()
 
     @torch.inference_mode()
     def prune_block(self, block: Block, module: nn.Module, stored: Callable[[Linear], Tensor]) -> list[LinearReport]:
