@@ -1,6 +1,7 @@
 """Where text comes from: files, folders, presets, data sets of the hub, or what Python itself carries.
 
-A source becomes a list of documents whose text is read when it is asked for, so that a large source costs only what is used of it.
+A source becomes a list of documents. The text of `.txt` files and of `builtin` is read when it is asked for; the rows of `.jsonl`,
+`.parquet` and hub data are known at once, but only as many are tokenised as are needed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The output folder: one shard per block as soon as it is pruned, index and config last.
 
-Until the index stands, nothing loads the folder, so a killed run can never be taken for a finished one. The shards are also what a
-resumed run starts from; `Journal` says which of them are whole.
+Until the index stands, nothing loads the folder; until the manifest stands, prunekit takes it for unfinished. The shards are also
+what a resumed run starts from; `Journal` says which of them are whole.
 """
 
 from __future__ import annotations
