@@ -17,9 +17,8 @@ from .errors import PrunekitError
 
 INPUT_SUMS = frozenset({"input_sum", "input_square", "input_abs", "gram"})
 OUTPUT_SUMS = frozenset({"output_square"})
-_ROWS = (
-    256  # tokens whose products are summed in float32 before they join the float64 sums; small enough to stay in cache
-)
+# tokens whose products are summed in float32 before they join the float64 sums; few enough to stay in cache
+_ROWS = 256
 
 
 class Statistics:
