@@ -20,8 +20,10 @@ from prunekit import InputError, VerificationError, Windows, pruning
 from prunekit.calibration.text import documents
 from prunekit.calibration.windows import calibration_windows, token_hash
 from prunekit.checkpoint import writer
+from prunekit.checkpoint.shard import Piece, write_shard
 from prunekit.cli import app
 from prunekit.model.anatomy import read_anatomy
+from prunekit.model.hidden import InMemory
 from prunekit.model.stream import Walk
 
 SAMPLES, LENGTH = 6, 32
@@ -273,13 +275,13 @@ def test_both_ways_of_verifying_agree(tmp_path: Path, llama_folder: Path, text_f
 def test_what_is_written_wrongly_is_caught_and_does_not_load(
     shard: int, memory: int | None, tmp_path: Path, llama_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save_wrongly(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+    def write_wrongly(path: Path, pieces: list[Piece]) -> str:
         if f"-{shard:05d}-of-" in str(path):  # the first holds embeddings and norm, the last a block
-            name = next(name for name in sorted(tensors) if tensors[name].ndim == 2)
-            tensors = {**tensors, name: -tensors[name]}
-        save_file(tensors, path, **options)
+            place = next(place for place, piece in enumerate(pieces) if len(piece.shape) == 2)
+            pieces[place] = Piece.of(pieces[place].name, torch.randn(pieces[place].shape).to(pieces[place].dtype))
+        return write_shard(path, pieces)
 
-    monkeypatch.setattr(writer, "save_file", save_wrongly)
+    monkeypatch.setattr(writer, "write_shard", write_wrongly)
     out = tmp_path / "out"
     with pytest.raises(VerificationError, match="does not compute what was pruned"):
         prune(llama_folder, out, text_file, memory_budget=memory)
@@ -355,9 +357,10 @@ def test_hidden_states_are_given_back_before_the_reload(
     buffers: list[weakref.ref[torch.Tensor]] = []
     start, check = Walk.start, pruning.verify
 
-    def watched(walk: Walk) -> None:
-        start(walk)
-        buffers.append(weakref.ref(walk.hidden))
+    def watched(walk: Walk, *arguments: Any, **named: Any) -> None:
+        start(walk, *arguments, **named)
+        assert isinstance(walk.hidden, InMemory)
+        buffers.append(weakref.ref(walk.hidden.tensor))
 
     def verify(*arguments: Any, **named: Any) -> Any:
         assert len(buffers) == 1

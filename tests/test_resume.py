@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import prunekit
 import tiny
 from prunekit import InputError, PrunekitError, StorageError, VerificationError
 from prunekit.checkpoint import writer
+from prunekit.checkpoint.shard import Piece, write_shard
 from prunekit.checkpoint.writer import JOURNAL_NAME, Journal, Writer
+from prunekit.progress import Silent
 
 BLOCKS = 3
 SHARDS = BLOCKS + 1  # the first holds what is outside the blocks
@@ -56,6 +57,16 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
+
+
+class Says(Silent):
+    """Keeps what it is told."""
+
+    def __init__(self, said: list[str]) -> None:
+        self._said = said
+
+    def say(self, text: str) -> None:
+        self._said.append(text)
 
 
 def shards(folder: Path) -> dict[str, bytes]:
@@ -274,11 +285,11 @@ def test_a_failed_verification_is_not_passed_by_resuming(
     setting: Setting, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the journal has the hash of the wrong file, so a resume that trusted it would compare wrong with wrong, and agree
-    def save_wrongly(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
-        name = "model.layers.1.mlp.down_proj.weight"
-        save_file({**tensors, name: -tensors[name]} if name in tensors else tensors, path, **options)
+    def write_wrongly(path: Path, pieces: list[Piece]) -> str:
+        other = [Piece.of(piece.name, torch.zeros(piece.shape, dtype=piece.dtype)) for piece in pieces]
+        return write_shard(path, other if "model.layers.1.mlp.down_proj.weight" in [p.name for p in pieces] else pieces)
 
-    monkeypatch.setattr(writer, "save_file", save_wrongly)
+    monkeypatch.setattr(writer, "write_shard", write_wrongly)
     with pytest.raises(VerificationError):
         setting.run(out)
     monkeypatch.undo()
@@ -302,14 +313,14 @@ def test_killed_in_the_middle_of_a_write(setting: Setting, out: Path, tmp_path: 
     driver = tmp_path / "driver.py"
     driver.write_text(
         "import os, signal, sys\n"
-        "from prunekit.checkpoint import writer\n"
-        "real = writer.save_file\n"
-        "def save_file(tensors, path, **options):\n"
-        "    real(tensors, path, **options)\n"
+        "from prunekit.checkpoint import shard\n"
+        "real = shard._fill\n"
+        "def fill(path, **named):\n"
+        "    real(path, **named)\n"
         "    if '00003-of' in str(path):\n"
         "        os.truncate(path, 1000)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "writer.save_file = save_file\n"
+        "shard._fill = fill\n"
         "from prunekit.cli import main\n"
         "sys.argv[0] = 'prunekit'\n"
         "main()\n"
@@ -324,8 +335,9 @@ def test_killed_in_the_middle_of_a_write(setting: Setting, out: Path, tmp_path: 
     assert not [path.name for path in out.iterdir() if path.name.endswith("tmp")]
 
 
-def test_interrupted_from_the_keyboard(setting: Setting, out: Path, tmp_path: Path) -> None:
-    """SIGINT to a process that sits in a write: it exits with 130, and the sentence it leaves says what to do."""
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_from_outside(kind: signal.Signals, setting: Setting, out: Path, tmp_path: Path) -> None:
+    """SIGINT or SIGTERM to a process that sits in a write: the write is finished, it exits with 130, and says what to do."""
     driver = tmp_path / "driver.py"
     driver.write_text(
         "import runpy, sys, time\n"
@@ -334,7 +346,7 @@ def test_interrupted_from_the_keyboard(setting: Setting, out: Path, tmp_path: Pa
         "def write_shard(self, position, tensors):\n"
         "    if position == 2:\n"
         "        print('waiting', file=sys.stderr, flush=True)\n"
-        "        time.sleep(600)\n"
+        "        time.sleep(3)\n"
         "    return real(self, position, tensors)\n"
         "Writer.write_shard = write_shard\n"
         "sys.argv[0] = 'prunekit'\n"
@@ -347,13 +359,13 @@ def test_interrupted_from_the_keyboard(setting: Setting, out: Path, tmp_path: Pa
             if line.strip() == "waiting":
                 break
         time.sleep(0.2)  # into the sleep
-        process.send_signal(signal.SIGINT)
+        process.send_signal(kind)
         _, message = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 130
     assert "Traceback" not in message
-    assert re.search(r"1 of 3 blocks are finished .* --resume", message)
+    assert re.search(r"2 of 3 blocks are finished .* --resume", message)
     setting.run(out, resume=True)
     assert shards(out) == setting.whole
 
@@ -395,10 +407,16 @@ def test_what_nobody_has_checked_neither_loads_nor_is_evaluated(
         prunekit.evaluate(out, text=str(setting.text), length=32)
 
 
-def test_another_number_of_threads_is_another_run(setting: Setting, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # sums are then taken in another order, and bits may differ
+def test_a_run_goes_on_with_the_threads_it_began_with(setting: Setting, out: Path) -> None:
+    # sums taken in another order differ in their last bits
     interrupt(setting, out, 2)
     threads = torch.get_num_threads()
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
-    with pytest.raises(InputError, match=r"machine\.threads is"):
-        setting.run(out, resume=True)
+    try:
+        torch.set_num_threads(threads + 1)
+        said: list[str] = []
+        setting.run(out, resume=True, progress=Says(said))
+        assert torch.get_num_threads() == threads
+        assert any(f"computing with {threads} threads" in line for line in said)
+    finally:
+        torch.set_num_threads(threads)
+    assert shards(out) == setting.whole

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from inspect import Parameter, Signature, signature
@@ -20,6 +21,7 @@ import typer
 from . import __version__
 from .catalogue import find_method
 from .errors import PrunekitError
+from .progress import is_quiet
 
 app = typer.Typer(
     name="prunekit",
@@ -132,7 +134,10 @@ def prune(
     recipe: Any,
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
     memory_budget: Annotated[
-        str | None, typer.Option(help="Memory the reload check may take, like 4GB. Default: half of what is free.")
+        str | None,
+        typer.Option(
+            help="What hidden states, then the reload check, may take, like 4GB. Default: half of what is free."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what is in the output folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
@@ -313,7 +318,8 @@ def _print_inspection(found: Any) -> None:
 
 
 def _emit(as_json: bool, summary: Any, text: str) -> None:
-    typer.echo(json.dumps(summary, ensure_ascii=False) if as_json else text)
+    if not is_quiet():
+        typer.echo(json.dumps(summary, ensure_ascii=False) if as_json else text)
 
 
 def _quiet() -> None:
@@ -327,12 +333,19 @@ def _quiet() -> None:
     hub_logging.set_verbosity_error()
 
 
+def _interrupt(*_: object) -> None:
+    """Being told to stop ends a run as Ctrl-C does: what is being written is finished, and the run can be resumed."""
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Entry point: turns errors into one sentence and an exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
     except PrunekitError as problem:
-        typer.echo(f"prunekit: {problem}", err=True)
+        if not is_quiet():
+            typer.echo(f"prunekit: {problem}", err=True)
         sys.exit(problem.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

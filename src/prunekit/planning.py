@@ -118,7 +118,7 @@ def _time_block(source: StreamedModel, batch: int, length: int) -> tuple[float, 
     fastest = float("inf")
     for _ in range(3):
         begun = time.perf_counter()
-        walk.run_batch(0, block, 0, walk.hidden)
+        walk.run_batch(0, block, 0, walk.hidden[:])
         fastest = min(fastest, time.perf_counter() - begun)
     source.free_block(0)
     return fastest, walk.hidden.shape[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Protocol
@@ -124,6 +125,13 @@ class Bar:
         self._bar = None
 
 
+def is_quiet() -> bool:
+    """Whether this is one of several processes that torchrun started, and another does the talking."""
+    return int(os.environ.get("RANK", "0")) > 0
+
+
 def for_terminal() -> Progress:
-    """The bar where stderr is a terminal, lines where it is not."""
+    """The bar where stderr is a terminal, lines where it is not, silence where another process talks."""
+    if is_quiet():
+        return Silent()
     return Bar() if sys.stderr.isatty() else Lines()

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from . import machine
@@ -26,14 +27,18 @@ from .calibration.windows import (
     window_length,
 )
 from .checkpoint.locate import locate
+from .checkpoint.lock import locked, refuse_locked
 from .checkpoint.manifest import FORMAT, changed_files, read_manifest
 from .checkpoint.reader import INDEX_NAME, read_file, sha256_file
-from .checkpoint.storage import is_temporary
-from .checkpoint.writer import Journal, Writer, clear, difference, holds_model, model_files
+from .checkpoint.shard import Piece
+from .checkpoint.writer import Journal, Writer, clear, difference, holds_model, is_leftover, model_files
+from .distributed import Ranks, find_ranks
 from .errors import InputError, PrunekitError, VerificationError
+from .keeper import Keeper, saved_blocks
 from .model.anatomy import Block, Linear, weight_of
+from .model.hidden import HiddenStates, InFiles, Place
 from .model.source import ResidentModel, StreamedModel, evaluating
-from .model.stream import Walk, Windows
+from .model.stream import Walk, Windows, batch_size
 from .progress import Progress, Silent
 from .recipe import Recipe
 from .report.card import model_card
@@ -94,14 +99,16 @@ class Result:
 
 @dataclass
 class _Run:
-    """A validated run that has not touched the output yet."""
+    """A validated run that has not touched the output yet. `windows` are those of all processes."""
 
     recipe: Recipe
     source: StreamedModel
     sparsify: SparsifyWalk
     windows: Windows
     identity: dict[str, Any]
+    budget: int
     progress: Progress
+    ranks: Ranks
 
 
 def run(
@@ -120,8 +127,11 @@ def run(
         out: the folder to write.
         resume: continue what was begun in `out`; start where there is nothing; return the result where it is finished.
         overwrite: replace a model folder that stands in `out`. Files that do not belong to one are left alone.
-        memory_budget: bytes the reload check may use; it streams where the whole model would not fit. Default: half of what is free.
+        memory_budget: bytes the hidden states may take in memory, and later the whole model for the reload check; beyond, the ones
+            go to files in `out` and the other is streamed. Default: half of what is free.
         progress: told what is going on.
+
+    Under torchrun, every process calls this with the same arguments and is given the same result.
 
     Raises:
         InputError: the input is wrong; nothing of this run is left in `out`.
@@ -129,36 +139,39 @@ def run(
         VerificationError: the written folder does not compute what was pruned.
     """
     begun = time.perf_counter()
-    progress = progress or Silent()
+    ranks = find_ranks(recipe.device)
+    progress = progress if progress is not None and ranks.first else Silent()
     out = out.expanduser()
-    folder = locate(
-        recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, progress=progress
-    )
-    try:
-        _check_output(folder, out, resume=resume, overwrite=overwrite)
-    except (OSError, ValueError) as problem:  # no permission, a null byte, ...
-        raise InputError(f"output folder {str(out)!r} cannot be used: {problem}") from None
-    prepared = _prepare(recipe, folder, progress)
-    if resume and (finished := _finished(out, prepared.identity)) is not None:
-        progress.say(f"{out} is finished already")
-        return finished
-    prepared.sparsify.start()
-    machine.return_memory()
-    journal = _journal(out, prepared.identity, resume=resume)
-    _check_disk(out, prepared.source, journal, overwrite=overwrite)
-    if overwrite and not resume:
-        clear(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise InputError(f"output folder '{out}' cannot be made: {problem.strerror}") from None
-    journal.save()  # before any shard, so that a run killed at any moment is known for what it is
-    writer = Writer(out, len(prepared.source.anatomy.blocks) + 1)
-    with _orderly_end(out, journal, len(prepared.source.anatomy.blocks), progress):
-        reference = _walk(prepared, writer, journal)
-        result = _finish(prepared, writer, journal, reference, memory_budget, begun)
-    progress.stop()
-    return result
+    with closing(ranks), ExitStack() as held:
+        find = partial(
+            locate,
+            recipe.model,
+            revision=recipe.revision,
+            trust_remote_code=recipe.trust_remote_code,
+            progress=progress,
+        )
+        folder = ranks.share(find)  # one process downloads or converts; on other machines each finds its own
+        folder = folder if ranks.first else find()
+        ranks.share(lambda: _check_output(folder, out, resume=resume, overwrite=overwrite))
+        prepared = _prepare(recipe, folder, memory_budget, progress, ranks)
+        finished = ranks.share(lambda: _finished(out, prepared.identity) if resume else None)
+        if finished is not None:
+            progress.say(f"{out} is finished already")
+            return finished
+        with ranks.together():
+            prepared.sparsify.walk.prepare()
+        machine.return_memory()
+        ranks.share(lambda: _take(folder, out, held, resume=resume, overwrite=overwrite))
+        journal = ranks.share(lambda: _journal(out, prepared, resume=resume, overwrite=overwrite))
+        if not out.is_dir():
+            raise InputError(f"output folder '{out}' is not there for process {ranks.rank}: all need the same folder")
+        _adopt_threads(journal, progress)
+        writer = Writer(out, len(prepared.source.anatomy.blocks) + 1)
+        with _orderly_end(out, journal, prepared), Keeper(writer, journal, ranks) as keeper:
+            reference = _walk(prepared, keeper, writer, journal)
+            result = ranks.share(lambda: _finish(prepared, writer, journal, reference, begun))
+        progress.stop()
+        return result
 
 
 def prune_in_memory(
@@ -181,6 +194,7 @@ def prune_in_memory(
         for block in source.anatomy.blocks:
             module = source.load_block(block.index)
             reports += sparsify.prune_block(block, module, partial(_resident_weight, module))
+            sparsify.pass_on(block.index, module)
             progress.step()
         progress.stop()
     sparsify.seconds.total = time.perf_counter() - begun
@@ -197,23 +211,32 @@ def prune_in_memory(
     )
 
 
-def _prepare(recipe: Recipe, folder: Path, progress: Progress) -> _Run:
+def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: Progress, ranks: Ranks) -> _Run:
     source = StreamedModel.open(
         folder, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
     )
     sparsifier, patterns = parts_of(recipe, source.anatomy)
     calibration = recipe.calibration
     length = window_length(source.module.config, calibration.length, progress)
-    tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
-    windows = calibration_windows(
-        documents(calibration.source, "calibration"),
-        tokenizer,
-        samples=sparsifier.windows_needed(calibration.samples),
-        length=length,
-        seed=recipe.seed,
-        sampling=calibration.sampling,
-    )
-    check_vocabulary(windows, source.module)
+
+    def read() -> tuple[Windows, dict[str, str]]:
+        tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
+        windows = calibration_windows(
+            documents(calibration.source, "calibration"),
+            tokenizer,
+            samples=max(ranks.size, sparsifier.windows_needed(calibration.samples)),
+            length=length,
+            seed=recipe.seed,
+            sampling=calibration.sampling,
+        )
+        check_vocabulary(windows, source.module)
+        return windows, source.reader.sha256()
+
+    if ranks.size > calibration.samples:
+        raise InputError(
+            f"{ranks.size} processes cannot share {calibration.samples} calibration windows: start fewer, or ask for more --samples"
+        )
+    windows, inputs = ranks.share(read)
     resolved = recipe.model_copy(
         update={
             "sparsity": None if recipe.pattern is not None else float(recipe.target.fraction),
@@ -226,17 +249,39 @@ def _prepare(recipe: Recipe, folder: Path, progress: Progress) -> _Run:
     machine.return_memory()  # what tokenising took
     identity = {
         "recipe": resolved.model_dump(exclude={"model"}),  # the same model may be called by another path
-        "inputs": source.reader.sha256(),
+        "inputs": inputs,
         "calibration_tokens": token_hash(windows),
         "versions": machine.versions(),
         "machine": machine.describe(),  # sums are taken in another order on another processor or number of threads
     }
-    walk = Walk(source, windows, calibration.batch)
-    sparsify = SparsifyWalk(walk, sparsifier, patterns, dense=calibration.mode == "dense")
-    return _Run(resolved, source, sparsify, windows, identity, progress)
+    # whole batches are shared out, so that each is computed as a single process would
+    batch = min(calibration.batch or batch_size(length), len(windows) // ranks.size)
+    mine = ranks.share_of(-(-len(windows) // batch))
+    walk = Walk(source, windows[mine.start * batch : mine.stop * batch], batch)
+    sparsify = SparsifyWalk(
+        walk,
+        sparsifier,
+        patterns,
+        dense=calibration.mode == "dense",
+        ranks=ranks,
+        first=mine.start * batch,
+        total=len(windows),
+    )
+    budget = machine.available_memory_bytes() // 2 // ranks.size if memory_budget is None else memory_budget
+    return _Run(resolved, source, sparsify, windows, identity, budget, progress, ranks)
 
 
-def _check_output(folder: Path, out: Path, *, resume: bool, overwrite: bool) -> None:
+def _check_output(folder: Path, out: Path, *, resume: bool, overwrite: bool, ours: bool = False) -> None:
+    """Refuse an output folder that cannot be what the user means; `ours` says that we hold its lock."""
+    try:
+        _check_place(folder, out, resume=resume, overwrite=overwrite)
+        if not ours:
+            refuse_locked(out)
+    except (OSError, ValueError) as problem:  # no permission, a null byte, ...
+        raise InputError(f"output folder {str(out)!r} cannot be used: {problem}") from None
+
+
+def _check_place(folder: Path, out: Path, *, resume: bool, overwrite: bool) -> None:
     target, model = out.resolve(), folder.resolve()
     if target == model or model in target.parents:
         raise InputError(f"output folder '{out}' is the model's own folder or lies inside it: choose another --out")
@@ -246,11 +291,16 @@ def _check_output(folder: Path, out: Path, *, resume: bool, overwrite: bool) -> 
         raise InputError(f"output '{out}' is a file: choose another --out")
     if resume and overwrite:
         raise InputError("--resume and --overwrite are both given: continue what is there, or replace it")
-    if overwrite and out.is_dir() and not holds_model(out) and (mine := model_files(out)):
+    if (
+        overwrite
+        and out.is_dir()
+        and not holds_model(out)
+        and (mine := [path for path in model_files(out) if not is_leftover(path)])
+    ):
         raise InputError(
             f"output folder '{out}' holds no model, but '{mine[0].name}', which would be replaced: choose another --out"
         )
-    if out.is_dir() and not overwrite and any(not is_temporary(path) for path in out.iterdir()):
+    if out.is_dir() and not overwrite and any(not is_leftover(path) for path in out.iterdir()):
         known = Journal.read(out) is not None or read_manifest(out) is not None
         if not (resume and known):
             hint = (
@@ -261,17 +311,41 @@ def _check_output(folder: Path, out: Path, *, resume: bool, overwrite: bool) -> 
             raise InputError(f"output folder '{out}' is not empty: {hint}")
 
 
-def _journal(out: Path, identity: dict[str, Any], *, resume: bool) -> Journal:
-    found = Journal.read(out) if resume else None
-    if found is not None:
-        _refuse_other(out, found.identity, identity)
-        found.shards = found.whole_shards()
-        return found
-    return Journal.fresh(out, identity)
+def _take(folder: Path, out: Path, held: ExitStack, *, resume: bool, overwrite: bool) -> None:
+    """Make the output folder and lock it until `held` is left; another run may have come first since it was looked at."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(out))
+    except OSError as problem:
+        raise InputError(f"output folder '{out}' cannot be used: {problem.strerror}") from None
+    _check_output(folder, out, resume=resume, overwrite=overwrite, ours=True)
+
+
+def _journal(out: Path, run_: _Run, *, resume: bool, overwrite: bool) -> Journal:
+    """The journal of a run that begins or goes on, its torn shards forgotten."""
+    journal = Journal.read(out) if resume else None
+    if journal is None:
+        journal = Journal.fresh(out, run_.identity)
+    else:
+        _refuse_other(out, journal.identity, run_.identity)
+        journal.shards = journal.whole_shards()
+    _check_disk(out, run_, journal, overwrite=overwrite)
+    if overwrite:
+        clear(out)
+    journal.save()  # before any shard, so that a run killed at any moment is known for what it is
+    return journal
+
+
+def _adopt_threads(journal: Journal, progress: Progress) -> None:
+    """Compute with as many threads as the run began with: sums taken in another order differ in their last bits."""
+    begun_with = journal.identity["machine"]["threads"]
+    if begun_with != torch.get_num_threads():
+        progress.say(f"computing with {begun_with} threads, as this run began, to end in the same bits")
+        torch.set_num_threads(begun_with)
 
 
 def _refuse_other(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    differing = difference(found, wanted)
+    differing = [line for line in difference(found, wanted) if not line.startswith("machine.threads ")]
     if differing:
         raise InputError(
             f"'{out}' belongs to another run: {'; '.join(differing)}. Resume with what it was begun with, or use --overwrite"
@@ -310,85 +384,125 @@ def result_of(out: Path, manifest: dict[str, Any]) -> Result:
     )
 
 
-def _check_disk(out: Path, source: StreamedModel, journal: Journal, *, overwrite: bool) -> None:
-    needed = sum(entry.bytes for entry in source.reader.entries.values()) - sum(
-        shard["bytes"] for shard in journal.shards
-    )
+def _check_disk(out: Path, run_: _Run, journal: Journal, *, overwrite: bool) -> None:
+    weights = sum(entry.bytes for entry in run_.source.reader.entries.values())
+    kept = 2 * run_.windows.ids.numel() * run_.sparsify.walk.shape[-1] * run_.source.dtype.itemsize
+    needed = weights + kept - sum(shard["bytes"] for shard in journal.shards)
     free = machine.free_disk_bytes(out)
     if overwrite and out.is_dir():
         free += sum(path.stat().st_size for path in out.glob("*.safetensors"))
     if needed * 1.02 > free:
         raise InputError(
-            f"'{out}' needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free: make room or choose another --out"
+            f"'{out}' needs {needed / 1e9:.2f} GB ({weights / 1e9:.2f} for the weights, {kept / 1e9:.2f} for hidden states while it "
+            f"runs), but its disk has {free / 1e9:.2f} GB free: make room, choose another --out, or take fewer --samples"
         )
 
 
 @contextmanager
-def _orderly_end(out: Path, journal: Journal, blocks: int, progress: Progress) -> Iterator[None]:
+def _orderly_end(out: Path, journal: Journal, run_: _Run) -> Iterator[None]:
     """Leave nothing of an input that turned out wrong on the way; after anything else say what can be resumed."""
     try:
         yield
     except InputError:  # NaN weights or overflowing activations would only be met again
-        clear(out)
+        if run_.ranks.first:
+            clear(out)
         raise
     except VerificationError:
         raise
     except BaseException:
-        progress.stop()
-        done = max(0, len(journal.shards) - 1)
-        progress.say(
-            f"stopped: {done} of {blocks} blocks are finished in '{out}'; the same command with --resume continues"
+        run_.progress.stop()
+        done = sum(shard["position"] > 0 for shard in journal.shards)
+        run_.progress.say(
+            f"stopped: {done} of {len(run_.source.anatomy.blocks)} blocks are finished in '{out}'; "
+            "the same command with --resume continues"
         )
         raise
 
 
-def _walk(run_: _Run, writer: Writer, journal: Journal) -> Tensor:
-    """Prune and write every block; returns the logits the reload is compared with."""
+def _walk(run_: _Run, keeper: Keeper, writer: Writer, journal: Journal) -> Tensor:
+    """Prune and write every block that is not finished; returns the final hidden states the reload is compared with."""
     source, sparsify, progress = run_.source, run_.sparsify, run_.progress
     seconds = sparsify.seconds
     blocks = source.anatomy.blocks
-    if not journal.shards:
-        with seconds.timed("read"):
-            outer = source.reader.read(source.outer_keys())
+    whole = run_.ranks.share(lambda: {shard["position"] for shard in journal.shards})
+    if 0 not in whole:
         with seconds.timed("write"):
-            journal.add(writer.write_shard(0, outer), [])
-        del outer
-    done = len(journal.shards) - 1
-    if done:
-        progress.say(f"resuming behind block {done} of {len(blocks)}")
+            keeper.shard(0, [Piece.stored(key, source.reader) for key in source.outer_keys()], [])
+            keeper.settle()
+    begin = _start(run_, writer.folder, journal, whole)
     progress.start(run_.recipe.method, len(blocks))
-    for block in blocks:
-        if block.index < done:
-            _replay(run_, writer.folder, journal.shards[block.index + 1], block)
+    for _ in range(begin):
+        progress.step("finished before")
+    for block in blocks[begin:]:
+        if sparsify.dense:  # measuring a block overwrites its inputs
+            with seconds.timed("write"):
+                keeper.settle()
+        done = block.index + 1 in whole
+        if done:
+            module = _finished_block(run_, writer, block)
         else:
             with seconds.timed("read"):
                 module = source.load_block(block.index)
+            if block.index + 2 not in whole:
+                source.prefetch(block.index + 1)
             reports = sparsify.prune_block(block, module, partial(_stored_weight, source))
-            with seconds.timed("write"):
-                journal.add(
-                    writer.write_shard(block.index + 1, source.stored[block.index]), [asdict(r) for r in reports]
+        with seconds.timed("write"):
+            keeper.settle()
+            if not done:
+                stored = source.stored[block.index]
+                keeper.shard(
+                    block.index + 1,
+                    [Piece.of(name, tensor) for name, tensor in stored.items()],
+                    [asdict(report) for report in reports],
                 )
+                del stored
+        sparsify.pass_on(block.index, module)
+        with seconds.timed("write"):
+            keeper.settle()
+            if block.index + 1 < len(blocks):
+                keeper.hidden(block.index + 1, sparsify.states(writer.folder))
         source.free_block(block.index)
         machine.return_memory()
         progress.step(f"block {block.index}")
-    machine.return_memory()
-    with seconds.timed("verify"):
-        source.load_outer()
-        tokens = compared_tokens(run_.windows)
-        logits = sparsify.walk.logits(sparsify.check[-1, -tokens:], run_.windows.ids[-1, -tokens:])
-        source.free_outer()
-    return logits
+    check = sparsify.check
+    tokens = compared_tokens(run_.windows)
+    last = torch.empty((tokens, sparsify.walk.shape[-1]), dtype=sparsify.walk.dtype) if check is None else check[:][-1]
+    return run_.ranks.from_last(last[-tokens:].clone())
 
 
-def _replay(run_: _Run, out: Path, record: dict[str, Any], block: Block) -> None:
-    """Send the windows through a block that an earlier run has finished."""
+def _start(run_: _Run, out: Path, journal: Journal, whole: set[int]) -> int:
+    """Take up the hidden states where it costs least; returns the block they are the inputs of."""
+    sparsify, walk = run_.sparsify, run_.sparsify.walk
+    blocks = len(run_.source.anatomy.blocks)
+    window = torch.Size(walk.shape[1:]).numel() * walk.dtype.itemsize
+    wanted = next((index for index in range(blocks) if index + 1 not in whole), blocks - 1)
+    saved = run_.ranks.share(lambda: [block for block in saved_blocks(journal, window) if block <= wanted])
+    begin = max(saved, default=0)
+    hidden: HiddenStates | None = None
+    if walk.hidden_bytes > run_.budget:
+        run_.progress.say(
+            f"hidden states ({walk.hidden_bytes / 1e9:.2f} GB) go to files: the memory budget is {run_.budget / 1e9:.2f} GB"
+        )
+        hidden = InFiles(walk.shape, walk.dtype, Place(out, sparsify.first))
+    sparsify.start(hidden, keep=begin == 0)
+    if begin:
+        for states, place in sparsify.states(out):
+            states.load(place, begin)
+    if len(whole) > 1:
+        run_.progress.say(
+            f"resuming: {len(whole) - 1} of {blocks} blocks are finished, hidden states are those behind block {begin}"
+        )
+    return begin
+
+
+def _finished_block(run_: _Run, writer: Writer, block: Block) -> nn.Module:
+    """A block that an earlier run has finished, as it wrote it."""
     source, sparsify = run_.source, run_.sparsify
     if sparsify.dense:
         sparsify.pass_on_dense(block.index, source.load_block(block.index))
         source.free_block(block.index)
     with sparsify.seconds.timed("read"):
-        module = source.load_block(block.index, read_file(out / record["file"]))
-    sparsify.pass_on(block.index, module)
+        return source.load_block(block.index, read_file(writer.folder / writer.shard_name(block.index + 1)))
 
 
 def _stored_weight(source: StreamedModel, linear: Linear) -> Tensor:
@@ -399,21 +513,24 @@ def _resident_weight(module: nn.Module, linear: Linear) -> Tensor:
     return weight_of(module.get_submodule(linear.name))
 
 
-def _finish(
-    run_: _Run, writer: Writer, journal: Journal, reference: Tensor, memory_budget: int | None, begun: float
-) -> Result:
-    """Index, config and tokenizer; then the reload check; then the manifest."""
+def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: float) -> Result:
+    """Index, config and tokenizer; then the reload check; then the manifest. `final` is [tokens, hidden], behind the last block."""
     source, seconds, out = run_.source, run_.sparsify.seconds, writer.folder
+    with seconds.timed("verify"):
+        ids = run_.windows.ids[-1, -len(final) :]
+        source.load_outer(ids, "chunked")
+        reference = run_.sparsify.walk.logits(final, ids)
+        source.free_outer()
     with seconds.timed("write"):
         writer.write_index(journal.shards)
         carried = writer.carry_over(source.reader.folder, with_code=run_.recipe.trust_remote_code)
-    batch = run_.windows[run_.sparsify.walk.batches[-1]]
+    width = run_.sparsify.walk.batches[0].stop  # the last batch of all, as it was computed
+    batch = run_.windows[(len(run_.windows) - 1) // width * width :]
     dtype, device = source.dtype, source.device
     parameters, blocks = source.parameter_count, len(source.anatomy.blocks)
     run_.progress.say("loading what was written and comparing its logits")
     run_.sparsify.release()
     machine.return_memory()
-    budget = machine.available_memory_bytes() // 2 if memory_budget is None else memory_budget
     with seconds.timed("verify"):
         try:
             verification = verify(
@@ -422,7 +539,7 @@ def _finish(
                 reference,
                 dtype=dtype,
                 device=device,
-                whole=parameters * dtype.itemsize <= budget,
+                whole=parameters * dtype.itemsize <= run_.budget,
                 trust_remote_code=run_.recipe.trust_remote_code,
             )
         except BaseException as problem:
@@ -456,7 +573,7 @@ def _finish(
         "run": {
             name: value for name, value in result.summary().items() if name not in ("out", "method", "verification")
         }
-        | {"parameters": parameters},
+        | {"parameters": parameters, "processes": run_.ranks.size},
         "verification": asdict(verification),
         "outputs": {name: sha256_file(out / name) for name in (INDEX_NAME, *carried)}
         | {shard["file"]: shard["sha256"] for shard in journal.shards},

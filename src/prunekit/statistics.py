@@ -8,7 +8,9 @@ share one measurement. Tokens that are padding are left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,11 +72,14 @@ class Statistics:
         """‖X_:j‖₂ of every input channel, [in]."""
         return self.input_square.sqrt()
 
-    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Statistics:
-        """The same sums in another dtype (norms are best cast after the root, which this does not do) or on another device."""
-        return Statistics(
-            self.count, {name: value.to(device=device, dtype=dtype) for name, value in self._sums.items()}
-        )
+    @property
+    def device(self) -> torch.device | None:
+        """Where the sums lie; None where nothing was measured."""
+        return next((value.device for value in self._sums.values()), None)
+
+    def to(self, dtype: torch.dtype) -> Statistics:
+        """The same sums in another dtype (norms are best cast after the root, which this does not do)."""
+        return Statistics(self.count, {name: value.to(dtype) for name, value in self._sums.items()})
 
 
 class _Sums:
@@ -109,14 +114,22 @@ class _Sums:
         self.sums[name] += value
 
 
+def _zeros(width: int, inputs: Tensor) -> Tensor:
+    """What a linear returns whose product nobody looks at."""
+    return inputs.new_zeros((*inputs.shape[:-1], width))
+
+
 class Collector:
     """Hooks on a block's linears that sum what passes through them while it is entered.
 
     Tell it the batch's number of `windows` and its token mask `keep` before each forward, and call `end_batch` after it. While
     `sample_tokens` is not 0, it also keeps that many inputs of each linear, the last ones of the batch's last window.
+
+    Where nobody uses what the block returns (`result_used=False`), nothing behind the linear that is called last is seen by anyone:
+    once the first batch has shown which one that is, its product is left out and zeros are returned in its place.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Module], needs: Iterable[str]) -> None:
+    def __init__(self, linears: Mapping[str, nn.Module], needs: Iterable[str], *, result_used: bool = True) -> None:
         self.windows = 1
         self.keep: Tensor | None = None
         self.sample_tokens = 0
@@ -132,6 +145,9 @@ class Collector:
         self._leader: dict[str, str] = {}  # linear -> the linear it shares its input with
         self._live: list[tuple[str, Tensor]] = []  # inputs of the batch under way, held so that identity means sameness
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._skips_last = not result_used and not self._outputs_wanted
+        self._last_called = ""
+        self._skipped: tuple[nn.Module, Any] | None = None  # a module and the `forward` of its own that it had
 
     def __enter__(self) -> Collector:
         for name, module in self._linears.items():
@@ -145,14 +161,25 @@ class Collector:
             handle.remove()
         self._handles.clear()
         self._live.clear()
+        if self._skipped is not None:
+            module, own = self._skipped
+            del module.forward
+            if own is not None:
+                module.forward = own
+            self._skipped = None
 
     def end_batch(self) -> None:
-        """Forget the batch's tensors. Which linears share an input is known after the first one."""
+        """Forget the batch's tensors. Which linears share an input, and which comes last, is known after the first one."""
         self._live.clear()
+        if self._skips_last and self._skipped is None and self._last_called:
+            module = self._linears[self._last_called]
+            self._skipped = module, module.__dict__.get("forward")
+            module.forward = partial(_zeros, self._last_width)
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             self._see_input(name, inputs[0])
+            self._last_called, self._last_width = name, output.shape[-1]
             if self._outputs_wanted:
                 self._output_sums.setdefault(name, _Sums(self._outputs_wanted)).add(output, self.keep)
 
@@ -180,8 +207,15 @@ class Collector:
         """The sampled inputs of a linear, [tokens, in], in the model's dtype."""
         return self._samples[self._leader[name]]
 
-    def statistics(self) -> dict[str, Statistics]:
-        """The sums by linear. Raises `PrunekitError` for a linear that no token went through."""
+    def statistics(self, sum_up: Callable[[list[Tensor]], None] = lambda tensors: None) -> dict[str, Statistics]:
+        """The sums by linear; `sum_up` adds other processes' sums to ours, in place.
+
+        Raises `PrunekitError` for a linear that no token went through.
+        """
+        for sums in (*self._input_sums.values(), *self._output_sums.values()):
+            count = torch.tensor([sums.count], dtype=torch.int64)
+            sum_up([count, *(sums.sums[name] for name in sorted(sums.sums))])
+            sums.count = int(count)
         found: dict[str, Statistics] = {}
         for name in self._linears:
             if name not in self._leader:

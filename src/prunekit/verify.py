@@ -130,5 +130,6 @@ def _streamed(
     walk = Walk(source, windows, batch=len(windows))
     walk.start()
     walk.run_all()
-    source.load_outer()
-    return walk.logits(walk.hidden[-1, -tokens:], windows.ids[-1, -tokens:])
+    ids = windows.ids[-1, -tokens:]
+    source.load_outer(ids, "chunked")
+    return walk.logits(walk.hidden[len(windows) - 1 : len(windows)][0, -tokens:], ids)

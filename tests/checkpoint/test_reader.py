@@ -52,7 +52,7 @@ def open_model(folder: Path) -> StreamedModel:
 
 def load_all(folder: Path) -> None:
     source = open_model(folder)
-    source.load_outer()
+    source.load_outer(torch.zeros(1, dtype=torch.long), "whole")
     for block in source.anatomy.blocks:
         source.load_block(block.index)
 

@@ -15,9 +15,14 @@ import torch
 from safetensors.torch import load_file
 
 from prunekit.checkpoint.reader import INDEX_NAME, sha256_file
+from prunekit.checkpoint.shard import Piece
 from prunekit.checkpoint.storage import replace_file, write_json, write_text
 from prunekit.checkpoint.writer import JOURNAL_NAME, Journal, Writer, clear, difference
 from prunekit.errors import InputError, StorageError
+
+
+def pieces(tensors: dict[str, torch.Tensor]) -> list[Piece]:
+    return [Piece.of(name, tensor) for name, tensor in tensors.items()]
 
 
 def listing(folder: Path) -> list[str]:
@@ -68,7 +73,7 @@ def test_writing_into_a_missing_folder_is_a_storage_error(tmp_path: Path) -> Non
 def test_files_get_the_users_usual_permissions(tmp_path: Path, narrow_umask: int) -> None:
     # safetensors makes its files private; a folder that others should read would be half unreadable
     write_json(tmp_path / "file.json", {"a": 1})
-    record = Writer(tmp_path, 1).write_shard(0, {"a": torch.ones(2)})
+    record = Writer(tmp_path, 1).write_shard(0, pieces({"a": torch.ones(2)}))
     for name in ("file.json", record["file"]):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == narrow_umask, name
 
@@ -89,19 +94,24 @@ def test_shards_are_named_as_every_loader_knows_them(tmp_path: Path) -> None:
 
 def test_a_shard_record_describes_its_file(tmp_path: Path) -> None:
     tensors = {"b": torch.randn(2, 3), "a": torch.ones(5, dtype=torch.bfloat16)}
-    record = Writer(tmp_path, 2).write_shard(1, tensors)
+    record = Writer(tmp_path, 2).write_shard(1, pieces(tensors))
     path = tmp_path / "model-00002-of-00002.safetensors"
-    assert record == {"file": path.name, "sha256": sha256_file(path), "tensors": ["a", "b"], "bytes": 24 + 10}
+    assert record == {
+        "position": 1,
+        "file": path.name,
+        "sha256": sha256_file(path),
+        "tensors": ["a", "b"],
+        "bytes": 24 + 10,
+    }
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(path).items())
 
 
-def test_a_disk_that_fills_up_under_safetensors_is_a_storage_error(tmp_path: Path) -> None:
-    # the library wraps the system's error in a class of its own
+def test_a_disk_that_fills_up_is_a_storage_error(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
         with pytest.raises(StorageError, match="model-00001-of-00001"):
-            Writer(tmp_path, 1).write_shard(0, {"a": torch.ones(1 << 20)})
+            Writer(tmp_path, 1).write_shard(0, pieces({"a": torch.ones(1 << 20)}))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert listing(tmp_path) == []
@@ -110,8 +120,8 @@ def test_a_disk_that_fills_up_under_safetensors_is_a_storage_error(tmp_path: Pat
 def test_the_index_maps_every_tensor_and_counts_bytes(tmp_path: Path) -> None:
     writer = Writer(tmp_path, 2)
     records = [
-        writer.write_shard(0, {"z": torch.ones(3)}),
-        writer.write_shard(1, {"b": torch.ones(2, dtype=torch.float16), "a": torch.ones(1)}),
+        writer.write_shard(0, pieces({"z": torch.ones(3)})),
+        writer.write_shard(1, pieces({"b": torch.ones(2, dtype=torch.float16), "a": torch.ones(1)})),
     ]
     writer.write_index(records)
     index = json.loads((tmp_path / INDEX_NAME).read_text())
@@ -172,7 +182,9 @@ def written_journal(folder: Path, shards: int = 3) -> Journal:
     journal = Journal.fresh(folder, {"recipe": {"seed": 0}})
     writer = Writer(folder, shards)
     for position in range(shards):
-        journal.add(writer.write_shard(position, {f"t{position}": torch.full((4,), float(position))}), [{"name": "x"}])
+        journal.add(
+            writer.write_shard(position, pieces({f"t{position}": torch.full((4,), float(position))})), [{"name": "x"}]
+        )
     return journal
 
 
@@ -192,7 +204,7 @@ def test_no_journal_where_none_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
-def test_a_torn_shard_ends_what_is_whole(tmp_path: Path, damage: str) -> None:
+def test_a_torn_shard_is_not_whole(tmp_path: Path, damage: str) -> None:
     journal = written_journal(tmp_path)
     path = tmp_path / journal.shards[1]["file"]
     content = bytearray(path.read_bytes())
@@ -203,13 +215,22 @@ def test_a_torn_shard_ends_what_is_whole(tmp_path: Path, damage: str) -> None:
     else:
         content[-1] ^= 1
         path.write_bytes(content)
-    # the third shard is whole, but it was computed behind the second
-    assert journal.whole_shards() == journal.shards[:1]
+    assert journal.whole_shards() == [journal.shards[0], journal.shards[2]]
 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "{}", '{"identity": {}}', '{"identity": 1, "shards": []}', '{"identity": {}, "shards": [1]}'],
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"identity": {}}',
+        '{"identity": {}, "shards": []}',
+        '{"identity": 1, "shards": [], "hidden": []}',
+        '{"identity": {}, "shards": [1], "hidden": []}',
+        '{"identity": {}, "shards": [], "hidden": [1]}',
+    ],
 )
 def test_a_damaged_journal_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / JOURNAL_NAME).write_text(content)

@@ -29,8 +29,8 @@ def streamed_logits(source: StreamedModel | ResidentModel, windows: Windows, bat
     for block in source.anatomy.blocks:
         walk.run(block.index, source.load_block(block.index))
         source.free_block(block.index)
-    source.load_outer()
-    return torch.stack([walk.logits(hidden, ids) for hidden, ids in zip(walk.hidden, windows.ids, strict=True)])
+    source.load_outer(windows.ids, "whole")
+    return torch.stack([walk.logits(hidden, ids) for hidden, ids in zip(walk.hidden[:], windows.ids, strict=True)])
 
 
 def plain_logits(model: PreTrainedModel, windows: Windows, batch: int) -> torch.Tensor:
@@ -159,7 +159,7 @@ def test_parameters_are_in_memory_only_between_load_and_free(tied: bool, tmp_pat
 
     outer = {"model.embed_tokens.weight", "model.norm.weight"} | (set() if tied else {"lm_head.weight"})
     assert loaded() == set()
-    source.load_outer()
+    source.load_outer(draw_ids(1, 8), "whole")
     assert loaded() == outer
     assert (source.module.lm_head.weight is source.module.model.embed_tokens.weight) == tied
     assert torch.equal(source.module.lm_head.weight, model.lm_head.weight)
@@ -233,7 +233,7 @@ def test_hidden_states_are_what_the_model_hands_its_blocks() -> None:
     walk = Walk(source, windows, 3)
     walk.start()
     for index, block in enumerate(model.model.layers):
-        assert_close(walk.hidden, seen[index][0])
+        assert_close(walk.hidden[:], seen[index][0])
         walk.run(index, block)
 
 
@@ -267,7 +267,7 @@ def test_blocks_are_back_in_place_after_an_exception(place: str) -> None:
         raise StopHereError
 
     handle = model.get_submodule(place).register_forward_hook(stop)
-    for failing in (Walk(source, windows, 1).start, lambda: walk.logits(walk.hidden[0], windows.ids[0])):
+    for failing in (Walk(source, windows, 1).start, lambda: walk.logits(walk.hidden[:][0], windows.ids[0])):
         with pytest.raises(StopHereError):
             failing()
         assert all(found is block for found, block in zip(model.model.layers, blocks, strict=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path, PurePosixPath
@@ -23,7 +23,9 @@ from ..errors import InputError, StorageError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
-_DTYPES = {
+_CHUNK_BYTES = 4 << 20
+
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -93,8 +95,8 @@ class Reader:
             if name not in self.entries:
                 raise InputError(f"'{INDEX_NAME}' promises tensor '{name}' in '{file}', which does not hold it")
 
-    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The named tensors, in their stored dtype, in memory of their own."""
+    def read(self, names: Iterable[str], *, pinned: bool = False) -> dict[str, torch.Tensor]:
+        """The named tensors, in their stored dtype, in memory of their own; `pinned` memory goes to a CUDA device unwaited for."""
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self.entries[name].file, []).append(name)
@@ -102,8 +104,30 @@ class Reader:
         for file, wanted in by_file.items():
             with (self.folder / file).open("rb", buffering=0) as stream:
                 for name in sorted(wanted, key=lambda name: self.entries[name].offset):
-                    found[name] = _read_tensor(stream, self.entries[name])
+                    found[name] = _read_tensor(stream, self.entries[name], pinned=pinned)
         return found
+
+    def rows(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """A tensor a few rows at a time: (first row, [rows, ...]), in its stored dtype. What is too large to hold is read like this."""
+        entry = self.entries[name]
+        size = max(1, _CHUNK_BYTES * entry.shape[0] // max(1, entry.bytes))
+        with (self.folder / entry.file).open("rb", buffering=0) as stream:
+            stream.seek(entry.offset)
+            for start in range(0, entry.shape[0], size):
+                part = torch.empty((min(size, entry.shape[0] - start), *entry.shape[1:]), dtype=entry.dtype)
+                _fill(stream, bytes_of(part), entry)
+                yield start, part
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """A tensor's bytes, a few megabytes at a time; a chunk holds until the next is asked for."""
+        entry = self.entries[name]
+        memory = memoryview(bytearray(min(entry.bytes, _CHUNK_BYTES)))
+        with (self.folder / entry.file).open("rb", buffering=0) as stream:
+            stream.seek(entry.offset)
+            for start in range(0, entry.bytes, _CHUNK_BYTES):
+                part = memory[: min(_CHUNK_BYTES, entry.bytes - start)]
+                _fill(stream, part, entry)
+                yield part
 
     def sha256(self) -> dict[str, str]:
         """File name -> sha256 of every weight file and of the config."""
@@ -124,13 +148,13 @@ def read_header(folder: Path, file: str) -> dict[str, Entry]:
     header.pop("__metadata__", None)
     found = {}
     for name, part in header.items():
-        if part["dtype"] not in _DTYPES:
+        if part["dtype"] not in DTYPES:
             raise InputError(
                 f"tensor '{name}' in '{path}' is stored as {part['dtype']}: prunekit reads unquantised checkpoints; take the "
                 "model's float version"
             )
         offset = 8 + length + part["data_offsets"][0]
-        found[name] = Entry(file, tuple(part["shape"]), _DTYPES[part["dtype"]], offset)
+        found[name] = Entry(file, tuple(part["shape"]), DTYPES[part["dtype"]], offset)
     return found
 
 
@@ -140,18 +164,27 @@ def read_file(path: Path) -> dict[str, torch.Tensor]:
         return {name: _read_tensor(stream, entry) for name, entry in read_header(path.parent, path.name).items()}
 
 
-def _read_tensor(stream: FileIO, entry: Entry) -> torch.Tensor:
-    tensor = torch.empty(entry.shape, dtype=entry.dtype)
-    if entry.bytes:
-        memory = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        stream.seek(entry.offset)
-        done = 0
-        while done < len(memory):  # one read call gives at most 2 GiB
-            got = stream.readinto(memory[done:])
-            if not got:
-                raise StorageError(f"'{entry.file}' ended while it was read: is another program changing it?")
-            done += got
+def _read_tensor(stream: FileIO, entry: Entry, *, pinned: bool = False) -> torch.Tensor:
+    tensor = torch.empty(entry.shape, dtype=entry.dtype, pin_memory=pinned)
+    stream.seek(entry.offset)
+    _fill(stream, bytes_of(tensor), entry)
     return tensor
+
+
+def _fill(stream: FileIO, memory: memoryview, entry: Entry) -> None:
+    done = 0
+    while done < len(memory):  # one read call gives at most 2 GiB
+        got = stream.readinto(memory[done:])
+        if not got:
+            raise StorageError(f"'{entry.file}' ended while it was read: is another program changing it?")
+        done += got
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A contiguous processor tensor's own memory, as bytes; nothing is copied."""
+    if not tensor.numel():
+        return memoryview(b"")
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def sha256_file(path: Path) -> str:

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-
 from ..errors import InputError
+from .lock import LOCK_NAME
 from .reader import INDEX_NAME, sha256_file
+from .shard import Piece, write_shard
 from .storage import is_temporary, replace_file, write_json, write_text
 
 JOURNAL_NAME = ".prunekit-journal.json"
 MANIFEST_NAME = "prunekit.json"
 CARD_NAME = "README.md"
+HIDDEN_PREFIX = ".prunekit-hidden-"
 
 _CARRIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 _TEMPLATES = "additional_chat_templates"
@@ -52,12 +52,15 @@ class Journal:
 
     Attributes:
         identity: what must be equal for a resume: recipe, input hashes, calibration tokens, versions.
-        shards: one record per finished shard, in order: `file`, `sha256`, `tensors`, `bytes`, and the reports of its `linears`.
+        shards: one record per finished shard, by position: `position`, `file`, `sha256`, `tensors`, `bytes`, and the reports of
+            its `linears`.
+        hidden: which blocks' inputs are saved, at most the latest two: `block` and `parts` (`start`, `stop`, `sha256`).
     """
 
     path: Path
     identity: dict[str, Any]
     shards: list[dict[str, Any]] = field(default_factory=list)
+    hidden: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def fresh(cls, folder: Path, identity: dict[str, Any]) -> Journal:
@@ -73,30 +76,39 @@ class Journal:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             identity, shards = content["identity"], content["shards"]
-            if not (isinstance(identity, dict) and all(shard["file"] and shard["sha256"] for shard in shards)):
+            hidden = content["hidden"]
+            described = all(shard["file"] and shard["sha256"] and shard["position"] >= 0 for shard in shards)
+            if not (isinstance(identity, dict) and described and all(note["parts"] for note in hidden)):
                 raise TypeError("not a journal")
-            return cls(path, identity, shards)
+            return cls(path, identity, shards, hidden)
         except (ValueError, KeyError, TypeError, OSError) as problem:
             raise InputError(f"'{path}' cannot be read ({problem}): start afresh with --overwrite") from None
 
     def add(self, shard: dict[str, Any], linears: list[dict[str, Any]]) -> None:
         """Note a shard that is durable, with the reports of its linears, and make the note durable."""
-        self.shards.append({**shard, "linears": linears})
+        others = [record for record in self.shards if record["position"] != shard["position"]]
+        self.shards = sorted([*others, {**shard, "linears": linears}], key=lambda record: record["position"])
+        self.save()
+
+    def note_hidden(self, block: int, parts: list[dict[str, Any]]) -> None:
+        """Note that the inputs of `block` are durable. Those of the block before are kept, older ones are written over."""
+        kept = [note for note in self.hidden if note["block"] == block - 1]
+        self.hidden = [*kept, {"block": block, "parts": parts}]
         self.save()
 
     def save(self) -> None:
         """Make the present state durable."""
-        write_json(self.path, {"identity": self.identity, "shards": self.shards}, indent=None)
+        content = {"identity": self.identity, "shards": self.shards, "hidden": self.hidden}
+        write_json(self.path, content, indent=None)
 
     def whole_shards(self) -> list[dict[str, Any]]:
-        """The leading records whose files are there and have the recorded hash; a torn or later shard is written again."""
-        whole = []
-        for record in self.shards:
-            path = self.path.parent / record["file"]
-            if not path.is_file() or sha256_file(path) != record["sha256"]:
-                break
-            whole.append(record)
-        return whole
+        """The records whose files are there and have the recorded hash; a torn shard is written again."""
+        folder = self.path.parent
+        return [
+            record
+            for record in self.shards
+            if (folder / record["file"]).is_file() and sha256_file(folder / record["file"]) == record["sha256"]
+        ]
 
 
 def difference(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
@@ -122,22 +134,16 @@ class Writer:
         """File name of a shard; the form every Hugging Face loader knows."""
         return f"model-{position + 1:05d}-of-{self.shards:05d}.safetensors"
 
-    def write_shard(self, position: int, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Write one shard durably and return its journal record."""
+    def write_shard(self, position: int, pieces: Iterable[Piece]) -> dict[str, Any]:
+        """Write one shard durably and return its journal record. Raises `StorageError`."""
+        listed = list(pieces)
         path = self.folder / self.shard_name(position)
-
-        def fill(temporary: Path) -> None:
-            try:
-                save_file(tensors, temporary, metadata={"format": "pt"})
-            except SafetensorError as problem:  # how the library passes on a full disk
-                raise OSError(str(problem)) from problem
-
-        replace_file(path, fill)
         return {
+            "position": position,
             "file": path.name,
-            "sha256": sha256_file(path),
-            "tensors": sorted(tensors),
-            "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+            "sha256": write_shard(path, listed),
+            "tensors": sorted(piece.name for piece in listed),
+            "bytes": sum(piece.bytes for piece in listed),
         }
 
     def write_index(self, records: list[dict[str, Any]]) -> None:
@@ -170,6 +176,12 @@ class Writer:
         write_text(self.folder / CARD_NAME, card)
         write_json(self.folder / MANIFEST_NAME, manifest)
         (self.folder / JOURNAL_NAME).unlink(missing_ok=True)
+        self.drop_hidden()
+
+    def drop_hidden(self) -> None:
+        """Remove the saved hidden states; nobody resumes any more."""
+        for path in self.folder.glob(HIDDEN_PREFIX + "*"):
+            path.unlink()
 
 
 def clear(folder: Path) -> None:
@@ -186,14 +198,22 @@ def clear(folder: Path) -> None:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """What in `folder` belongs to a model or to a run of prunekit, by name."""
+    """What in `folder` belongs to a model or to a run of prunekit, by name; not its lock, which whoever holds it removes."""
     ours = {JOURNAL_NAME, MANIFEST_NAME, CARD_NAME, INDEX_NAME, *_MODEL_FILES, *_written_before(folder)}
     return [
         path
         for path in sorted(folder.iterdir())
-        if (path.is_dir() and path.name == _TEMPLATES)
-        or (path.is_file() and (path.name in ours or path.suffix == ".safetensors" or is_temporary(path)))
+        if path.name != LOCK_NAME
+        and (
+            (path.is_dir() and path.name == _TEMPLATES)
+            or (path.is_file() and (path.name in ours or path.suffix == ".safetensors" or is_leftover(path)))
+        )
     ]
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether this is what a run keeps only while it runs: a half-written file, hidden states, its lock."""
+    return is_temporary(path) or path.name.startswith(HIDDEN_PREFIX) or path.name == LOCK_NAME
 
 
 def holds_model(folder: Path) -> bool:

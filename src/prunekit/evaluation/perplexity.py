@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..model.hidden import room_for
 from ..model.source import Source
 from ..model.stream import Walk, Windows
 
@@ -42,21 +43,31 @@ def perplexity(
     if windows.keep is not None:
         raise InputError("perplexity is defined over whole windows: give windows without padding")
     walk = Walk(source, windows, batch)
-    walk.start()
-    walk.run_all(step)
-    source.load_outer()
+    walk.prepare()
+    with room_for(walk.shape, walk.dtype, source.device) as hidden:
+        walk.start(hidden)
+        walk.run_all(step)
+        total, predictions = _through_the_head(walk)
+    step()
+    if not math.isfinite(total):
+        raise InputError(f"the model's logits are NaN or infinite in {source.dtype}: try --dtype float32")
+    mean = total / predictions
+    return (math.exp(mean) if mean < 700 else math.inf), predictions
+
+
+def _through_the_head(walk: Walk) -> tuple[float, int]:
+    """Sum of the negative log-likelihoods, and the number of predictions."""
+    source, windows = walk.source, walk.windows
+    source.load_outer(windows.ids, "whole")
     head = source.module.get_output_embeddings()
     size = chunk_tokens(head.weight.shape[0])
     total, predictions = 0.0, 0
-    for hidden, ids in zip(walk.hidden, windows.ids, strict=True):
+    for number, ids in enumerate(windows.ids):
+        hidden = walk.hidden[number : number + 1][0]
         for start in range(0, windows.length - 1, size):
             end = min(start + size, windows.length - 1)
             logits = walk.logits(hidden[start:end], ids[start:end])
             total += negative_log_likelihood(logits, ids[start + 1 : end + 1])
             predictions += end - start
     source.free_outer()
-    step()
-    if not math.isfinite(total):
-        raise InputError(f"the model's logits are NaN or infinite in {source.dtype}: try --dtype float32")
-    mean = total / predictions
-    return (math.exp(mean) if mean < 700 else math.inf), predictions
+    return total, predictions

@@ -1,7 +1,10 @@
 """Where a walk takes its blocks from: a checkpoint folder, one block at a time, or a model that is already in memory.
 
 Both give the same few calls, so that everything above them is written once:
-`load_outer` / `free_outer` (embeddings, final norm, head), `load_block(i)` / `free_block(i)`.
+`load_outer` / `free_outer` (embeddings, final norm, head), `prefetch(i)`, `load_block(i)` / `free_block(i)`.
+
+An embedding and a head of a large vocabulary may be larger than a block. Of the embedding only the rows of the tokens at hand are
+kept; the head is not read where nobody asks for logits, and is multiplied a few rows at a time where few tokens are asked for.
 
 A checkpoint's model is built on the meta device from its config: parameters have shapes and no memory until they are read.
 Non-persistent buffers (rotary frequencies, embedding scales) are in no checkpoint; they are made real and initialised the way
@@ -10,12 +13,14 @@ transformers' own `from_pretrained` does it.
 
 from __future__ import annotations
 
+import mmap
 import re
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +42,10 @@ if TYPE_CHECKING:
 _OBSOLETE = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias)$")
 
 
+# what is wanted of the output head: nothing, logits of a few tokens, or logits of many
+Head = Literal["none", "chunked", "whole"]
+
+
 class Source(Protocol):
     """What a walk needs of a model. `module` is the whole causal language model, its blocks loaded or not."""
 
@@ -45,11 +54,14 @@ class Source(Protocol):
     device: torch.device
     dtype: torch.dtype
 
-    def load_outer(self) -> None:
-        """Make everything outside the blocks usable."""
+    def load_outer(self, ids: Tensor, head: Head = "none") -> None:
+        """Make what lies outside the blocks usable for the tokens `ids` (of any shape) and no others."""
 
     def free_outer(self) -> None:
         """Give that memory back where it can be read again."""
+
+    def prefetch(self, index: int) -> None:
+        """Begin to read a block in the background, where there is one; `load_block` will take it."""
 
     def load_block(self, index: int) -> nn.Module:
         """Make a block usable and return it."""
@@ -68,10 +80,13 @@ class ResidentModel:
         self.device = first.device
         self.dtype = first.dtype
 
-    def load_outer(self) -> None:
+    def load_outer(self, ids: Tensor, head: Head = "none") -> None:
         """Nothing to do."""
 
     def free_outer(self) -> None:
+        """Nothing to do."""
+
+    def prefetch(self, index: int) -> None:
         """Nothing to do."""
 
     def load_block(self, index: int) -> nn.Module:
@@ -122,6 +137,8 @@ class StreamedModel:
         }
         self.key_of, self.leftover = self._match_names()
         self.stored: dict[int, dict[str, Tensor]] = {}
+        self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prunekit-read")
 
     @classmethod
     def open(cls, folder: Path, *, dtype: str, device: str, trust_remote_code: bool = False) -> StreamedModel:
@@ -159,23 +176,67 @@ class StreamedModel:
             {self.key_of[name] for name in self.outer_parameters() if name in self.key_of} | set(self.leftover)
         )
 
-    def load_outer(self) -> None:
-        """Read everything outside the blocks."""
-        names = [name for name in self.outer_parameters() if name in self.key_of]
-        for name in names:  # one at a time: an embedding may be the largest tensor of all
+    def load_outer(self, ids: Tensor, head: Head = "none") -> None:
+        """Read what lies outside the blocks: of the embedding the rows of `ids`, of the head what `head` says."""
+        self.free_outer()
+        embedding = self._embedding_names()
+        output = self._head_names()
+        if head == "whole":
+            embedding -= output  # tied: the whole of it is needed
+        for name in self.outer_parameters():
+            if name not in self.key_of:
+                continue
             key = self.key_of[name]
-            tensor = self.reader.read([key])[key]
-            _refuse_not_finite(tensor, key, "outside the blocks")
-            self._place(name, tensor)
+            if name in embedding:
+                self._place(name, self._rows(key, self._shapes[name], ids))
+            elif name in output and head != "whole":
+                if head == "chunked":
+                    self._place_nothing(name)
+            else:
+                tensor = self.reader.read([key])[key]
+                _refuse_not_finite(tensor, key, "outside the blocks")
+                self._place(name, tensor)
+        if head == "chunked" and output:
+            key = next(self.key_of[name] for name in output if name in self.key_of)
+            linear = self.module.get_output_embeddings()
+            linear.forward = _ChunkedHead(self.reader, key, linear)
 
     def free_outer(self) -> None:
         """Put everything outside the blocks back on the meta device."""
+        head = self.module.get_output_embeddings()
+        if head is not None:
+            head.__dict__.pop("forward", None)
         self._free(self.outer_parameters())
+
+    def _embedding_names(self) -> set[str]:
+        """Names of the input embedding's weight, those tied to it included; none where it is no plain lookup."""
+        module = self.module.get_input_embeddings()
+        return self._names_of(module.weight) if isinstance(module, nn.Embedding) else set()
+
+    def _head_names(self) -> set[str]:
+        """Names of the head's weight, likewise; none where it is not one plain product."""
+        module = self.module.get_output_embeddings()
+        return self._names_of(module.weight) if type(module) is nn.Linear else set()
+
+    def _names_of(self, wanted: Tensor) -> set[str]:
+        named = self.module.named_parameters(remove_duplicate=False)
+        return {alias for name, tensor in named if tensor is wanted for alias in self._ties.get(name, [name])}
+
+    def _rows(self, key: str, shape: tuple[int, ...], ids: Tensor) -> Tensor:
+        """A stored matrix of which only the rows `ids` are real; the others are memory nobody has touched, which takes no room."""
+        used = torch.zeros(shape[0], dtype=torch.bool)
+        used[ids.reshape(-1).cpu()] = True
+        matrix = _untouched(shape, self.dtype)
+        for start, rows in self.reader.rows(key):
+            _refuse_not_finite(rows, key, "outside the blocks")
+            mine = used[start : start + len(rows)].nonzero().flatten()
+            matrix[start + mine] = rows[mine].to(self.dtype)
+        return matrix
 
     def load_block(self, index: int, tensors: dict[str, Tensor] | None = None) -> nn.Module:
         """Read a block where it is not in memory yet, or take `tensors` (stored name -> tensor) for it, and return its module."""
         if tensors is not None or index not in self.stored:
-            stored = self.reader.read(self.block_keys(index)) if tensors is None else tensors
+            stored = self._taken(index) if tensors is None else tensors
             for name in self.block_parameters(index):
                 _refuse_not_finite(stored[self.key_of[name]], self.key_of[name], f"block {index}")
                 self._place(name, stored[self.key_of[name]])
@@ -183,18 +244,37 @@ class StreamedModel:
         block: nn.Module = self.module.get_submodule(self.anatomy.blocks[index].name)
         return block
 
+    def prefetch(self, index: int) -> None:
+        """Begin to read a block in the background; at most one is on its way at a time."""
+        if index < len(self.anatomy.blocks) and index not in self.stored and index not in self._ahead:
+            self._ahead.clear()
+            self._ahead[index] = self._thread.submit(self._read_block, index)
+
+    def _taken(self, index: int) -> dict[str, Tensor]:
+        ahead = self._ahead.pop(index, None)
+        return self._read_block(index) if ahead is None else ahead.result()
+
+    def _read_block(self, index: int) -> dict[str, Tensor]:
+        return self.reader.read(self.block_keys(index), pinned=self.device.type == "cuda")
+
     def free_block(self, index: int) -> None:
         """Put a block back on the meta device."""
         self.stored.pop(index, None)
         self._free(self.block_parameters(index))
 
     def _place(self, name: str, tensor: Tensor) -> None:
-        value = tensor.to(device=self.device, dtype=self.dtype if tensor.is_floating_point() else tensor.dtype)
+        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+        value = tensor.to(self.device, non_blocking=tensor.is_pinned()).to(dtype)
         owner, leaf = self._owner(name)
         if leaf in owner._buffers:
             owner._buffers[leaf] = value
         else:
             self._set_parameter(name, nn.Parameter(value, requires_grad=False))
+
+    def _place_nothing(self, name: str) -> None:
+        """Give a parameter its device and dtype but no values, for code that asks it for those."""
+        nothing = _untouched(self._shapes[name], self.dtype).to(self.device)
+        self._set_parameter(name, nn.Parameter(nothing, requires_grad=False))
 
     def _set_parameter(self, name: str, parameter: nn.Parameter) -> None:
         """Put a parameter under its name and under every name tied to it."""
@@ -262,6 +342,35 @@ class StreamedModel:
                 f"{_some(unexpected)}; they would be lost"
             )
         return key_of, leftover
+
+
+class _ChunkedHead:
+    """Stands in for a head's forward: the product with its stored weight, a few rows of it in memory at a time.
+
+    Shapes: [..., hidden] -> [..., vocabulary].
+    """
+
+    def __init__(self, reader: Reader, key: str, linear: nn.Linear) -> None:
+        self._reader = reader
+        self._key = key
+        self._linear = linear
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        output = hidden.new_empty((*hidden.shape[:-1], self._linear.out_features))
+        for start, rows in self._reader.rows(self._key):
+            _refuse_not_finite(rows, self._key, "outside the blocks")
+            part = rows.to(hidden.device).to(hidden.dtype)
+            output[..., start : start + len(part)] = nn.functional.linear(hidden, part)
+        return output if self._linear.bias is None else output + self._linear.bias
+
+
+def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that take no memory until they are written: pages of an anonymous map, not joined into huge ones."""
+    size = max(1, torch.Size(shape).numel() * dtype.itemsize)
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=torch.Size(shape).numel()).view(shape)
 
 
 def build_skeleton(

@@ -21,10 +21,16 @@ from torch import Tensor, nn
 from ..bits import all_finite
 from ..errors import InputError
 from ..machine import return_memory
+from .hidden import HiddenStates, InMemory
 from .source import Source
 
 BATCH_TOKENS = 2048
 _PROBE_TOKENS = 8
+
+
+def batch_size(length: int) -> int:
+    """Windows of `length` tokens that go through a block together unless something else is asked for."""
+    return max(1, BATCH_TOKENS // length)
 
 
 @dataclass(frozen=True)
@@ -163,45 +169,70 @@ class _Interner:
 class Walk:
     """Windows on their way through a model.
 
-    After `start`, `hidden` holds the first block's inputs; `run(i)` sends them through block i.
+    After `start`, `hidden` holds the first block's inputs; `run(i)` sends them through block i. `prepare` may be called before, to
+    have everything refused that a model's kind can be refused for.
 
     Attributes:
-        hidden: [windows, length, hidden] in the model's dtype, the one large buffer.
+        hidden: [windows, length, hidden], the one large buffer.
         batches: which windows go through a block together.
+        shape, dtype: of the hidden states; known after `prepare`.
     """
 
     source: Source
     windows: Windows
     batch: int | None = None
-    hidden: Tensor = field(init=False)
+    hidden: HiddenStates = field(init=False)
     batches: list[slice] = field(init=False)
 
     def __post_init__(self) -> None:
-        size = self.batch or max(1, BATCH_TOKENS // self.windows.length)
+        size = self.batch or batch_size(self.windows.length)
         count = len(self.windows)
         self.batches = [slice(start, min(start + size, count)) for start in range(0, count, size)]
         self._calls: list[list[Call]] = []
         self._forms: dict[type, int | None] = {}
+        self.shape: tuple[int, ...] = ()
+        self.dtype = self.source.dtype
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Size of the hidden states; known after `prepare`."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     @torch.inference_mode()
-    def start(self) -> None:
-        """Run the model around its blocks: note what each block is called with, and the first hidden states."""
-        self.source.load_outer()
+    def prepare(self) -> None:
+        """Load what lies outside the blocks and try it on a few tokens. Raises `InputError`."""
+        self.source.load_outer(self.windows.ids)
         self._probe()
+        with self._recorders() as recorders:
+            self._forward_base(Windows(self.windows.ids[:1, :_PROBE_TOKENS]))
+        first = recorders[0].hidden
+        if first is None or any(recorder.call is None for recorder in recorders):
+            raise InputError(
+                "the model's forward does not call every block once: this kind of model is not supported yet"
+            )
+        self.shape = (len(self.windows), self.windows.length, first.shape[-1])
+        self.dtype = first.dtype
+
+    @torch.inference_mode()
+    def start(self, hidden: HiddenStates | None = None, *, keep: bool = True) -> None:
+        """Run the model around its blocks: note what each block is called with, and the first hidden states.
+
+        `hidden` is where those go, by default into memory; without `keep` they are not wanted, because later ones will be loaded.
+        """
+        if not self.shape:
+            self.prepare()
+        self.hidden = InMemory(self.shape, self.dtype, self.source.device) if hidden is None else hidden
         interner = _Interner()
         for batch in self.batches:
             with self._recorders() as recorders:
                 self._forward_base(self.windows[batch])
             self._calls.append([interner.call(recorder.call) for recorder in recorders if recorder.call is not None])
             first = recorders[0].hidden
-            if first is None or len(self._calls[-1]) != len(recorders):
-                raise InputError(
-                    "the model's forward does not call every block once: this kind of model is not supported yet"
-                )
-            if batch.start == 0:
-                shape = (len(self.windows), *first.shape[1:])
-                self.hidden = torch.empty(shape, dtype=first.dtype)
-            self.hidden[batch] = first.to(self.hidden.device)
+            assert first is not None
+            if keep:
+                self.hidden[batch] = first
+        if keep:
+            self.hidden.turn()
         self.source.free_outer()
 
     def run_batch(self, index: int, block: nn.Module, position: int, hidden: Tensor) -> Tensor:
@@ -209,7 +240,8 @@ class Walk:
 
         Must be called in inference mode. Raises `InputError` where the result is not finite.
         """
-        output = self._calls[position][index].replay(block, hidden.to(self.source.device))
+        hidden = hidden.to(self.source.device, non_blocking=True)
+        output = self._calls[position][index].replay(block, hidden)
         result = output[0] if isinstance(output, tuple) else output
         assert isinstance(result, Tensor)
         if not all_finite(result):
@@ -221,19 +253,22 @@ class Walk:
 
     @torch.inference_mode()
     def run(self, index: int, block: nn.Module) -> None:
-        """Send all hidden states through a block, in place."""
+        """Send all hidden states through a block."""
         for position, batch in enumerate(self.batches):
-            self.hidden[batch] = self.run_batch(index, block, position, self.hidden[batch]).to(self.hidden.device)
+            self.hidden[batch] = self.run_batch(index, block, position, self.hidden[batch])
+        self.hidden.turn()
 
     def release(self) -> None:
         """Give the hidden states and recorded arguments back; the walk is over."""
-        del self.hidden
+        self.hidden.close()
         self._calls.clear()
 
     def run_all(self, step: Callable[[], None] = lambda: None) -> None:
         """Send all hidden states through every block as it is, one block in memory at a time."""
         for block in self.source.anatomy.blocks:
-            self.run(block.index, self.source.load_block(block.index))
+            module = self.source.load_block(block.index)
+            self.source.prefetch(block.index + 1)
+            self.run(block.index, module)
             self.source.free_block(block.index)
             return_memory()
             step()

@@ -55,24 +55,30 @@ class Sparsifier:
         own = {"score": self.score_options} if self.score_options else {}
         return {**options, **own, "pattern": {"group": self.group}}
 
+    def works_by_rows(self, pattern: Pattern) -> bool:
+        """Whether some rows' mask depends on those rows alone."""
+        return self.score.rowwise and (pattern.keep is not None or self.group == "row")
+
     def keep_mask(self, weight: Tensor, stats: Statistics, pattern: Pattern, name: str) -> Tensor:
         """Which weights stay.
 
         Shapes: weight [out, in], any float dtype -> bool [out, in], True = kept. Exactly `floor(in·s)` False per row, or
-        `floor(out·in·s)` over the layer, or `G − K` per group. Scores are computed in float32 (float64 for a float64 weight).
+        `floor(out·in·s)` over the layer, or `G − K` per group. Scores are computed in float32 (float64 for a float64 weight), on
+        the device the statistics lie on, and the mask is there too.
         """
         rows, columns = weight.shape
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        stats = stats.to(dtype, weight.device)
+        device = stats.device or weight.device
+        stats = stats.to(dtype)
         step = max(1, _CHUNK // columns) if self.score.rowwise else rows
         if pattern.keep is None and self.group == "layer":
-            whole = torch.empty(rows, columns, dtype=dtype, device=weight.device)
+            whole = torch.empty(rows, columns, dtype=dtype, device=device)
             for start in range(0, rows, step):
-                whole[start : start + step] = self._scores(weight[start : start + step], stats, dtype, name)
+                whole[start : start + step] = self._scores(weight[start : start + step].to(device), stats, dtype, name)
             return keep_largest(whole.reshape(1, -1), pattern.zeros(rows * columns)).reshape(rows, columns)
-        keep = torch.empty(rows, columns, dtype=torch.bool, device=weight.device)
+        keep = torch.empty(rows, columns, dtype=torch.bool, device=device)
         for start in range(0, rows, step):
-            scores = self._scores(weight[start : start + step], stats, dtype, name)
+            scores = self._scores(weight[start : start + step].to(device), stats, dtype, name)
             if pattern.keep is None:
                 keep[start : start + step] = keep_largest(scores, pattern.zeros(columns))
             else:

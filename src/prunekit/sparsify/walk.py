@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 
 from ..bits import apply_mask, count_zeros, removed_part
 from ..catalogue import find_method
+from ..distributed import Ranks
 from ..model.anatomy import Anatomy, Block, Linear, weight_of
+from ..model.hidden import HiddenStates, InMemory, Place
 from ..model.stream import Walk
 from ..recipe import Pattern, Recipe
-from ..statistics import Collector
+from ..statistics import Collector, Statistics
 from .budget import allot
 from .linear import Sparsifier
 
@@ -57,7 +60,7 @@ class LinearReport:
 
 @dataclass
 class Seconds:
-    """Where the time went."""
+    """Where the time went. `write` is what the walk waited for; writing goes on while it computes."""
 
     forward: float = 0.0
     prune: float = 0.0
@@ -91,89 +94,138 @@ class SparsifyWalk:
     Attributes:
         patterns: linear full name -> what to remove; None = leave dense.
         dense: take all statistics from the dense model.
-        check: hidden states of the last batch, computed by the pruned model; what a reload is compared with.
+        ranks: the processes that share the windows; each has those of its own `walk`, in the order of the ranks.
+        first, total: number of the first of our windows, and how many there are in all.
+        check: hidden states of the last batch of all, computed by the pruned model; what a reload is compared with. In dense mode
+            they go along from the start; in sequential mode they are there after the last block. None in every process but the last.
     """
 
     walk: Walk
     sparsifier: Sparsifier
     patterns: dict[str, Pattern | None]
     dense: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
+    first: int = 0
+    total: int | None = None
     seconds: Seconds = field(default_factory=Seconds)
-    check: Tensor = field(init=False)
+    check: InMemory | None = field(init=False, default=None)
 
-    def start(self) -> None:
-        """Run the model around its blocks; `walk.hidden` then holds the first block's inputs."""
-        with self.seconds.timed("forward"):
-            self.walk.start()
-        self.check = self.walk.hidden[self.walk.batches[-1]]
-        if self.dense:
-            self.check = self.check.clone()
+    @property
+    def _checks(self) -> bool:
+        return self.ranks.rank == self.ranks.size - 1
+
+    def start(self, hidden: HiddenStates | None = None, *, keep: bool = True) -> None:
+        """Run the model around its blocks; `walk.hidden` then holds the first block's inputs, unless `keep` is False."""
+        with self.seconds.timed("forward"), self.ranks.together():
+            self.walk.start(hidden, keep=keep)
+        if self.dense and self._checks:
+            self.check = self._last_batch(self.walk.hidden[self.walk.batches[-1]] if keep else None)
+
+    def _last_batch(self, values: Tensor | None) -> InMemory:
+        batch = self.walk.batches[-1]
+        check = InMemory((batch.stop - batch.start, *self.walk.shape[1:]), self.walk.dtype, self.walk.source.device)
+        if values is not None:
+            check[:] = values
+            check.turn()
+        return check
+
+    def states(self, folder: Path) -> list[tuple[HiddenStates, Place]]:
+        """What has to be saved to go on from here, and where: `check` as if it were more windows behind the last."""
+        own: list[tuple[HiddenStates, Place]] = [(self.walk.hidden, Place(folder, self.first))]
+        if self.dense and self.check is not None:
+            total = len(self.walk.windows) if self.total is None else self.total
+            own.append((self.check, Place(folder, total)))
+        return own
 
     def release(self) -> None:
         """Give the hidden states back; the walk is over."""
-        del self.check  # in sequential mode a view that would keep all of them
+        if self.check is not None:
+            self.check.close()
         self.walk.release()
 
     @torch.inference_mode()
     def prune_block(self, block: Block, module: nn.Module, stored: Callable[[Linear], Tensor]) -> list[LinearReport]:
-        """Measure and prune one block in place, and send the windows on.
+        """Measure and prune one block in place; `pass_on` then sends the windows through it.
 
         `stored(linear)` is the weight as the checkpoint holds it: it is what scores see and is zeroed along with the module's.
         """
         collector = self._measure(block, module)
-        reports = []
         with self.seconds.timed("prune"):
-            statistics = collector.statistics()
-            for linear in block.linears:
-                begun = time.perf_counter()
-                pattern = self.patterns[linear.full_name]
-                weight = linear.matrix(stored(linear))
-                error = None
-                if pattern is not None:
-                    keep = self.sparsifier.keep_mask(weight, statistics[linear.name], pattern, linear.full_name)
-                    live = linear.matrix(weight_of(module.get_submodule(linear.name)))
-                    live_keep = keep.to(live.device)
-                    error = _output_error(live, live_keep, collector.sample(linear.name))
-                    apply_mask(weight, keep)
-                    if live.data_ptr() != weight.data_ptr():
-                        apply_mask(live, live_keep)
-                reports.append(
-                    LinearReport(
-                        name=linear.full_name,
-                        shape=(linear.out_features, linear.in_features),
-                        pattern=None if pattern is None else str(pattern),
-                        weights=linear.count,
-                        zeros=count_zeros(weight),
-                        output_error=error,
-                        seconds=time.perf_counter() - begun,
-                    )
-                )
-        self.pass_on(block.index, module)
-        return reports
+            statistics = collector.statistics(self.ranks.sum_up)
+            return [
+                self._prune_linear(linear, module, stored(linear), statistics[linear.name], collector)
+                for linear in block.linears
+            ]
+
+    def _prune_linear(
+        self, linear: Linear, module: nn.Module, stored: Tensor, statistics: Statistics, collector: Collector
+    ) -> LinearReport:
+        begun = time.perf_counter()
+        pattern = self.patterns[linear.full_name]
+        weight = linear.matrix(stored)
+        error = None
+        if pattern is not None:
+            with self.ranks.together():
+                mine = self._keep_mask(weight, statistics, pattern, linear.full_name)
+            keep = self.ranks.gather_rows(mine, linear.out_features)
+            live = linear.matrix(weight_of(module.get_submodule(linear.name)))
+            error = self._output_error(live, keep, collector.sample(linear.name))
+            apply_mask(weight, keep.to(weight.device))
+            if live.data_ptr() != weight.data_ptr():
+                apply_mask(live, keep)
+        return LinearReport(
+            name=linear.full_name,
+            shape=(linear.out_features, linear.in_features),
+            pattern=None if pattern is None else str(pattern),
+            weights=linear.count,
+            zeros=count_zeros(weight),
+            output_error=error,
+            seconds=time.perf_counter() - begun,
+        )
+
+    def _keep_mask(self, weight: Tensor, statistics: Statistics, pattern: Pattern, name: str) -> Tensor:
+        """Our rows of a linear's keep-mask.
+
+        Where weights are compared over the whole layer, or a score looks at all rows, every process does all and keeps its own.
+        """
+        mine = self.ranks.share_of(len(weight))
+        if self.sparsifier.works_by_rows(pattern):
+            return self.sparsifier.keep_mask(weight[mine], statistics, pattern, name)
+        return self.sparsifier.keep_mask(weight, statistics, pattern, name)[mine]
+
+    def _output_error(self, weight: Tensor, keep: Tensor, sample: Tensor) -> float:
+        mine = self.ranks.share_of(len(weight))
+        squares = error_squares(weight[mine], keep[mine], self.ranks.from_last(sample))
+        self.ranks.sum_up([squares])
+        lost, whole = squares.sqrt().tolist()
+        return float(lost / whole) if whole > 0 else 0.0
 
     @torch.inference_mode()
     def pass_on(self, index: int, module: nn.Module) -> None:
         """Send the windows through a pruned block to become the next block's inputs."""
-        with self.seconds.timed("forward"):
+        with self.seconds.timed("forward"), self.ranks.together():
             last = len(self.walk.batches) - 1
             if self.dense:
-                self.check = self.walk.run_batch(index, module, last, self.check).to(self.check.device)
-            elif index + 1 == len(self.walk.source.anatomy.blocks):  # no block waits for these but the check does
-                self.check.copy_(self.walk.run_batch(index, module, last, self.check))
-            else:
+                if self.check is not None:
+                    self.check[:] = self.walk.run_batch(index, module, last, self.check[:])
+                    self.check.turn()
+            elif index + 1 < len(self.walk.source.anatomy.blocks):
                 self.walk.run(index, module)
+            elif self._checks:  # no block waits for the others
+                inputs = self.walk.hidden[self.walk.batches[last]]
+                self.check = self._last_batch(self.walk.run_batch(index, module, last, inputs))
 
     @torch.inference_mode()
     def pass_on_dense(self, index: int, module: nn.Module) -> None:
         """Send the windows through a block that is still dense; in dense mode this gives the next block's inputs."""
-        with self.seconds.timed("forward"):
+        with self.seconds.timed("forward"), self.ranks.together():
             self.walk.run(index, module)
 
     def _measure(self, block: Block, module: nn.Module) -> Collector:
         linears = {linear.name: module.get_submodule(linear.name) for linear in block.linears}
-        collector = Collector(linears, self.sparsifier.needs)
+        collector = Collector(linears, self.sparsifier.needs, result_used=self.dense)
         last = len(self.walk.batches) - 1
-        with self.seconds.timed("forward"), collector:
+        with self.seconds.timed("forward"), self.ranks.together(), collector:
             for position, batch in enumerate(self.walk.batches):
                 collector.windows = batch.stop - batch.start
                 collector.keep = self.walk.windows[batch].keep
@@ -181,16 +233,18 @@ class SparsifyWalk:
                 output = self.walk.run_batch(block.index, module, position, self.walk.hidden[batch])
                 collector.end_batch()
                 if self.dense:
-                    self.walk.hidden[batch] = output.to(self.walk.hidden.device)
+                    self.walk.hidden[batch] = output
+            if self.dense:
+                self.walk.hidden.turn()
         return collector
 
 
-def _output_error(weight: Tensor, keep: Tensor, inputs: Tensor) -> float:
-    """‖X(W̃−W)ᵀ‖_F / ‖XWᵀ‖_F, products in the model's dtype; 0 where there was nothing to lose.
+def error_squares(weight: Tensor, keep: Tensor, inputs: Tensor) -> Tensor:
+    """‖X(W̃−W)ᵀ‖²_F and ‖XWᵀ‖²_F, products in the model's dtype, sums in float64: [2].
 
     Shapes: weight and keep [out, in], inputs [tokens, in].
     """
     norm_dtype = torch.promote_types(weight.dtype, torch.float32)
     lost = torch.linalg.vector_norm(inputs @ removed_part(weight, keep).t(), dtype=norm_dtype)
     whole = torch.linalg.vector_norm(inputs @ weight.t(), dtype=norm_dtype)
-    return float(lost / whole) if float(whole) > 0 else 0.0
+    return torch.stack([lost, whole]).double().square()
