@@ -25,10 +25,13 @@ def test_counts_and_sizes_are_those_of_the_model(tmp_path: Path) -> None:
         module.weight.numel() for name, module in model.named_modules() if name.endswith("_proj")
     )
     assert (made.blocks, made.linears, made.windows, made.length) == (3, 21, 4, 16)
-    assert made.disk == made.parameters * 4
-    assert made.hidden_states == 4 * 16 * 32 * 4
+    assert made.disk == {"weights": made.parameters * 4, "hidden": 2 * 8192, "peak": made.parameters * 4 + 2 * 8192}
+    assert made.hidden_states == 4 * 16 * 32 * 4 == 8192
     assert made.memory["peak"] == max(made.memory.values()) > made.hidden_states
-    assert made.seconds > 0
+    phases = ["start", "forward", "prune", "write", "read", "verify"]
+    assert list(made.seconds) == [*phases, "total"]
+    assert made.seconds["total"] == pytest.approx(sum(made.seconds[phase] for phase in phases))
+    assert min(made.seconds[phase] for phase in phases if phase != "write") > 0
     assert list(tmp_path.iterdir()) == [tmp_path / "model"]
 
 
@@ -36,7 +39,8 @@ def test_hidden_states_grow_with_samples_and_magnitude_needs_one_window(llama_fo
     small = make(llama_folder)
     large = make(llama_folder, calibration={"samples": 40, "length": 16})
     assert large.hidden_states == 10 * small.hidden_states
-    assert large.disk == small.disk
+    assert large.disk["weights"] == small.disk["weights"]
+    assert large.disk["hidden"] == 10 * small.disk["hidden"]
     assert make(llama_folder, method="magnitude").windows == 1
 
 

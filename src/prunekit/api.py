@@ -67,7 +67,8 @@ def prune(
         calibration: a text source, or a mapping of `Calibration` fields (`source`, `samples`, `length`, `sampling`, `mode`, `batch`).
         resume: continue what is in `out`.
         overwrite: replace what is in `out`.
-        memory_budget: bytes the reload check may take for a whole model; beyond, it streams. Default: half of what is free.
+        memory_budget: bytes the hidden states may take in memory, and later the whole model for the reload check; beyond, the ones
+            go to files in `out` and the other is streamed. Default: half of what is free.
         progress: told what is going on; silent by default.
         **settings: the recipe's other fields: `seed`, `dtype`, `device`, `revision`, `trust_remote_code`, `parts`.
 
@@ -199,9 +200,11 @@ def evaluate(
     )
 
 
-def plan(recipe: Recipe, out: str | Path = ".", progress: Progress | None = None) -> Plan:
+def plan(
+    recipe: Recipe, out: str | Path = ".", progress: Progress | None = None, *, memory_budget: int | None = None
+) -> Plan:
     """What pruning by this recipe would take: memory, disk, time. Starts nothing. Raises `InputError`."""
-    return make_plan(recipe, Path(out), progress or Silent())
+    return make_plan(recipe, Path(out), progress or Silent(), memory_budget)
 
 
 def inspect(folder: str | Path) -> Inspection:

@@ -37,6 +37,10 @@ Length = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model folder brings.")]
+Budget = Annotated[
+    str | None,
+    typer.Option(help="What hidden states, then the reload check, may take, like 4GB. Default: half of what is free."),
+]
 Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")]
 
 
@@ -133,12 +137,7 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def prune(
     recipe: Any,
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
-    memory_budget: Annotated[
-        str | None,
-        typer.Option(
-            help="What hidden states, then the reload check, may take, like 4GB. Default: half of what is free."
-        ),
-    ] = None,
+    memory_budget: Budget = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what is in the output folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
     as_json: Json = False,
@@ -216,22 +215,29 @@ def evaluate(
 def plan(
     recipe: Any,
     out: Annotated[Path, typer.Option(help="Folder a run would write.")] = Path(),
+    memory_budget: Budget = None,
     as_json: Json = False,
 ) -> None:
     """Say what pruning would take: memory, disk, time. Starts nothing."""
+    from . import machine
     from .api import plan as plan_run
     from .progress import for_terminal
 
-    made = plan_run(recipe, out, for_terminal())
+    budget = None if memory_budget is None else machine.parse_bytes(memory_budget)
+    made = plan_run(recipe, out, for_terminal(), memory_budget=budget)
+    seconds = made.seconds
     _emit(
         as_json,
         made.summary(),
         f"{made.model}: {made.parameters:,} parameters, {made.blocks} blocks, {made.linears} linears with {made.weights:,} weights\n"
         f"  {made.method}: {made.windows} windows of {made.length} tokens in {made.dtype}\n"
         + "".join(f"  memory {phase:<7} about {size / 1e9:.2f} GB\n" for phase, size in made.memory.items())
-        + f"  of that     {made.hidden_states / 1e9:.2f} GB hidden states; {made.memory_available / 1e9:.1f} GB are free\n"
-        f"  disk        {made.disk / 1e9:.2f} GB; {made.disk_available / 1e9:.1f} GB are free\n"
-        f"  time        about {made.seconds:.0f} s, start-up and reload check not counted",
+        + f"              {made.hidden_states / 1e9:.2f} GB hidden states {'in files' if made.hidden_in_files else 'among it'}; "
+        f"{made.memory_available / 1e9:.1f} GB are free\n"
+        f"  disk        {made.disk['weights'] / 1e9:.2f} GB, {made.disk['peak'] / 1e9:.2f} GB while it runs; "
+        f"{made.disk_available / 1e9:.1f} GB are free\n"
+        f"  time        about {seconds['total']:.0f} s: start {seconds['start']:.0f}, forward {seconds['forward']:.0f}, "
+        f"prune {seconds['prune']:.0f}, write {seconds['write']:.0f}, reload check {seconds['verify']:.0f}",
     )
 
 
@@ -349,3 +355,5 @@ def main() -> None:
         sys.exit(problem.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end is near anyway; a signal now would be a traceback

@@ -11,6 +11,7 @@ The code above this room is written once, for `Ranks`; a run that nobody started
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,11 @@ class Ranks:
 
     rank = 0
     size = 1
+
+    @property
+    def here(self) -> int:
+        """How many of the processes share this machine's memory."""
+        return min(self.size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     @property
     def first(self) -> bool:
@@ -68,9 +74,6 @@ class Ranks:
         """This process's part of `count` consecutive things; the parts differ in size by one at most."""
         return _cut(count, self.size)[self.rank]
 
-    def close(self) -> None:
-        """The run is over."""
-
 
 class TorchRanks(Ranks):
     """The processes torchrun started: gloo on processors, nccl between CUDA devices."""
@@ -78,13 +81,15 @@ class TorchRanks(Ranks):
     def __init__(self, device: str) -> None:
         from torch import distributed
 
-        self._cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-        if self._cuda:
+        cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+        if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # small objects go over gloo in both cases; nccl moves the statistics, which lie on the devices
-        backend = "cpu:gloo,cuda:nccl" if self._cuda else "gloo"
-        with _told():
-            distributed.init_process_group(backend, timeout=_PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        if not distributed.is_initialized():  # one group serves every run of these processes
+            with _told():
+                distributed.init_process_group(backend, timeout=_PATIENCE)
+            atexit.register(distributed.destroy_process_group)
         self._distributed = distributed
         self.rank = distributed.get_rank()
         self.size = distributed.get_world_size()
@@ -149,11 +154,6 @@ class TorchRanks(Ranks):
             self._distributed.all_gather(found, torch.from_numpy(packed))
         whole = np.concatenate([bits.numpy()[: cut.stop - cut.start] for bits, cut in zip(found, parts, strict=True)])
         return torch.from_numpy(np.unpackbits(whole, axis=1, count=columns).view(bool)).to(part.device)
-
-    def close(self) -> None:
-        """Leave the group."""
-        if self._distributed.is_initialized():
-            self._distributed.destroy_process_group()
 
 
 def find_ranks(device: str) -> Ranks:

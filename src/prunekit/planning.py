@@ -1,22 +1,28 @@
-"""What a run would take, before it is started: memory by phase and disk from the shapes, time from one block measured here."""
+"""What a run would take, before it is started: memory and disk from the shapes, time from one block tried here."""
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryFile, gettempdir
 from typing import Any
 
 import torch
 
 from . import machine
-from .calibration.windows import window_length
+from .calibration.windows import load_tokenizer, window_length
 from .checkpoint.locate import locate
+from .checkpoint.reader import bytes_of
+from .estimate import hidden_width, needs_of, refuse_disk, refuse_memory
 from .model.source import StreamedModel
-from .model.stream import BATCH_TOKENS, Walk, Windows
+from .model.stream import Walk, Windows, batch_size
 from .progress import Progress
 from .recipe import Recipe
-from .sparsify.walk import parts_of
+from .sparsify.walk import SparsifyWalk, parts_of
+
+_TRIED = 3  # batches that are sent through the first block
 
 
 @dataclass(frozen=True)
@@ -24,11 +30,12 @@ class Plan:
     """An estimate, in bytes and seconds; nothing was written.
 
     Attributes:
-        memory: peak by phase: `start` (embeddings and first hidden states), `walk`, `verify`; `peak` is the largest.
+        memory: the process's peak up to the end of each phase: `start` (embeddings and first hidden states), `walk`, `verify`;
+            `peak` is the last.
         memory_available: what this machine could give now.
-        hidden_states: the buffer of windows × length × hidden, part of `walk`.
-        disk: size of the output folder's weights; `disk_available` is what is free where it would lie.
-        seconds: forward passes plus what pruning and writing were measured to add.
+        hidden_states: the buffer of windows × length × hidden, part of `walk`; in files beyond the memory budget.
+        disk: `weights` of the output folder, `hidden` while the run lasts, `peak` both; `disk_available` is what is free.
+        seconds: by phase, as a run's own figures: `start`, `forward`, `prune`, `write` (what is waited for), `read`, `verify`; `total`.
     """
 
     model: str
@@ -43,82 +50,149 @@ class Plan:
     memory: dict[str, int]
     memory_available: int
     hidden_states: int
-    disk: int
+    hidden_in_files: bool
+    disk: dict[str, int]
     disk_available: int
-    seconds: float
+    seconds: dict[str, float]
 
     def summary(self) -> dict[str, Any]:
         """The figures `--json` prints."""
         return asdict(self)
 
 
-def make_plan(recipe: Recipe, out: Path, progress: Progress) -> Plan:
-    """Estimate a run. Raises `InputError` for what a run would refuse of the model, the method and the budget."""
+def make_plan(recipe: Recipe, out: Path, progress: Progress, memory_budget: int | None = None) -> Plan:
+    """Estimate a run. Raises `InputError` for what a run would refuse of the model, the method, the budget and the machine."""
+    begun = time.perf_counter()
     folder = locate(
         recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, progress=progress
     )
     source = StreamedModel.open(
         folder, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
     )
-    sparsifier, _ = parts_of(recipe, source.anatomy)
-    length = window_length(source.module.config, recipe.calibration.length, progress)
-    windows = sparsifier.windows_needed(recipe.calibration.samples)
-    batch = min(windows, recipe.calibration.batch or max(1, BATCH_TOKENS // length))
+    calibration = recipe.calibration
+    sparsifier, patterns = parts_of(recipe, source.anatomy)
+    length = window_length(source.module.config, calibration.length, progress)
+    windows = sparsifier.windows_needed(calibration.samples)
+    batch = min(windows, calibration.batch or batch_size(length))
+    load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
+    opened = time.perf_counter() - begun
+    machine.return_memory()
     base = machine.rss_bytes()
-    seconds_per_pass, hidden_size = _time_block(source, batch, length)
-    weights = sum(linear.count for linear in source.anatomy.linears())
-    passes = 1 if recipe.calibration.mode == "dense" else 2
-    seconds = passes * len(source.anatomy.blocks) * seconds_per_pass * windows / batch + weights / _WEIGHTS_PER_SECOND
-    stored = {name: entry.bytes for name, entry in source.reader.entries.items()}
-    block_bytes = max(sum(stored[key] for key in source.block_keys(block.index)) for block in source.anatomy.blocks)
-    outer_bytes = sum(stored[key] for key in source.outer_keys())
-    size = source.dtype.itemsize
-    hidden = windows * length * hidden_size * size
-    widest = max(max(linear.out_features, linear.in_features) for linear in source.anatomy.linears())
-    activations = batch * length * (4 * widest + 12 * hidden_size) * size
-    parameters = source.parameter_count
-    memory = {
-        "start": base + 2 * outer_bytes + hidden,
-        "walk": base + hidden + 2 * block_bytes + activations,
-        "verify": base + parameters * size + activations,
-    }
-    memory["peak"] = max(memory.values())
+    needs = needs_of(
+        source,
+        windows=windows,
+        all_windows=windows,
+        length=length,
+        batch=batch,
+        width=hidden_width(source),
+        statistics=sparsifier.needs,
+        budget=machine.available_memory_bytes() // 2 if memory_budget is None else memory_budget,
+        base=base,
+    )
+    refuse_memory(needs, base=base, processes=1)
+    refuse_disk(out, needs.disk["peak"], weights=needs.disk["weights"], hidden=needs.disk["hidden"], replaced=0)
+
+    batches = -(-windows // batch)
+    ids = _draw(source, batch * min(batches, _TRIED), length)
+    walk = Walk(source, Windows(ids), batch)
+    trial = SparsifyWalk(walk, sparsifier, patterns, dense=calibration.mode == "dense")
+    seconds = _Trial(trial, source, out).extrapolate(batches, needs.hidden)
+    seconds["start"] += opened
+    seconds["total"] = sum(seconds.values())
     return Plan(
         model=recipe.model,
         method=recipe.method,
         blocks=len(source.anatomy.blocks),
         linears=sum(1 for _ in source.anatomy.linears()),
-        parameters=parameters,
-        weights=weights,
+        parameters=source.parameter_count,
+        weights=sum(linear.count for linear in source.anatomy.linears()),
         windows=windows,
         length=length,
         dtype=str(source.dtype).removeprefix("torch."),
-        memory=memory,
+        memory=needs.memory,
         memory_available=machine.available_memory_bytes(),
-        hidden_states=hidden,
-        disk=sum(stored.values()),
+        hidden_states=needs.hidden,
+        hidden_in_files=needs.in_files,
+        disk=needs.disk,
         disk_available=machine.free_disk_bytes(out),
         seconds=seconds,
     )
 
 
-# scoring, masking, hashing and writing, measured on two cores of a server: 106 million weights in about 2.5 s
-_WEIGHTS_PER_SECOND = 4e7
+class _Trial:
+    """The first block measured, pruned and run as a run does it, on a few batches of random tokens; nothing of it is kept."""
 
-
-@torch.inference_mode()
-def _time_block(source: StreamedModel, batch: int, length: int) -> tuple[float, int]:
-    """Seconds one batch takes through the first block on this machine, and the width of the hidden states."""
-    generator = torch.Generator().manual_seed(0)
-    rows = source.module.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(rows, (batch, length), generator=generator)
-    walk = Walk(source, Windows(ids), batch)
-    walk.start()
-    block = source.load_block(0)
-    fastest = float("inf")
-    for _ in range(3):
+    def __init__(self, trial: SparsifyWalk, source: StreamedModel, out: Path) -> None:
+        self._source = source
+        self._blocks = len(source.anatomy.blocks)
+        block = source.anatomy.blocks[0]
+        self._tried = len(trial.walk.batches)
         begun = time.perf_counter()
-        walk.run_batch(0, block, 0, walk.hidden[:])
-        fastest = min(fastest, time.perf_counter() - begun)
-    source.free_block(0)
-    return fastest, walk.hidden.shape[-1]
+        trial.start()
+        self._start = time.perf_counter() - begun
+        begun = time.perf_counter()
+        source.free_block(0)
+        module = source.load_block(0)
+        self._read = time.perf_counter() - begun
+        stored = source.stored[0]
+        fastest = [float("inf")] * 3
+        for _ in range(3):  # the first one warms up
+            trial.seconds.forward = trial.seconds.prune = 0.0
+            trial.prune_block(block, module, lambda linear: stored[source.key_of[f"{linear.full_name}.weight"]])
+            measured = trial.seconds.forward
+            trial.pass_on(0, module)
+            taken = (measured, trial.seconds.forward - measured, trial.seconds.prune)
+            fastest = [min(pair) for pair in zip(fastest, taken, strict=True)]
+        self._measure, self._pass_on, self._prune = fastest
+        self._pruned_weights = sum(linear.count for linear in block.linears)
+        self._shard_bytes = sum(tensor.nbytes for tensor in stored.values())
+        begun = time.perf_counter()
+        with TemporaryFile(dir=_nearest_folder(out)) as stream:  # as fast as the disk that will be written, if we may
+            for tensor in stored.values():
+                stream.write(bytes_of(tensor))
+            stream.flush()
+        self._write = time.perf_counter() - begun
+        begun = time.perf_counter()
+        digest = hashlib.sha256()
+        for tensor in stored.values():
+            digest.update(bytes_of(tensor))
+        self._hash = (time.perf_counter() - begun) / self._shard_bytes
+        trial.release()
+        source.free_block(0)
+
+    def extrapolate(self, batches: int, hidden: int) -> dict[str, float]:
+        """Seconds by phase of a run with so many batches and bytes of hidden states."""
+        source, more = self._source, batches / self._tried
+        measure, pass_on = self._measure * more, self._pass_on * more
+        stored = sum(entry.bytes for entry in source.reader.entries.values())
+        per_byte = self._write / self._shard_bytes + self._hash  # written and hashed in one go
+        blocks_bytes = self._shard_bytes * self._blocks
+        shard, saving = self._shard_bytes * per_byte, hidden * (per_byte if self._blocks > 1 else 0.0)
+        weights = sum(linear.count for linear in source.anatomy.linears())
+        reading = self._read * stored / self._shard_bytes
+        return {
+            "start": stored * self._hash,
+            "forward": self._start * more + self._blocks * measure + (self._blocks - 1) * pass_on,
+            "prune": self._prune * weights / self._pruned_weights,
+            "write": max(0, stored - blocks_bytes) * per_byte
+            + self._blocks * (max(0.0, shard - pass_on) + max(0.0, saving - measure)),
+            "read": self._read,
+            "verify": reading + self._blocks * self._pass_on / self._tried,
+        }
+
+
+def _draw(source: StreamedModel, windows: int, length: int) -> torch.Tensor:
+    rows = source.module.get_input_embeddings().weight.shape[0]
+    return torch.randint(rows, (windows, length), generator=torch.Generator().manual_seed(0))
+
+
+def _nearest_folder(out: Path) -> str:
+    """The folder nearest to `out` that exists and takes a nameless temporary file."""
+    place = out.expanduser().resolve()
+    while not place.is_dir():
+        place = place.parent
+    try:
+        with TemporaryFile(dir=place):
+            return str(place)
+    except OSError:
+        return gettempdir()

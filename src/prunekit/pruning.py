@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from .checkpoint.shard import Piece
 from .checkpoint.writer import Journal, Writer, clear, difference, holds_model, is_leftover, model_files
 from .distributed import Ranks, find_ranks
 from .errors import InputError, PrunekitError, VerificationError
+from .estimate import Needs, hidden_width, needs_of, refuse_disk, refuse_memory
 from .keeper import Keeper, saved_blocks
 from .model.anatomy import Block, Linear, weight_of
 from .model.hidden import HiddenStates, InFiles, Place
@@ -51,7 +52,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did. `linears` has one report per linear, in the model's order; `out` is None for a model pruned in memory."""
+    """What a run did. `linears` has one report per linear, in the model's order; `out` is None for a model pruned in memory.
+
+    `memory` is the process's peak in bytes up to the end of each phase, as `Plan.memory` predicts it.
+    """
 
     out: Path | None
     method: str
@@ -63,6 +67,7 @@ class Result:
     seconds: Seconds
     peak_rss_bytes: int
     verification: Verification | None = None
+    memory: dict[str, int] | None = None
 
     @property
     def weights(self) -> int:
@@ -93,6 +98,7 @@ class Result:
             "tokens": self.tokens,
             "seconds": asdict(self.seconds),
             "peak_rss_bytes": self.peak_rss_bytes,
+            "memory": self.memory,
             "verification": None if self.verification is None else asdict(self.verification),
         }
 
@@ -106,9 +112,11 @@ class _Run:
     sparsify: SparsifyWalk
     windows: Windows
     identity: dict[str, Any]
+    needs: Needs
     budget: int
     progress: Progress
     ranks: Ranks
+    memory: dict[str, int] = field(default_factory=dict)
 
 
 def run(
@@ -142,7 +150,7 @@ def run(
     ranks = find_ranks(recipe.device)
     progress = progress if progress is not None and ranks.first else Silent()
     out = out.expanduser()
-    with closing(ranks), ExitStack() as held:
+    with ExitStack() as held:
         find = partial(
             locate,
             recipe.model,
@@ -168,6 +176,7 @@ def run(
         _adopt_threads(journal, progress)
         writer = Writer(out, len(prepared.source.anatomy.blocks) + 1)
         with _orderly_end(out, journal, prepared), Keeper(writer, journal, ranks) as keeper:
+            prepared.sparsify.seconds.start = time.perf_counter() - begun
             reference = _walk(prepared, keeper, writer, journal)
             result = ranks.share(lambda: _finish(prepared, writer, journal, reference, begun))
         progress.stop()
@@ -268,7 +277,20 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
         total=len(windows),
     )
     budget = machine.available_memory_bytes() // 2 // ranks.size if memory_budget is None else memory_budget
-    return _Run(resolved, source, sparsify, windows, identity, budget, progress, ranks)
+    base = machine.rss_bytes()
+    needs = needs_of(
+        source,
+        windows=len(walk.windows),
+        all_windows=len(windows),
+        length=length,
+        batch=batch,
+        width=hidden_width(source),
+        statistics=sparsifier.needs,
+        budget=budget,
+        base=base,
+    )
+    ranks.share(lambda: refuse_memory(needs, base=base, processes=ranks.here))
+    return _Run(resolved, source, sparsify, windows, identity, needs, budget, progress, ranks)
 
 
 def _check_output(folder: Path, out: Path, *, resume: bool, overwrite: bool, ours: bool = False) -> None:
@@ -329,7 +351,10 @@ def _journal(out: Path, run_: _Run, *, resume: bool, overwrite: bool) -> Journal
     else:
         _refuse_other(out, journal.identity, run_.identity)
         journal.shards = journal.whole_shards()
-    _check_disk(out, run_, journal, overwrite=overwrite)
+    replaced = sum(path.stat().st_size for path in out.glob("*.safetensors")) if overwrite else 0
+    finished = sum(shard["bytes"] for shard in journal.shards)
+    disk = run_.needs.disk
+    refuse_disk(out, disk["peak"] - finished, weights=disk["weights"], hidden=disk["hidden"], replaced=replaced)
     if overwrite:
         clear(out)
     journal.save()  # before any shard, so that a run killed at any moment is known for what it is
@@ -381,21 +406,8 @@ def result_of(out: Path, manifest: dict[str, Any]) -> Result:
         seconds=Seconds(**run_["seconds"]),
         peak_rss_bytes=run_["peak_rss_bytes"],
         verification=Verification(**manifest["verification"]),
+        memory=run_["memory"],
     )
-
-
-def _check_disk(out: Path, run_: _Run, journal: Journal, *, overwrite: bool) -> None:
-    weights = sum(entry.bytes for entry in run_.source.reader.entries.values())
-    kept = 2 * run_.windows.ids.numel() * run_.sparsify.walk.shape[-1] * run_.source.dtype.itemsize
-    needed = weights + kept - sum(shard["bytes"] for shard in journal.shards)
-    free = machine.free_disk_bytes(out)
-    if overwrite and out.is_dir():
-        free += sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    if needed * 1.02 > free:
-        raise InputError(
-            f"'{out}' needs {needed / 1e9:.2f} GB ({weights / 1e9:.2f} for the weights, {kept / 1e9:.2f} for hidden states while it "
-            f"runs), but its disk has {free / 1e9:.2f} GB free: make room, choose another --out, or take fewer --samples"
-        )
 
 
 @contextmanager
@@ -464,6 +476,7 @@ def _walk(run_: _Run, keeper: Keeper, writer: Writer, journal: Journal) -> Tenso
         source.free_block(block.index)
         machine.return_memory()
         progress.step(f"block {block.index}")
+    run_.memory["walk"] = machine.peak_rss_bytes()
     check = sparsify.check
     tokens = compared_tokens(run_.windows)
     last = torch.empty((tokens, sparsify.walk.shape[-1]), dtype=sparsify.walk.dtype) if check is None else check[:][-1]
@@ -485,6 +498,7 @@ def _start(run_: _Run, out: Path, journal: Journal, whole: set[int]) -> int:
         )
         hidden = InFiles(walk.shape, walk.dtype, Place(out, sparsify.first))
     sparsify.start(hidden, keep=begin == 0)
+    run_.memory["start"] = machine.peak_rss_bytes()
     if begin:
         for states, place in sparsify.states(out):
             states.load(place, begin)
@@ -565,6 +579,7 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
         seconds=seconds,
         peak_rss_bytes=machine.peak_rss_bytes(),
         verification=verification,
+        memory={**run_.memory, "verify": machine.peak_rss_bytes()},
     )
     manifest = {
         "format": FORMAT,

@@ -176,6 +176,20 @@ class StreamedModel:
             {self.key_of[name] for name in self.outer_parameters() if name in self.key_of} | set(self.leftover)
         )
 
+    def outer_bytes(self, tokens: int) -> int:
+        """Memory that `load_outer` takes for so many tokens without a head, every one of them another row at worst."""
+        embedding, output = self._embedding_names(), self._head_names()
+        total = 0
+        for name in self.outer_parameters():
+            shape = self._shapes[name]
+            if name in embedding:
+                rows, width = min(shape[0], tokens), shape[1] * self.dtype.itemsize
+                pages = min(rows * -(-width // mmap.PAGESIZE) * mmap.PAGESIZE, shape[0] * width)
+                total += pages if name in self.key_of else 0
+            elif name in self.key_of and name not in output:
+                total += torch.Size(shape).numel() * self.dtype.itemsize
+        return total
+
     def load_outer(self, ids: Tensor, head: Head = "none") -> None:
         """Read what lies outside the blocks: of the embedding the rows of `ids`, of the head what `head` says."""
         self.free_outer()

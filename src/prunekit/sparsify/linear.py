@@ -16,7 +16,7 @@ from ..recipe import Pattern
 from ..statistics import Statistics
 from .patterns import keep_groups, keep_largest
 
-_CHUNK = 1 << 22  # weights scored at a time where a score works row by row
+CHUNK_WEIGHTS = 1 << 22  # weights scored at a time where a score works row by row
 
 Group = Literal["row", "layer"]
 
@@ -70,7 +70,7 @@ class Sparsifier:
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         device = stats.device or weight.device
         stats = stats.to(dtype)
-        step = max(1, _CHUNK // columns) if self.score.rowwise else rows
+        step = max(1, CHUNK_WEIGHTS // columns) if self.score.rowwise else rows
         if pattern.keep is None and self.group == "layer":
             whole = torch.empty(rows, columns, dtype=dtype, device=device)
             for start in range(0, rows, step):

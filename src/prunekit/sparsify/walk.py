@@ -60,13 +60,14 @@ class LinearReport:
 
 @dataclass
 class Seconds:
-    """Where the time went. `write` is what the walk waited for; writing goes on while it computes."""
+    """Where the time went. `start` is all before the walk; `write` is what the walk waited for: writing goes on meanwhile."""
 
     forward: float = 0.0
     prune: float = 0.0
     write: float = 0.0
     read: float = 0.0
     verify: float = 0.0
+    start: float = 0.0
     total: float = 0.0
 
     def timed(self, name: str) -> _Timer:

@@ -1,0 +1,124 @@
+"""What a run needs of memory and disk, from shapes alone; and the refusal of one that cannot end well, before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import machine
+from .errors import InputError
+from .model.source import StreamedModel
+from .sparsify.linear import CHUNK_WEIGHTS
+
+# activations a block holds at a time, in vectors a token: of the widest linear's width, and of the hidden states' width
+_WIDE, _NARROW = 4, 8
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes a run takes.
+
+    Attributes:
+        memory: by phase, the process's peak up to its end: `start` (embedding rows, first hidden states), `walk`, `verify`; `peak`
+            is the last of them. Several processes on one machine take this each.
+        disk: `weights` stay, `hidden` (saved hidden states) only while the run lasts; `peak` is their sum.
+        hidden: the hidden states of one process; they lie in files where they exceed the memory budget (`in_files`).
+    """
+
+    memory: dict[str, int]
+    disk: dict[str, int]
+    hidden: int
+    in_files: bool
+    activations: int
+    block: int
+
+
+def needs_of(
+    source: StreamedModel,
+    *,
+    windows: int,
+    all_windows: int,
+    length: int,
+    batch: int,
+    width: int,
+    statistics: frozenset[str],
+    budget: int,
+    base: int,
+) -> Needs:
+    """Estimate a run.
+
+    Args:
+        source: the model.
+        windows, all_windows: of this process and of all.
+        length: tokens per window.
+        batch: windows per forward pass.
+        width: of the hidden states.
+        statistics: what the method measures.
+        budget: memory budget in bytes.
+        base: bytes resident before anything of the model is read.
+    """
+    anatomy = source.anatomy
+    stored = {name: entry.bytes for name, entry in source.reader.entries.items()}
+    counts = {name: entry.count for name, entry in source.reader.entries.items()}
+    size = source.dtype.itemsize
+    block = converted = 0
+    for number in range(len(anatomy.blocks)):
+        keys = source.block_keys(number)
+        block = max(block, sum(stored[key] for key in keys))
+        other = [key for key in keys if source.reader.entries[key].dtype != source.dtype]
+        converted = max(converted, sum(counts[key] * size for key in other))
+    linears = list(anatomy.linears())
+    largest = max(linear.count for linear in linears)
+    widest = max(max(linear.out_features, linear.in_features) for linear in linears)
+    activations = batch * length * (_WIDE * widest + _NARROW * width) * size
+    hidden = windows * length * width * size
+    in_files = hidden > budget
+    in_memory = batch * length * width * size if in_files else hidden
+    sums = max(
+        sum(linear.in_features**2 * 4 for linear in block_.linears) if "gram" in statistics else 0
+        for block_ in anatomy.blocks
+    )
+    # a chunk of weights in float32, its scores, and their copy that selection reorders; the mask; what it takes away
+    choosing = 3 * 4 * min(CHUNK_WEIGHTS, largest) + largest + largest * size
+    outer = source.outer_bytes(all_windows * length)
+    start = base + outer + in_memory + block + converted + activations
+    walk = base + in_memory + 2 * block + converted + sums + max(activations, choosing)
+    parameters = source.parameter_count * size
+    verify = base + activations + (parameters if parameters <= budget else 2 * block + converted)
+    memory = {"start": start, "walk": max(start, walk), "verify": max(start, walk, verify)}
+    memory["peak"] = memory["verify"]
+    weights = sum(stored.values())
+    kept = 2 * all_windows * length * width * size if len(anatomy.blocks) > 1 else 0
+    disk = {"weights": weights, "hidden": kept, "peak": weights + kept}
+    return Needs(memory, disk, hidden, in_files, activations, block + converted)
+
+
+def hidden_width(source: StreamedModel) -> int:
+    """Width of the hidden states, as the model's own config gives it."""
+    return int(source.module.config.get_text_config().hidden_size)
+
+
+def refuse_memory(needs: Needs, *, base: int, processes: int) -> None:
+    """Raise `InputError` where the machine cannot give what a run needs, naming the option that helps most."""
+    wanted = (needs.memory["peak"] - base) * processes
+    free = machine.available_memory_bytes()
+    if wanted <= free:
+        return
+    if not needs.in_files and needs.hidden * processes > wanted - free:
+        budget = max(1, needs.hidden // 2_000_000)
+        advice = f"--memory-budget {budget}MB keeps the hidden states in files, fewer --samples make them less"
+    elif needs.activations * processes > wanted - free:
+        advice = "a shorter --length or --set calibration.batch=1 lets fewer tokens through a block at a time"
+    else:
+        advice = f"its largest block alone takes {needs.block / 1e9:.2f} GB: take a machine with more memory"
+    raise InputError(f"the run needs about {wanted / 1e9:.2f} GB of memory and {free / 1e9:.2f} GB are free: {advice}")
+
+
+def refuse_disk(out: Path, needed: int, *, weights: int, hidden: int, replaced: int) -> None:
+    """Raise `InputError` where the disk of `out` cannot hold `needed` bytes; `replaced` of those it holds will be given back."""
+    free = machine.free_disk_bytes(out) + replaced
+    if needed * 1.02 > free:
+        raise InputError(
+            f"'{out}' needs {needed / 1e9:.2f} GB ({weights / 1e9:.2f} for the weights, {hidden / 1e9:.2f} for hidden states while "
+            f"it runs), but its disk has {free / 1e9:.2f} GB free: make room, choose another --out, or take fewer --samples"
+        )

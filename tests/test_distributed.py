@@ -1,0 +1,212 @@
+"""Several processes give what one gives: the same bits on equal threads, the same refusals, and an orderly end when one is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import prunekit
+import tiny
+from prunekit.checkpoint.writer import JOURNAL_NAME
+from prunekit.distributed import Ranks
+
+# What every scenario of `DRIVER` asks for. Six windows; a batch of two leaves 2 ranks unequal shares of three batches.
+BASE: dict[str, Any] = {"dtype": "float32", "calibration": {"samples": 6, "length": 32, "batch": 2}}
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "rows": {},
+    "groups": {"pattern": "2:4"},
+    "layer": {"parts": {"pattern": {"group": "layer"}}},
+    "dense": {"calibration": {"mode": "dense"}},
+    "no-data": {"method": "magnitude"},
+    "files": {"memory_budget": 1},
+}
+
+# Runs every scenario in each of the processes; a file a rank tells what happened to it.
+DRIVER = """
+import json, os, sys
+from pathlib import Path
+import torch
+import prunekit
+from prunekit import PrunekitError
+torch.set_num_threads(1)
+told = {}
+for name, options in json.loads(Path(sys.argv[1]).read_text()).items():
+    try:
+        told[name] = prunekit.prune(**options).summary()
+    except PrunekitError as problem:
+        told[name] = f"{type(problem).__name__}: {problem}"
+Path(sys.argv[1]).with_name(f"told-{os.environ['RANK']}.json").write_text(json.dumps(told))
+"""
+
+
+def options(folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    calibration = {**BASE["calibration"], "source": str(folder / "text.txt"), **changes.pop("calibration", {})}
+    return {"model": str(folder / "llama"), "out": str(out), **BASE, **changes, "calibration": calibration}
+
+
+def torchrun(ranks: int, *words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+def together(folder: Path, ranks: int, scenarios: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each of the processes was told, by scenario."""
+    (folder / "driver.py").write_text(DRIVER)
+    (folder / "scenarios.json").write_text(json.dumps(scenarios))
+    done = torchrun(ranks, folder / "driver.py", folder / "scenarios.json")
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def alone(**given: Any) -> prunekit.Result:
+    """In this process, on one thread, as each rank has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return prunekit.prune(**given)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    tiny.save_model(folder / "llama", "llama")
+    (folder / "text.txt").write_text(tiny.make_text(), encoding="utf-8")
+    return folder
+
+
+def test_two_processes_write_what_one_writes(folder: Path) -> None:
+    scenarios = {name: options(folder, folder / f"two-{name}", **changes) for name, changes in SCENARIOS.items()}
+    broken = folder / "broken"
+    model = tiny.save_model(broken, "llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.fill_(float("nan"))
+    model.save_pretrained(broken)
+    scenarios["broken"] = options(folder, folder / "two-broken") | {"model": str(broken)}
+    scenarios["few"] = options(folder, folder / "two-few", calibration={"samples": 1})
+    told = together(folder, 2, scenarios)
+    for name, changes in SCENARIOS.items():
+        single = alone(**options(folder, folder / f"one-{name}", **changes))
+        assert shards(folder / f"two-{name}") == shards(folder / f"one-{name}"), name
+        both = [json.loads((folder / f"{kind}-{name}" / "prunekit.json").read_text()) for kind in ("one", "two")]
+        assert [manifest["run"].pop("processes") for manifest in both] == [1, 2]
+        for manifest in both:
+            for changing in ("seconds", "peak_rss_bytes"):
+                del manifest["run"][changing]
+            for linear in manifest["linears"]:
+                del linear["seconds"]
+        errors = [[linear.pop("output_error") for linear in manifest["linears"]] for manifest in both]
+        assert errors[0] == pytest.approx(errors[1], rel=1e-5)
+        if name == "no-data":  # a window a process, where one process has one
+            for manifest in both:
+                del manifest["calibration_tokens"], manifest["run"]["windows"], manifest["run"]["tokens"]
+        assert both[0] == both[1], name
+        assert told[0][name] == told[1][name], "every process is given the result"
+        assert told[0][name]["zeros"] == single.zeros
+    for rank in told:
+        assert rank["broken"].startswith("InputError: tensor 'model.layers.1.mlp.up_proj.weight'")
+        assert rank["few"].startswith("InputError: 2 processes cannot share 1 calibration windows")
+    assert not (folder / "two-broken").exists()
+    assert not (folder / "two-few").exists()
+
+
+def interrupted(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """A run of one process that is stopped when it comes to the shard of the last block."""
+    from prunekit.checkpoint.writer import Writer
+
+    real = Writer.write_shard
+
+    def stop(self: Writer, position: int, pieces: Any) -> Any:
+        if position == 3:
+            raise KeyboardInterrupt
+        return real(self, position, pieces)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "write_shard", stop)
+        with pytest.raises(KeyboardInterrupt):
+            alone(**options(folder, out, **changes))
+
+
+def test_another_number_of_processes_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds: dict[str, dict[str, Any]] = {"rows": {}, "dense": {"calibration": {"mode": "dense"}}}
+    scenarios = {}
+    for name, changes in kinds.items():
+        interrupted(folder, folder / f"begun-{name}", monkeypatch, **changes)
+        scenarios[name] = options(folder, folder / f"begun-{name}", resume=True, **changes)
+    told = together(folder, 3, scenarios)
+    for name, changes in kinds.items():
+        assert told[2][name]["zeros"] > 0
+        alone(**options(folder, folder / f"whole-{name}", **changes))
+        assert shards(folder / f"begun-{name}") == shards(folder / f"whole-{name}"), name
+
+
+def test_a_lost_process_ends_the_run_and_it_can_be_resumed(folder: Path) -> None:
+    out, driver = folder / "lost", folder / "lost.py"
+    driver.write_text(
+        "import os, signal, sys\n"
+        "from prunekit.sparsify.walk import SparsifyWalk\n"
+        "real = SparsifyWalk.prune_block\n"
+        "def prune_block(self, block, *rest):\n"
+        "    if block.index == 2 and os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(self, block, *rest)\n"
+        "SparsifyWalk.prune_block = prune_block\n"
+        "from prunekit.cli import main\n"
+        "sys.argv[0] = 'prunekit'\n"
+        "main()\n"
+    )
+    words = ["prune", str(folder / "llama"), "--calibration", str(folder / "text.txt"), "--samples", "6"]
+    words += ["--length", "32", "--dtype", "float32", "--set", "calibration.batch=2", "--out", str(out)]
+    done = torchrun(2, driver, *words)
+    assert done.returncode != 0
+    assert str(signal.SIGKILL.value) in done.stderr
+    first = done.stderr.split("torch.distributed.elastic", 1)[0]
+    assert "Traceback" not in first
+    assert "2 of 3 blocks are finished" in done.stderr
+    assert (out / JOURNAL_NAME).is_file()
+    done = torchrun(2, "-m", "prunekit", *words, "--resume", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["out"] == str(out)
+    assert len(done.stdout.splitlines()) == 1, "one process talks"
+    alone(**options(folder, folder / "lost-whole"))
+    assert shards(out) == shards(folder / "lost-whole")
+
+
+def test_one_process_shares_with_nobody() -> None:
+    ranks = Ranks()
+    assert ranks.first
+    assert ranks.share_of(7) == slice(0, 7)
+    assert ranks.gather("a") == ["a"]
+    assert ranks.share(lambda: 3) == 3
+    tensor = torch.arange(3)
+    ranks.sum_up([tensor])
+    assert tensor.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("count", "size"), [(0, 2), (1, 3), (7, 2), (8, 3), (9, 9)])
+def test_shares_cover_everything_once_and_differ_by_one_at_most(count: int, size: int) -> None:
+    ranks = Ranks()
+    ranks.size = size
+    covered: list[int] = []
+    sizes = []
+    for rank in range(size):
+        ranks.rank = rank
+        share = ranks.share_of(count)
+        covered += range(count)[share]
+        sizes.append(share.stop - share.start)
+    assert covered == list(range(count))
+    assert max(sizes) - min(sizes) <= 1
