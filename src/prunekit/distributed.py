@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -173,6 +174,7 @@ def _told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as problem:
+        reason = re.sub(r"^(\[.*?\] )+", "", str(problem)).split(". ", 1)[0]
         raise PrunekitError(
-            f"another process of this run was lost ({str(problem).splitlines()[0]}): the same command with --resume continues"
+            f"another process of this run was lost ({reason}): the same command with --resume continues"
         ) from problem
