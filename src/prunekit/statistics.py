@@ -105,8 +105,9 @@ class _Sums:
             if "input_abs" in self.wanted:
                 self._accumulate("input_abs", exact.abs().sum(0))
             for name in ("input_square", "output_square"):
-                if name in self.wanted:
-                    self._accumulate(name, exact.square().sum(0))
+                if name in self.wanted:  # last, because a copy of our own may be squared in place
+                    square = exact.square() if exact.dtype == chunk.dtype else exact.mul_(exact)
+                    self._accumulate(name, square.sum(0))
 
     def _accumulate(self, name: str, value: Tensor, dtype: torch.dtype = torch.float64) -> None:
         if name not in self.sums:
