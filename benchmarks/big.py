@@ -693,12 +693,11 @@ def draw_sizes(memory: Axes, seconds: Axes, figures: dict[str, Any]) -> None:
         memory.plot(x, y, marker, color=colour, label=label)
         seconds.plot(x, [run["measured"]["wall"] for run in runs], marker, color=colour, label=label)
     for run in shapes:
-        x = [run["shape"]["bytes"] / GB]
+        x = run["shape"]["bytes"] / GB
         for axes, value in ((memory, run["measured"]["peak"] / GB), (seconds, run["measured"]["wall"])):
-            axes.plot(x, [value], "*", color=RED, markersize=11)
-            axes.annotate(
-                run["shape"]["name"], (x[0], value), (0, 8), textcoords="offset points", ha="center", color=RED
-            )
+            axes.plot([x], [value], "*", color=RED, markersize=11)
+            below = {"xytext": (0, -16), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(run["shape"]["name"], (x, value), **below, color=RED)
     fine = geometric(*ends)
     memory.plot(ends, ends, color=GREY, linewidth=1.2, label="the whole model")
     flat = depth[0]["measured"]["peak"] / GB
@@ -706,7 +705,7 @@ def draw_sizes(memory: Axes, seconds: Axes, figures: dict[str, Any]) -> None:
     slope, offset = fit([run["shape"]["bytes"] / GB for run in width], [run["measured"]["peak"] / GB for run in width])
     within = [x for x in fine if x <= 1.1 * width[-1]["shape"]["bytes"] / GB]
     memory.plot(
-        within, [offset + slope * x for x in within], "--", color=ORANGE, linewidth=1, label="a + b · width's blocks"
+        within, [offset + slope * x for x in within], "--", color=ORANGE, linewidth=1, label="a + b · size of the block"
     )
     slope, offset = fit([run["shape"]["bytes"] / GB for run in depth], [run["measured"]["wall"] for run in depth])
     seconds.plot(
@@ -722,9 +721,9 @@ def draw_sizes(memory: Axes, seconds: Axes, figures: dict[str, Any]) -> None:
         plain_ticks(axes)
     memory.set_ylabel("peak memory (GB)")
     seconds.set_ylabel("time of the whole process (s)")
-    memory.set_title("Depth costs no memory; a wider block does", loc="left", fontsize=10)
-    seconds.set_title("Time is linear in weights", loc="left", fontsize=10)
-    memory.legend(frameon=False, fontsize=8)
+    peaks = [run["measured"]["peak"] / GB for run in everything]
+    memory.set_ylim(min(peaks) / 9, 2 * max(peaks))  # room for the legend where no point can be: below them
+    memory.legend(frameon=False, fontsize=8, loc="lower right")
     seconds.legend(frameon=False, fontsize=8, loc="upper left")
 
 
@@ -765,7 +764,7 @@ def draw_curve(memory: Axes, seconds: Axes, runs: list[dict[str, Any]], which: i
         label="line through them (least squares)",
     )
     for axes in (memory, seconds):
-        axes.set(xlabel=xlabel, xlim=(0, 1.05 * max(x)))
+        axes.set(xlabel=xlabel, xlim=(0, 1.05 * max(x)), xticks=[max(x) * part // 4 for part in range(5)])
         axes.legend(frameon=False, fontsize=8, loc="upper left")
     memory.set(ylabel="peak memory (GB)", ylim=(0, 1.5 * max(peaks)))
     seconds.set(ylabel="time of the whole process (s)", ylim=(0, 1.3 * max(walls)))
