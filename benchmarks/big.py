@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GB = 1e9
-SHARD_BYTES = 2_000_000_000
+SHARD_BYTES = 1_000_000_000  # all that is in memory while a checkpoint is written
 SPREAD = (
     0.02  # of the weights: what Llama is initialised with; activations stay finite through any number of blocks here
 )
@@ -336,6 +336,7 @@ class Bench:
         try:
             if not there:
                 write_model(shape, folder)
+                machine.return_memory()
             yield folder
         finally:
             if not self.asked.keep_model:
