@@ -140,6 +140,7 @@ SHAPES = {
         Shape("13b", 5120, 13824, 40, 40, 40),  # Llama-2-13B
     )
 }
+CURVES = ("depth", "width", "samples", "length")
 DEPTHS = (3, 6, 11, 22, 44)  # blocks of the shape `1b`
 WIDTHS = (512, 1024, 2048, 3072, 4096)  # of eight blocks
 CURVE_SAMPLES = (8, 32, 64, 128, 256)
@@ -165,7 +166,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--memory-budget", default="1MB", help="of the reload check; small, so that it streams")
-    parser.add_argument("--curves", action="store_true", help="measure against depth, width, windows and their length")
+    every = ",".join(CURVES)
+    parser.add_argument("--curves", nargs="?", const=every, default="", help=f"ladders to measure too; alone: {every}")
     parser.add_argument("--work", type=Path, help="folder to write models in. Default: a temporary one")
     parser.add_argument("--keep-model", action="store_true", help="leave the models in --work, and take those it has")
     parser.add_argument("--keep", type=Path, help="write the figures to this JSON file, anew after every run")
@@ -175,6 +177,8 @@ def main() -> None:
     names = [] if asked.shapes == "none" else asked.shapes.split(",")
     if unknown := [name for name in names if name not in SHAPES]:
         parser.error(f"unknown shape {unknown[0]!r}: known are {', '.join(SHAPES)}")
+    if unknown := [name for name in filter(None, asked.curves.split(",")) if name not in CURVES]:
+        parser.error(f"unknown curve {unknown[0]!r}: known are {', '.join(CURVES)}")
     if asked.keep_model and not asked.work:
         parser.error("--keep-model needs --work: a temporary folder is deleted")
     if asked.redraw and not (asked.keep and asked.figure):
@@ -217,31 +221,30 @@ def measure(asked: argparse.Namespace, names: list[str], work: Path) -> None:
                 figures["runs"].append(run)
                 print(run_table(run), flush=True)
                 keep()
-    if asked.curves:
-        for curve, rungs in ladders(asked.samples, asked.length).items():
-            lines = figures["curves"][curve] = []
-            print(curve_head(curve), flush=True)
-            for shape, group in rungs:
-                with bench.model(shape) as folder:
-                    for samples, length in group:
-                        run = bench.run(shape, folder, asked.patterns.split(",")[0], samples, length)
-                        del run["timeline"]
-                        lines.append(run)
-                        print(curve_line(curve, run), flush=True)
-                        keep()
+    for curve in filter(None, asked.curves.split(",")):
+        lines = figures["curves"][curve] = []
+        print(curve_head(curve), flush=True)
+        for shape, group in ladder(curve, asked.samples, asked.length):
+            with bench.model(shape) as folder:
+                for samples, length in group:
+                    run = bench.run(shape, folder, asked.patterns.split(",")[0], samples, length)
+                    del run["timeline"]
+                    lines.append(run)
+                    print(curve_line(run), flush=True)
+                    keep()
     if asked.figure:
         draw(figures, asked.figure)
 
 
-def ladders(samples: int, length: int) -> dict[str, list[tuple[Shape, list[tuple[int, int]]]]]:
-    """Curve -> the shapes it is measured on, each with its (windows, length)."""
-    small = wide(1024, 4)
-    return {
-        "depth": [(replace(SHAPES["1b"], name="depth", blocks=depth), [(samples, length)]) for depth in DEPTHS],
-        "width": [(wide(hidden, 8), [(samples, length)]) for hidden in WIDTHS],
-        "samples": [(small, [(count, SAMPLES_LENGTH) for count in CURVE_SAMPLES])],
-        "length": [(small, [(LENGTH_SAMPLES, tokens) for tokens in CURVE_LENGTHS])],
-    }
+def ladder(curve: str, samples: int, length: int) -> list[tuple[Shape, list[tuple[int, int]]]]:
+    """The shapes a curve is measured on, each with its (windows, length)."""
+    if curve == "depth":
+        return [(replace(SHAPES["1b"], name="depth", blocks=depth), [(samples, length)]) for depth in DEPTHS]
+    if curve == "width":
+        return [(wide(hidden, 8), [(samples, length)]) for hidden in WIDTHS]
+    if curve == "samples":
+        return [(wide(1024, 4), [(count, SAMPLES_LENGTH) for count in CURVE_SAMPLES])]
+    return [(wide(1024, 4), [(LENGTH_SAMPLES, tokens) for tokens in CURVE_LENGTHS])]
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------------------
@@ -573,7 +576,7 @@ def curve_head(curve: str) -> str:
     )
 
 
-def curve_line(curve: str, run: dict[str, Any]) -> str:
+def curve_line(run: dict[str, Any]) -> str:
     """One rung of a ladder."""
     shape, measured, planned = run["shape"], run["measured"], run["planned"]
     wanted, got = planned_seconds(run)
@@ -604,24 +607,26 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     mpl.rcParams.update(
         {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "prunekit"}
     )
-    rows = ([["run"] * 3] if figures["runs"] else []) + (
-        [["memory_size", "memory_samples", "memory_length"], ["time_size", "time_samples", "time_length"]]
-        if figures["curves"]
-        else []
-    )
+    curves = figures["curves"]
+    columns = [name for name in ("samples", "length") if name in curves]
+    if "depth" in curves and "width" in curves:
+        columns.insert(0, "size")
+    rows = [["run"] * max(1, len(columns))] if figures["runs"] else []
+    if columns:
+        rows += [[f"memory {name}" for name in columns], [f"time {name}" for name in columns]]
     if not rows:
-        raise SystemExit("nothing to draw: no runs and no curves")
+        raise SystemExit("nothing to draw: no runs, and no curves (of size: depth and width)")
     figure, axes = plt.subplot_mosaic(rows, figsize=(12, 3.6 * len(rows)), layout="constrained")
     if figures["runs"]:
         draw_run(axes["run"], max(figures["runs"], key=lambda run: run["shape"]["bytes"]))
-    if figures["curves"]:
-        draw_sizes(axes["memory_size"], axes["time_size"], figures)
-        small = figures["curves"]["samples"]
-        at = f"{shape_text(small)}, windows of {SAMPLES_LENGTH} tokens"
-        draw_curve(axes["memory_samples"], axes["time_samples"], small, 0, f"calibration windows\n({at})")
-        lengths = figures["curves"]["length"]
-        at = f"{shape_text(lengths)}, {LENGTH_SAMPLES} windows"
-        draw_curve(axes["memory_length"], axes["time_length"], lengths, 1, f"tokens per window\n({at})")
+    if "size" in columns:
+        draw_sizes(axes["memory size"], axes["time size"], figures)
+    if "samples" in columns:
+        at = f"{shape_text(curves['samples'])}, windows of {SAMPLES_LENGTH} tokens"
+        draw_curve(axes["memory samples"], axes["time samples"], curves["samples"], 0, f"calibration windows\n({at})")
+    if "length" in columns:
+        at = f"{shape_text(curves['length'])}, {LENGTH_SAMPLES} windows"
+        draw_curve(axes["memory length"], axes["time length"], curves["length"], 1, f"tokens per window\n({at})")
     about = figures["machine"]
     samples, length = figures["windows"]
     figure.suptitle(
