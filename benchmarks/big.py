@@ -279,7 +279,7 @@ def write_model(shape: Shape, folder: Path) -> None:
         shards[-1][name] = size
         filled += 2 * math.prod(size)
     draw_from = torch.Generator().manual_seed(0)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: random_tensor(size, draw_from) for name, size in shard.items()}
@@ -408,6 +408,7 @@ class Watched:
         self.by_phase: dict[str, int] = {}
         self.wall = self.processor = 0.0
         self._place = place
+        self._verb = " ".join(command[3:])
         self._samples: list[tuple[float, int, str]] = []
         self._errors = None if show else tempfile.TemporaryFile("w+", dir=place)  # noqa: SIM115 - lives as long as the process
         self._spent_before = children_seconds()
@@ -417,10 +418,7 @@ class Watched:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={
-                **os.environ,
-                "TMPDIR": str(place / "temporary"),
-            },  # so that temporary files are seen, counted and deleted
+            env={**os.environ, "TMPDIR": str(place / "temporary")},  # so that these files are seen, counted and deleted
         )
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -440,7 +438,7 @@ class Watched:
             if self._errors is not None:
                 self._errors.seek(0)
                 print(self._errors.read(), file=sys.stderr)
-            raise SystemExit(f"'{' '.join(self._process.args[2:])}' ended with exit code {self._process.returncode}")  # type: ignore[index]
+            raise SystemExit(f"'prunekit {self._verb}' ended with exit code {self._process.returncode}")
         if self._errors is not None:
             self._errors.close()
         found: dict[str, Any] = json.loads(printed.splitlines()[-1])
@@ -611,7 +609,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     columns = [name for name in ("samples", "length") if name in curves]
     if "depth" in curves and "width" in curves:
         columns.insert(0, "size")
-    rows = [["run"] * max(1, len(columns))] if figures["runs"] else []
+    rows: list[Any] = [["run"] * max(1, len(columns))] if figures["runs"] else []
     if columns:
         rows += [[f"memory {name}" for name in columns], [f"time {name}" for name in columns]]
     if not rows:
@@ -702,8 +700,9 @@ def draw_sizes(memory: Axes, seconds: Axes, figures: dict[str, Any]) -> None:
         x = run["shape"]["bytes"] / GB
         for axes, value in ((memory, run["measured"]["peak"] / GB), (seconds, run["measured"]["wall"])):
             axes.plot([x], [value], "*", color=RED, markersize=11)
-            below = {"xytext": (0, -16), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(run["shape"]["name"], (x, value), **below, color=RED)
+            axes.annotate(
+                run["shape"]["name"], (x, value), (0, -16), textcoords="offset points", ha="center", color=RED
+            )
     fine = geometric(*ends)
     memory.plot(ends, ends, color=GREY, linewidth=1.2, label="the whole model")
     flat = depth[0]["measured"]["peak"] / GB
