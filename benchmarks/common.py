@@ -39,6 +39,11 @@ def draw_windows(folder: Path, samples: int, length: int) -> Windows:
     )
 
 
+def options(**values: object) -> list[str]:
+    """`samples=16` -> `--samples 16`."""
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
 def prunekit_command(*arguments: str | Path) -> list[str]:
     """The command of a prunekit verb whose last line on stdout is JSON."""
     return [sys.executable, "-m", "prunekit", *map(str, arguments), "--json"]

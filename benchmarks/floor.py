@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import draw_windows, keep, parser_of, run_prunekit
+from common import draw_windows, keep, options, parser_of, run_prunekit
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -102,9 +102,8 @@ def two_passes(model: torch.nn.Module, ids: torch.Tensor, batch: int) -> float:
 
 def peak_memory(asked: argparse.Namespace, out: Path) -> int:
     """Peak resident bytes of a `prunekit prune` process."""
-    options = ["--method", asked.method, "--dtype", asked.dtype]
-    options += ["--samples", str(asked.samples), "--length", str(asked.length), "--out", str(out)]
-    return int(run_prunekit("prune", asked.model, *options)["peak_rss_bytes"])
+    given = options(method=asked.method, samples=asked.samples, length=asked.length, dtype=asked.dtype, out=out)
+    return int(run_prunekit("prune", asked.model, *given)["peak_rss_bytes"])
 
 
 if __name__ == "__main__":

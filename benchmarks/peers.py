@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import draw_windows, keep, last_json, parser_of, prunekit_command, run_prunekit
+from common import draw_windows, keep, last_json, options, parser_of, prunekit_command, run_prunekit
 
 from prunekit import machine
 from prunekit.calibration.windows import token_hash
@@ -131,7 +131,7 @@ def environment(folder: Path, torch: str) -> Path:
         return python
     print(f"making an environment with llm-compressor in {folder}", flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-    pip = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+    pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     # torch first, by its own requirement, so that pip takes the build that says (a bare `torch` may be a CUDA build of several GB);
     # then named again, so that pip settles for a llm-compressor that goes with it
     wanted = [torch] if torch else []
@@ -159,7 +159,7 @@ def peer_versions(bench: Bench) -> dict[str, str] | None:
     if bench.peer_python is None:
         return None
     report = bench.work / "versions.json"
-    process([bench.peer_python, SIDES, "versions", "--report", report], bench, "versions", theirs=True)
+    process([str(bench.peer_python), str(SIDES), "versions", "--report", str(report)], bench, "versions")
     found: dict[str, str] = json.loads(report.read_text(encoding="utf-8"))
     return found
 
@@ -193,40 +193,40 @@ def compare(bench: Bench, pattern: str, asked: argparse.Namespace) -> dict[str, 
 
 
 def one_run(bench: Bench, side: str, pattern: str) -> dict[str, Any]:
-    """Prune once, in a process of its own."""
+    """Prune once, in a process of its own: what is counted, the whole process, and what the weights are."""
     out = bench.out(side)
     shutil.rmtree(out, ignore_errors=True)
-    if side == "prunekit":
-        command = prunekit_command("prune", bench.folder, "--method", "wanda", "--pattern", pattern, "--out", out)
-        command[-1:-1] = ["--samples", str(bench.samples), "--length", str(bench.length), "--dtype", bench.dtype]
-        stdout, whole = process(command, bench, side)
-        told = last_json(stdout)
-        seconds = told["seconds"]
-        counted = seconds["forward"] + seconds["prune"] + seconds["write"]
-        manifest = json.loads((out / "prunekit.json").read_text(encoding="utf-8"))
-        if manifest["calibration_tokens"] != bench.tokens:
-            raise SystemExit(
-                "prunekit drew other windows than the others were given: the comparison would be worth nothing"
-            )
-    else:
-        report = bench.work / "report.json"
-        report.unlink(missing_ok=True)
-        theirs = side == "llmcompressor"
-        python = bench.peer_python if theirs else sys.executable
-        command = [python, SIDES, side, "--model", bench.folder, "--windows", bench.windows, "--pattern", pattern]
-        command += ["--dtype", bench.dtype, "--batch", peer_batch(bench, side), "--out", out, "--report", report]
-        _, whole = process(command, bench, side, theirs=theirs)
-        told = json.loads(report.read_text(encoding="utf-8"))
-        seconds = told["seconds"]
-        counted = seconds["prune"] + seconds["write"]
+    run = prunekit_run(bench, pattern, out) if side == "prunekit" else peer_run(bench, side, pattern, out)
     weights = "".join(sha256_file(path) for path in sorted(out.glob("*.safetensors")))
-    return {
-        "counted": counted,
-        **whole,
-        "peak_rss_bytes": told["peak_rss_bytes"],
-        "seconds": seconds,
-        "weights_sha256": hashlib.sha256(weights.encode()).hexdigest(),
-    }
+    return {**run, "weights_sha256": hashlib.sha256(weights.encode()).hexdigest()}
+
+
+def prunekit_run(bench: Bench, pattern: str, out: Path) -> dict[str, Any]:
+    """`prunekit prune`."""
+    asked = options(samples=bench.samples, length=bench.length, dtype=bench.dtype, pattern=pattern, out=out)
+    command = prunekit_command("prune", bench.folder, "--method", "wanda", *asked)
+    stdout, whole = process(command, bench, "prunekit")
+    told = last_json(stdout)
+    manifest = json.loads((out / "prunekit.json").read_text(encoding="utf-8"))
+    if manifest["calibration_tokens"] != bench.tokens:
+        raise SystemExit("prunekit drew other windows than the others were given: nothing can be compared")
+    seconds = told["seconds"]
+    counted = seconds["forward"] + seconds["prune"] + seconds["write"]
+    return {"counted": counted, **whole, "peak_rss_bytes": told["peak_rss_bytes"], "seconds": seconds}
+
+
+def peer_run(bench: Bench, side: str, pattern: str, out: Path) -> dict[str, Any]:
+    """A side of `sides.py`, in its environment."""
+    report = bench.work / "report.json"
+    report.unlink(missing_ok=True)
+    python = bench.peer_python if side == "llmcompressor" else Path(sys.executable)
+    asked = options(model=bench.folder, windows=bench.windows, pattern=pattern, dtype=bench.dtype, out=out)
+    asked += options(batch=peer_batch(bench, side), report=report)
+    _, whole = process([str(python), str(SIDES), side, *asked], bench, side)
+    told = json.loads(report.read_text(encoding="utf-8"))
+    seconds = told["seconds"]
+    counted = seconds["prune"] + seconds["write"]
+    return {"counted": counted, **whole, "peak_rss_bytes": told["peak_rss_bytes"], "seconds": seconds}
 
 
 def peer_batch(bench: Bench, side: str) -> int:
@@ -234,21 +234,16 @@ def peer_batch(bench: Bench, side: str) -> int:
     return LLMCOMPRESSOR_BATCH if side == "llmcompressor" else batch_size(bench.length)
 
 
-def process(command: list[Any], bench: Bench, name: str, *, theirs: bool = False) -> tuple[str, dict[str, float]]:
-    """Run a command to its end; its stdout, and the seconds it took: `wall`, and `cpu` = user + system.
-
-    `theirs`: in llm-compressor's environment, which must not see the modules this process was started with.
-    """
+def process(command: list[str], bench: Bench, name: str) -> tuple[str, dict[str, float]]:
+    """Run a command to its end: its stdout, and the seconds it took, `wall` and `cpu` = user + system."""
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"}  # all is on disk, and nobody shall wait for a hub
-    if theirs:
-        environ.pop("PYTHONPATH", None)
+    if command[0] == str(bench.peer_python):
+        environ.pop("PYTHONPATH", None)  # its environment must not see modules of ours
     log = bench.work / "log" / f"{name}.txt"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     begun = time.perf_counter()
     with log.open("w", encoding="utf-8") as messages:
-        done = subprocess.run(
-            [str(part) for part in command], stdout=subprocess.PIPE, stderr=messages, text=True, env=environ
-        )
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=messages, text=True, env=environ)
     wall = time.perf_counter() - begun
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
@@ -259,45 +254,41 @@ def process(command: list[Any], bench: Bench, name: str, *, theirs: bool = False
 
 
 def models(bench: Bench, pattern: str, sides: list[str]) -> dict[str, dict[str, Any]]:
-    """What stands on disk, linear by linear: zeros, whether every row or group has those it must have, and agreement of the masks.
+    """What stands on disk in the linears of all blocks, read by prunekit's own reader but counted here.
 
-    `agreement` is the share of the weights of all block linears that are zero, or not, as in prunekit's model.
+    `zeros` of `weights`; `linears_right`: how many have at least the zeros the pattern asks for, in every row or group, and whose
+    other weights are those of the dense model to the last bit; `same_mask`: share of the weights that are zero, or not, as in
+    prunekit's model. Zeros of the dense model are why there may be a few more of them than asked for.
     """
     opened = {side: StreamedModel.open(bench.out(side), dtype="bfloat16", device="cpu") for side in sides}
+    opened = {"dense": StreamedModel.open(bench.folder, dtype="bfloat16", device="cpu"), **opened}
     wanted = Pattern.parse(pattern)
     found: dict[str, dict[str, Any]] = {
-        side: {"weights": 0, "zeros": 0, "linears": 0, "linears_exact": 0, "sparsity_min": 1.0, "sparsity_max": 0.0}
-        for side in sides
+        side: {"linears": 0, "linears_right": 0, "weights": 0, "zeros": 0, "same_mask": 0} for side in sides
     }
-    same = dict.fromkeys(sides, 0)
-    for block in opened["prunekit"].anatomy.blocks:
+    for block in opened["dense"].anatomy.blocks:
         for linear in block.linears:
-            ours = None
+            weights = {}
             for side, source in opened.items():
                 key = source.key_of[f"{linear.full_name}.weight"]
-                weight = linear.matrix(source.reader.read([key])[key])
-                zero = weight == 0
-                ours = zero if ours is None else ours
-                line, zeros = found[side], int(zero.sum())
-                line["weights"] += weight.numel()
-                line["zeros"] += zeros
+                weights[side] = linear.matrix(source.reader.read([key])[key]).float()
+            for side, line in found.items():
+                zero = weights[side] == 0
+                kept = bool((zero | (weights[side] == weights["dense"])).all())
                 line["linears"] += 1
-                line["linears_exact"] += pattern_holds(weight, wanted, "row")
-                line["sparsity_min"] = min(line["sparsity_min"], zeros / weight.numel())
-                line["sparsity_max"] = max(line["sparsity_max"], zeros / weight.numel())
-                same[side] += int((zero == ours).sum())
-    for side, line in found.items():
-        line["agreement"] = same[side] / line["weights"]
+                line["linears_right"] += kept and pattern_holds(weights[side], wanted, "row")
+                line["weights"] += linear.count
+                line["zeros"] += int(zero.sum())
+                line["same_mask"] += int((zero == (weights["prunekit"] == 0)).sum())
+    for line in found.values():
+        line["same_mask"] /= line["weights"]
     return found
 
 
 def perplexity(bench: Bench, folder: Path) -> float:
     """Perplexity as `prunekit eval` measures it on a few windows of text that nobody was calibrated on."""
-    told = run_prunekit(
-        *("eval", folder, "--text", "builtin:eval", "--samples", EVALUATION_WINDOWS),
-        *("--length", bench.length, "--dtype", bench.dtype),
-    )
-    return float(told["perplexity"])
+    asked = options(text="builtin:eval", samples=EVALUATION_WINDOWS, length=bench.length, dtype=bench.dtype)
+    return float(run_prunekit("eval", folder, *asked)["perplexity"])
 
 
 def print_table(
@@ -309,7 +300,7 @@ def print_table(
         f"\nwanda {pattern}, {bench.samples} windows of {bench.length} tokens in {bench.dtype}: "
         f"medians of {len(rounds)} rounds, and how many times prunekit's\n"
         f"{'':<24}{'prune and save':>18}{'whole process':>18}{'user + system':>18}{'peak memory':>18}"
-        f"{'zeros':>13}{'exact':>10}{'same mask':>11}{'perplexity':>12}"
+        f"{'zeros':>13}{'right':>10}{'same mask':>11}{'perplexity':>12}"
     )
     for side, line in result["models"].items():
         cells = "".join(
@@ -317,15 +308,15 @@ def print_table(
         )
         peak = f"{median(rounds, side, 'peak_rss_bytes') / 1e9:>7.2f} GB{ratios[side]['peak_rss_bytes']:>6.2f} x"
         print(
-            f"{label(side, versions):<24}{cells}{peak}{line['zeros']:>13,}{line['linears_exact']:>6}/{line['linears']}"
-            f"{line['agreement']:>11.4%}{line['perplexity']:>12.4f}"
+            f"{label(side, versions):<24}{cells}{peak}{line['zeros']:>13,}{line['linears_right']:>6}/{line['linears']}"
+            f"{line['same_mask']:>11.4%}{line['perplexity']:>12.4f}"
         )
     print(f"{'dense':<24}{'':>106}{dense:>12.4f}", flush=True)
 
 
 def median(rounds: list[dict[str, Any]], side: str, measure: str) -> float:
     """Median over the rounds."""
-    return statistics.median(line[side][measure] for line in rounds)
+    return float(statistics.median(line[side][measure] for line in rounds))
 
 
 def label(side: str, versions: dict[str, str] | None) -> str:

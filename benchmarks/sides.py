@@ -94,7 +94,7 @@ class _CaughtError(Exception):
 
 
 @torch.inference_mode()
-def prune_with_hooks(model: nn.Module, windows: Tensor, batch: int, pattern: str) -> None:
+def prune_with_hooks(model: Any, windows: Tensor, batch: int, pattern: str) -> None:
     """Wanda as research code does it: hooks on a model that lies in memory as a whole.
 
     What it leaves out: families whose blocks are called differently from one another (sliding windows), padding, more than memory
@@ -117,14 +117,8 @@ def prune_with_hooks(model: nn.Module, windows: Tensor, batch: int, pattern: str
 
     for block in blocks:
         linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
-        squares = {linear: torch.zeros(linear.in_features) for linear in linears}
-
-        def measure(
-            linear: nn.Module, given: tuple[Tensor, ...], _: Tensor, squares: dict[nn.Linear, Tensor] = squares
-        ) -> None:
-            squares[linear] += given[0].float().square().sum((0, 1))
-
-        handles = [linear.register_forward_hook(measure) for linear in linears]
+        squares: dict[nn.Module, Tensor] = {linear: torch.zeros(linear.in_features) for linear in linears}
+        handles = [linear.register_forward_hook(partial(_measure, squares)) for linear in linears]
         for states, named in zip(hidden, others, strict=True):
             block(states, **named)
         for handle in handles:
@@ -134,6 +128,11 @@ def prune_with_hooks(model: nn.Module, windows: Tensor, batch: int, pattern: str
         for position, named in enumerate(others):
             output = block(hidden[position], **named)
             hidden[position] = output[0] if isinstance(output, tuple) else output
+
+
+def _measure(squares: dict[nn.Module, Tensor], linear: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+    """Forward hook: add the squares of a linear's inputs."""
+    squares[linear] += given[0].float().square().sum((0, 1))
 
 
 def zero_smallest(weight: Tensor, squares: Tensor, pattern: str) -> None:
