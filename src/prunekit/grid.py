@@ -159,13 +159,21 @@ class Grid(BaseModel):
             section[last] = copy.deepcopy(value)
         recipe = Recipe.build(values)
         Sparsifier.of(find_method(recipe.method), recipe.parts)  # options its parts do not have
-        return recipe
+        return _plain(recipe)
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """sha256 of what a recipe says; the same for `sparsity = 0.5` and `pattern = "0.5"`."""
-    said = recipe.model_dump(mode="json") | {"sparsity": None, "pattern": str(recipe.target)}
-    return hashlib.sha256(_json(said).encode()).hexdigest()
+    """sha256 of what a recipe says, without the defaults that a run fills in."""
+    return hashlib.sha256(_json(recipe.model_dump(mode="json")).encode()).hexdigest()
+
+
+def _plain(recipe: Recipe) -> Recipe:
+    """The same recipe with its target said in one way: nothing, `sparsity = 0.5`, `pattern = "0.50"` are one recipe."""
+    text = str(recipe.target)
+    is_decimal = ":" not in text and "/" not in text
+    return recipe.model_copy(
+        update={"sparsity": float(text) if is_decimal else None, "pattern": None if is_decimal else text}
+    )
 
 
 def _json(value: Any) -> str:

@@ -156,12 +156,12 @@ def run_grid(grid: Grid, out: Path, *, retry: bool, executor: Executor | None, p
     begun = time.perf_counter()
     out = out.expanduser()
     combinations = grid.combinations()
-    _check_folder(out)
-    runs = {c.name: _stand(c, out / c.name, grid.evaluate, retry=retry) for c in combinations}
     try:
+        _check_folder(out)
+        runs = {c.name: _stand(c, out / c.name, grid.evaluate, retry=retry) for c in combinations}
         (out / RECORDS).mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise InputError(f"output folder '{out}' cannot be made: {problem.strerror}") from None
+    except (OSError, ValueError) as problem:  # no permission, a null byte, ...
+        raise InputError(f"output folder {str(out)!r} cannot be used: {problem}") from None
     table = Table(grid.axes, evaluated=grid.evaluate is not None)
     todo = [run for run in runs.values() if run.status == "open" or (retry and run.status == "failed")]
     skipped = len(runs) - len(todo)
@@ -243,6 +243,12 @@ def _one_by_one(progress: Progress) -> Executor:
     def execute(runs: list[Run]) -> Generator[tuple[Run, Record], None, None]:
         for number, run in enumerate(runs, 1):
             progress.say(f"run {number} of {len(runs)}: {run.name}")
+            if run.evaluate is not None and run.record.pruned is None:
+                record = carry_out(replace(run, evaluate=None), progress)
+                yield run, record  # kept before the evaluation, which may be interrupted
+                if record.failed is not None:
+                    continue
+                run = replace(run, record=record)
             yield run, carry_out(run, progress)
 
     return execute
