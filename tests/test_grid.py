@@ -153,6 +153,7 @@ BAD = {
     'model = "M"\n': "no axes",
     'model = "M"\ngrid = 5\n': "no axes",
     'model = "M"\n[grid]\n': "no axes",
+    'model = "M"\n[grid.calibration]\n': "no axes",
     'model = "M"\n[grid]\nmetod = ["wanda"]\n': "'metod' is not a name of a recipe: did you mean 'method'?",
     'model = "M"\n[grid]\ncalibration.sample = [1]\n': "did you mean 'calibration.samples'?",
     'model = "M"\n[grid]\ncalibration = ["c4"]\n': "'calibration' is not a name of a recipe",

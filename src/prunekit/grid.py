@@ -95,11 +95,11 @@ class Grid(BaseModel):
         """A grid from the values of a file. Raises `InputError` with the first thing that is wrong."""
         base = {name: value for name, value in values.items() if name not in ("grid", "evaluate")}
         section = values.get("grid")
-        if not isinstance(section, Mapping) or not section:
+        axes = dict(_flat(section)) if isinstance(section, Mapping) else {}
+        if not axes:
             raise InputError(
-                'a grid has no axes: name them in a section [grid], like `method = ["magnitude", "wanda"]` below `[grid]`'
+                'the grid has no axes: name them in a section [grid], like `method = ["magnitude", "wanda"]` below `[grid]`'
             )
-        axes = dict(_flat(section))
         for name, given in axes.items():
             _check_axis(name, given)
         if "sparsity" in axes and "pattern" in axes:

@@ -209,7 +209,7 @@ def _session(address: str) -> Iterator[Any]:
         own = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE} if address == "local" else {}
         try:
             ray.init(address=address, log_to_driver=False, logging_level="error", **own)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as problem:
+        except Exception as problem:  # no cluster, another version, no authentication, no room in /dev/shm, ...
             reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
             raise InputError(
                 f"Ray at '{address}' cannot be used: {reason} (Ray's version and authentication must be the cluster's)"
