@@ -10,8 +10,8 @@ check streams (`--memory-budget`): one that loads the whole model would say noth
 `--curves` adds ladders, one thing changed at a time: depth (the same block, more of them), width (as many blocks, wider ones), number
 of windows, length of windows. `--figure` draws them. `--redraw` draws the figures that `--keep` kept, without running anything.
 
-How it is measured. Peak memory: `VmHWM` of the process, as it reports it itself and as read from outside. Memory by phase: the
-largest `VmRSS` seen from outside, every 20 ms; a phase is told by what stands in the output folder: `start` until the first weight
+How it is measured. Peak memory: `VmHWM` of the process, as it reports it (by phase: up to its end) and as read from outside. Over
+time: `VmRSS` seen from outside, every 20 ms; a phase is told by what stands in the output folder: `start` until the first weight
 file, `walk` until the index, `verify` from then on. Disk: what the run's folder and its temporary folder hold, at the end and at most.
 
 The disk must hold the largest model twice (`7b`: 27 GB). Linux only, for /proc.
@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from common import last_json, prunekit_command
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -321,8 +322,6 @@ class Bench:
     def __init__(self, asked: argparse.Namespace, work: Path) -> None:
         self.asked = asked
         self.work = work
-        known = subprocess.run(prunekit("plan", "--help"), check=True, capture_output=True, text=True).stdout
-        self.plan_knows_budget = "--memory-budget" in known
 
     @contextmanager
     def model(self, shape: Shape) -> Iterator[Path]:
@@ -356,17 +355,16 @@ class Bench:
         shutil.rmtree(place, ignore_errors=True)
         out, spare = place / "out", place / "temporary"
         spare.mkdir(parents=True)
-        arguments = [str(folder), *options, "--out", str(out), "--json"]
+        arguments = [folder, *options, "--out", out]
         try:
-            planned = planned_figures(
-                Watched(prunekit("plan", *arguments, *(budget if self.plan_knows_budget else [])), place).finish()
-            )
-            watched = Watched(prunekit("prune", *arguments, *budget), place, show=show)
+            planned = planned_figures(Watched(prunekit_command("plan", *arguments, *budget), place).finish())
+            watched = Watched(prunekit_command("prune", *arguments, *budget), place, show=show)
             summary = watched.finish()
             measured = {
                 "peak": watched.peak,
                 "peak_reported": summary["peak_rss_bytes"],
-                "memory": watched.by_phase | {"peak": watched.peak},
+                "memory": summary["memory"] | {"peak": watched.peak},
+                "resident": watched.by_phase,
                 "disk": sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
                 "disk_peak": watched.disk_peak,
                 "seconds": summary["seconds"],
@@ -385,11 +383,6 @@ class Bench:
             "planned": planned,
             "timeline": watched.timeline(),
         }
-
-
-def prunekit(*arguments: str) -> list[str]:
-    """The command line of a prunekit process."""
-    return [sys.executable, "-m", "prunekit", *arguments]
 
 
 class Watched:
@@ -441,8 +434,7 @@ class Watched:
             raise SystemExit(f"'prunekit {self._verb}' ended with exit code {self._process.returncode}")
         if self._errors is not None:
             self._errors.close()
-        found: dict[str, Any] = json.loads(printed.splitlines()[-1])
-        return found
+        return last_json(printed)
 
     def timeline(self) -> dict[str, Any]:
         """Resident bytes against seconds, the largest of each of a few hundred equal spans, and when each phase ended."""
@@ -501,25 +493,9 @@ def folder_bytes(folder: Path) -> int:
 
 
 def planned_figures(plan: dict[str, Any]) -> dict[str, Any]:
-    """What is compared of `prunekit plan --json`, whichever of its forms it has.
-
-    `memory`: bytes by phase and `peak`. `disk`: bytes. `seconds`: by phase with a `total`, or only that, without start-up and check.
-    """
-    seconds = plan["seconds"]
+    """What is compared of `prunekit plan --json`: bytes of memory by phase, of disk at the end and at most, seconds by phase."""
     disk = plan["disk"]
-    return {
-        "memory": dict(plan["memory"]),
-        "disk": disk if not isinstance(disk, dict) else disk.get("total", sum(disk.values())),
-        "seconds": seconds if isinstance(seconds, dict) else {"walk_only": seconds},
-    }
-
-
-def planned_seconds(run: dict[str, Any]) -> tuple[float, float]:
-    """Planned seconds, and the measured seconds of the same work."""
-    planned, measured = run["planned"]["seconds"], run["measured"]["seconds"]
-    if "total" in planned:
-        return planned["total"], measured["total"]
-    return planned["walk_only"], measured["forward"] + measured["prune"] + measured["write"]
+    return {"memory": plan["memory"], "disk": disk["weights"], "disk_peak": disk["peak"], "seconds": plan["seconds"]}
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------------------
@@ -553,15 +529,12 @@ def run_table(run: dict[str, Any]) -> str:
             row(f"memory {phase}", measured["memory"][phase], planned["memory"].get(phase), "GB", note)
     row("  by itself", measured["peak_reported"], None, "GB")
     row("disk", measured["disk"], planned["disk"], "GB")
-    row("  at most", measured["disk_peak"], None, "GB")
+    row("  at most", measured["disk_peak"], planned["disk_peak"], "GB")
     seconds = measured["seconds"]
     for phase, spent in seconds.items():
         if phase != "total":
             row(f"time {phase}", spent, planned["seconds"].get(phase), "s")
-    row("  the rest", seconds["total"] - sum(spent for name, spent in seconds.items() if name != "total"), None, "s")
-    wanted, got = planned_seconds(run)
-    row("  as planned", got, wanted, "s", "" if "total" in planned["seconds"] else "forward, prune, write")
-    row("  total", seconds["total"], None, "s")
+    row("  total", seconds["total"], planned["seconds"]["total"], "s")
     row("  whole process", measured["wall"], None, "s", f"{measured['processor']:.0f} s of processor time")
     return "\n".join(lines)
 
@@ -577,7 +550,7 @@ def curve_head(curve: str) -> str:
 def curve_line(run: dict[str, Any]) -> str:
     """One rung of a ladder."""
     shape, measured, planned = run["shape"], run["measured"], run["planned"]
-    wanted, got = planned_seconds(run)
+    wanted, got = planned["seconds"]["total"], measured["seconds"]["total"]
     samples, length = run["windows"]
     return (
         f"{shape['parameters'] / 1e9:>8.2f} B{shape['bytes'] / GB:>8.2f} GB{shape['block_bytes'] / GB:>8.3f} GB"
