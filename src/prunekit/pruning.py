@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -336,11 +336,19 @@ def _check_place(folder: Path, out: Path, *, resume: bool, overwrite: bool) -> N
 def _take(folder: Path, out: Path, held: ExitStack, *, resume: bool, overwrite: bool) -> None:
     """Make the output folder and lock it until `held` is left; another run may have come first since it was looked at."""
     try:
+        if not out.exists():
+            held.callback(_leave_no_empty, out)
         out.mkdir(parents=True, exist_ok=True)
         held.enter_context(locked(out))
     except OSError as problem:
         raise InputError(f"output folder '{out}' cannot be used: {problem.strerror}") from None
     _check_output(folder, out, resume=resume, overwrite=overwrite, ours=True)
+
+
+def _leave_no_empty(out: Path) -> None:
+    """Remove the folder we made where a refused run left nothing in it."""
+    with suppress(OSError):
+        out.rmdir()
 
 
 def _journal(out: Path, run_: _Run, *, resume: bool, overwrite: bool) -> Journal:
