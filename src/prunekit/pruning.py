@@ -31,9 +31,10 @@ from .checkpoint.lock import locked, refuse_locked
 from .checkpoint.manifest import FORMAT, changed_files, read_manifest
 from .checkpoint.reader import INDEX_NAME, read_file, sha256_file
 from .checkpoint.shard import Piece
+from .checkpoint.storage import remove
 from .checkpoint.writer import Journal, Writer, clear, difference, holds_model, is_leftover, model_files
 from .distributed import Ranks, find_ranks
-from .errors import InputError, PrunekitError, VerificationError
+from .errors import InputError, PrunekitError, StorageError, VerificationError
 from .estimate import Needs, hidden_width, needs_of, refuse_disk, refuse_memory
 from .keeper import Keeper, saved_blocks
 from .model.anatomy import Block, Linear, weight_of
@@ -425,7 +426,8 @@ def _orderly_end(out: Path, journal: Journal, run_: _Run) -> Iterator[None]:
         yield
     except InputError:  # NaN weights or overflowing activations would only be met again
         if run_.ranks.first:
-            clear(out)
+            with suppress(StorageError):
+                clear(out)
         raise
     except VerificationError:
         raise
@@ -523,8 +525,13 @@ def _finished_block(run_: _Run, writer: Writer, block: Block) -> nn.Module:
     if sparsify.dense:
         sparsify.pass_on_dense(block.index, source.load_block(block.index))
         source.free_block(block.index)
+    path = writer.folder / writer.shard_name(block.index + 1)
     with sparsify.seconds.timed("read"):
-        return source.load_block(block.index, read_file(writer.folder / writer.shard_name(block.index + 1)))
+        try:
+            tensors = read_file(path)
+        except InputError as problem:  # it was whole when we began; as wrong input it would have everything removed
+            raise StorageError(f"'{path}' cannot be read again: {problem}") from problem
+        return source.load_block(block.index, tensors)
 
 
 def _stored_weight(source: StreamedModel, linear: Linear) -> Tensor:
@@ -568,7 +575,7 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
             writer.withdraw_index()  # what nobody has checked must not be taken for finished
             if isinstance(problem, VerificationError):
                 # the shards are wrong: a resume that took them would agree with itself
-                journal.path.unlink(missing_ok=True)
+                remove(journal.path)
             elif isinstance(problem, Exception):
                 raise PrunekitError(
                     f"'{out}' was written, but its reload check could not be made: {problem}"
