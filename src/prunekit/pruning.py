@@ -31,7 +31,7 @@ from .checkpoint.lock import locked, refuse_locked
 from .checkpoint.manifest import FORMAT, changed_files, read_manifest
 from .checkpoint.reader import INDEX_NAME, read_file, sha256_file
 from .checkpoint.shard import Piece
-from .checkpoint.storage import remove
+from .checkpoint.storage import make_folder, remove
 from .checkpoint.writer import Journal, Writer, clear, difference, holds_model, is_leftover, model_files
 from .distributed import Ranks, find_ranks
 from .errors import InputError, PrunekitError, StorageError, VerificationError
@@ -339,7 +339,7 @@ def _take(folder: Path, out: Path, held: ExitStack, *, resume: bool, overwrite: 
     try:
         if not out.exists():
             held.callback(_leave_no_empty, out)
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         held.enter_context(locked(out))
     except OSError as problem:
         raise InputError(f"output folder '{out}' cannot be used: {problem.strerror}") from None

@@ -57,6 +57,15 @@ def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it where they are missing, durably. Raises `OSError`."""
+    missing = [place for place in folder.parents if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in (folder, *missing):  # this one always: who made it may have been killed before its name was safe
+        with suppress(OSError):  # what lies above may not be ours to open
+            sync_folder(place.parent)
+
+
 def remove(path: Path) -> None:
     """Remove a file or a folder where it is there, durably. Raises `StorageError`."""
     try:
