@@ -27,12 +27,22 @@ from .calibration.windows import (
     window_length,
 )
 from .checkpoint.locate import locate
-from .checkpoint.lock import locked, refuse_locked
+from .checkpoint.lock import LOCK_NAME, locked, refuse_locked
 from .checkpoint.manifest import FORMAT, changed_files, read_manifest
 from .checkpoint.reader import INDEX_NAME, read_file, sha256_file
 from .checkpoint.shard import Piece
 from .checkpoint.storage import make_folder, remove
-from .checkpoint.writer import Journal, Writer, clear, difference, holds_model, is_leftover, model_files
+from .checkpoint.writer import (
+    Journal,
+    Writer,
+    clear,
+    difference,
+    drop_leftovers,
+    holds_model,
+    is_leftover,
+    leftovers,
+    model_files,
+)
 from .distributed import Ranks, find_ranks
 from .errors import InputError, PrunekitError, StorageError, VerificationError
 from .estimate import Needs, hidden_width, needs_of, refuse_disk, refuse_memory
@@ -360,13 +370,15 @@ def _journal(out: Path, run_: _Run, *, resume: bool, overwrite: bool) -> Journal
     else:
         _refuse_other(out, journal.identity, run_.identity)
         journal.shards = journal.whole_shards()
-    replaced = sum(path.stat().st_size for path in out.glob("*.safetensors")) if overwrite else 0
     finished = sum(shard["bytes"] for shard in journal.shards)
+    kept = {shard["file"] for shard in journal.shards}
+    written_over = [path for path in model_files(out) if path.suffix == ".safetensors" or is_leftover(path)]
+    replaced = sum(path.stat().st_size for path in written_over if path.name not in kept)
     disk = run_.needs.disk
     refuse_disk(out, disk["peak"] - finished, weights=disk["weights"], hidden=disk["hidden"], replaced=replaced)
-    if overwrite:
-        clear(out)
-    journal.save()  # before any shard, so that a run killed at any moment is known for what it is
+    journal.save()  # before anything is removed or written, so that a run killed at any moment is known for what it is
+    if not journal.shards:  # also where an earlier --overwrite was killed before all of the old was gone
+        clear(out, keep=journal.path)
     return journal
 
 
@@ -397,7 +409,15 @@ def _finished(out: Path, identity: dict[str, Any]) -> Result | None:
         raise InputError(
             f"'{out}' was finished, but {', '.join(changed)} changed since: use --overwrite to prune again"
         )
+    _tidy(out)
     return result_of(out, manifest)
+
+
+def _tidy(out: Path) -> None:
+    """Remove what a run that was killed behind its manifest left. Where that cannot be done, it does no harm."""
+    if leftovers(out) or (out / LOCK_NAME).exists():
+        with suppress(OSError, StorageError), locked(out):
+            drop_leftovers(out)
 
 
 def result_of(out: Path, manifest: dict[str, Any]) -> Result:

@@ -175,24 +175,39 @@ class Writer:
         return carried
 
     def write_manifest(self, manifest: dict[str, Any], card: str) -> None:
-        """Write the model card, then the manifest, which is the mark of a finished run; then drop the journal."""
+        """Write the model card, then the manifest, which is the mark of a finished run; then drop what only resuming needs."""
         write_text(self.folder / CARD_NAME, card)
         write_json(self.folder / MANIFEST_NAME, manifest)
-        remove(self.folder / JOURNAL_NAME)
-        self.drop_hidden()
-
-    def drop_hidden(self) -> None:
-        """Remove the saved hidden states; nobody resumes any more."""
-        for path in self.folder.glob(HIDDEN_PREFIX + "*"):
-            remove(path)
+        drop_leftovers(self.folder)
 
 
-def clear(folder: Path) -> None:
-    """Remove from `folder` what a model folder consists of; other files stay. Raises `StorageError`."""
+def leftovers(folder: Path) -> list[Path]:
+    """What in `folder` nobody needs behind a manifest: the journal, hidden states, half-written files."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.name == JOURNAL_NAME or (is_leftover(path) and path.name != LOCK_NAME)
+    ]
+
+
+def drop_leftovers(folder: Path) -> None:
+    """Remove them. Raises `StorageError`."""
+    for path in leftovers(folder):
+        remove(path)
+
+
+def clear(folder: Path, *, keep: Path | None = None) -> None:
+    """Remove from `folder` what a model folder consists of, save `keep`; other files stay. Raises `StorageError`.
+
+    The manifest goes first, so that half a folder is never taken for a finished run; the journal goes last, so that it is known
+    for ours as long as anything is left.
+    """
     if not folder.is_dir():
         return
-    for path in model_files(folder):
-        remove(path)
+    last = {MANIFEST_NAME: 0, JOURNAL_NAME: 2}
+    for path in sorted(model_files(folder), key=lambda path: last.get(path.name, 1)):
+        if path != keep:
+            remove(path)
     if not any(folder.iterdir()):
         folder.rmdir()
 
