@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,13 +27,24 @@ from .calibration.windows import (
     window_length,
 )
 from .checkpoint.locate import locate
-from .checkpoint.lock import locked, refuse_locked
+from .checkpoint.lock import LOCK_NAME, locked, refuse_locked
 from .checkpoint.manifest import FORMAT, changed_files, read_manifest
 from .checkpoint.reader import INDEX_NAME, read_file, sha256_file
 from .checkpoint.shard import Piece
-from .checkpoint.writer import Journal, Writer, clear, difference, holds_model, is_leftover, model_files
+from .checkpoint.storage import make_folder, remove
+from .checkpoint.writer import (
+    Journal,
+    Writer,
+    clear,
+    difference,
+    drop_leftovers,
+    holds_model,
+    is_leftover,
+    leftovers,
+    model_files,
+)
 from .distributed import Ranks, find_ranks
-from .errors import InputError, PrunekitError, VerificationError
+from .errors import InputError, PrunekitError, StorageError, VerificationError
 from .estimate import Needs, hidden_width, needs_of, refuse_disk, refuse_memory
 from .keeper import Keeper, saved_blocks
 from .model.anatomy import Block, Linear, weight_of
@@ -336,11 +347,19 @@ def _check_place(folder: Path, out: Path, *, resume: bool, overwrite: bool) -> N
 def _take(folder: Path, out: Path, held: ExitStack, *, resume: bool, overwrite: bool) -> None:
     """Make the output folder and lock it until `held` is left; another run may have come first since it was looked at."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        if not out.exists():
+            held.callback(_leave_no_empty, out)
+        make_folder(out)
         held.enter_context(locked(out))
     except OSError as problem:
         raise InputError(f"output folder '{out}' cannot be used: {problem.strerror}") from None
     _check_output(folder, out, resume=resume, overwrite=overwrite, ours=True)
+
+
+def _leave_no_empty(out: Path) -> None:
+    """Remove the folder we made where a refused run left nothing in it."""
+    with suppress(OSError):
+        out.rmdir()
 
 
 def _journal(out: Path, run_: _Run, *, resume: bool, overwrite: bool) -> Journal:
@@ -351,13 +370,15 @@ def _journal(out: Path, run_: _Run, *, resume: bool, overwrite: bool) -> Journal
     else:
         _refuse_other(out, journal.identity, run_.identity)
         journal.shards = journal.whole_shards()
-    replaced = sum(path.stat().st_size for path in out.glob("*.safetensors")) if overwrite else 0
     finished = sum(shard["bytes"] for shard in journal.shards)
+    kept = {shard["file"] for shard in journal.shards}
+    written_over = [path for path in model_files(out) if path.suffix == ".safetensors" or is_leftover(path)]
+    replaced = sum(path.stat().st_size for path in written_over if path.name not in kept)
     disk = run_.needs.disk
     refuse_disk(out, disk["peak"] - finished, weights=disk["weights"], hidden=disk["hidden"], replaced=replaced)
-    if overwrite:
-        clear(out)
-    journal.save()  # before any shard, so that a run killed at any moment is known for what it is
+    journal.save()  # before anything is removed or written, so that a run killed at any moment is known for what it is
+    if not journal.shards:  # also where an earlier --overwrite was killed before all of the old was gone
+        clear(out, keep=journal.path)
     return journal
 
 
@@ -388,7 +409,15 @@ def _finished(out: Path, identity: dict[str, Any]) -> Result | None:
         raise InputError(
             f"'{out}' was finished, but {', '.join(changed)} changed since: use --overwrite to prune again"
         )
+    _tidy(out)
     return result_of(out, manifest)
+
+
+def _tidy(out: Path) -> None:
+    """Remove what a run that was killed behind its manifest left. Where that cannot be done, it does no harm."""
+    if leftovers(out) or (out / LOCK_NAME).exists():
+        with suppress(OSError, StorageError), locked(out):
+            drop_leftovers(out)
 
 
 def result_of(out: Path, manifest: dict[str, Any]) -> Result:
@@ -417,7 +446,8 @@ def _orderly_end(out: Path, journal: Journal, run_: _Run) -> Iterator[None]:
         yield
     except InputError:  # NaN weights or overflowing activations would only be met again
         if run_.ranks.first:
-            clear(out)
+            with suppress(StorageError):
+                clear(out)
         raise
     except VerificationError:
         raise
@@ -515,8 +545,13 @@ def _finished_block(run_: _Run, writer: Writer, block: Block) -> nn.Module:
     if sparsify.dense:
         sparsify.pass_on_dense(block.index, source.load_block(block.index))
         source.free_block(block.index)
+    path = writer.folder / writer.shard_name(block.index + 1)
     with sparsify.seconds.timed("read"):
-        return source.load_block(block.index, read_file(writer.folder / writer.shard_name(block.index + 1)))
+        try:
+            tensors = read_file(path)
+        except InputError as problem:  # it was whole when we began; as wrong input it would have everything removed
+            raise StorageError(f"'{path}' cannot be read again: {problem}") from problem
+        return source.load_block(block.index, tensors)
 
 
 def _stored_weight(source: StreamedModel, linear: Linear) -> Tensor:
@@ -560,7 +595,7 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
             writer.withdraw_index()  # what nobody has checked must not be taken for finished
             if isinstance(problem, VerificationError):
                 # the shards are wrong: a resume that took them would agree with itself
-                journal.path.unlink(missing_ok=True)
+                remove(journal.path)
             elif isinstance(problem, Exception):
                 raise PrunekitError(
                     f"'{out}' was written, but its reload check could not be made: {problem}"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from prunekit.checkpoint.reader import INDEX_NAME, SINGLE_NAME, Reader, read_file, sha256_file
-from prunekit.errors import InputError
+from prunekit.errors import InputError, StorageError
 from prunekit.model.source import StreamedModel
 
 Tensors = dict[str, torch.Tensor]
@@ -100,6 +100,48 @@ def test_read_tensors_have_memory_of_their_own(tmp_path: Path) -> None:
     assert reader.read(["a"])["a"].sum() == 4  # neither a second read nor the file saw the change
     save_file({"a": torch.zeros(4), "b": torch.zeros(4)}, folder / SINGLE_NAME)
     assert first["b"].sum() == 4  # nor does a changed file reach into what was read
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 12, 64, 4 << 20])
+def test_rows_and_chunks_give_the_whole_tensor_a_part_at_a_time(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prunekit.checkpoint.reader._CHUNK_BYTES", chunk)
+    tensors = various()
+    reader = Reader(make_folder(tmp_path / "m", model=tensors))
+    for name, tensor in tensors.items():
+        memory = tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        parts = [bytes(part) for part in reader.chunks(name)]
+        assert b"".join(parts) == memory, name
+        assert all(0 < len(part) <= chunk for part in parts), name
+        if not tensor.ndim:
+            continue
+        found = [(start, rows.clone()) for start, rows in reader.rows(name)]
+        assert torch.equal(torch.cat([rows for _, rows in found], 0) if found else tensor[:0], tensor), name
+        firsts = [start for start, _ in found]
+        assert firsts == [sum(len(rows) for _, rows in found[:number]) for number in range(len(found))], name
+        width = tensor[0].numel() * tensor.element_size() if len(tensor) else 0
+        assert all(rows.dtype == tensor.dtype and len(rows) * width <= max(chunk, width) for _, rows in found), name
+
+
+def test_a_file_that_changes_while_it_is_read_is_no_input_error(tmp_path: Path) -> None:
+    # an InputError in the middle of a run would have its output removed
+    folder = make_folder(tmp_path / "m", model={"a": torch.ones(1000)})
+    reader = Reader(folder)
+    whole = (folder / SINGLE_NAME).read_bytes()
+    (folder / SINGLE_NAME).write_bytes(whole[:2000])
+    for read in (lambda: reader.read(["a"]), lambda: list(reader.rows("a")), lambda: list(reader.chunks("a"))):
+        with pytest.raises(StorageError, match="ended while it was read"):
+            read()
+    (folder / SINGLE_NAME).unlink()
+    for read in (
+        lambda: reader.read(["a"]),
+        lambda: list(reader.rows("a")),
+        lambda: list(reader.chunks("a")),
+        reader.sha256,
+    ):
+        with pytest.raises(StorageError, match=r"cannot read '.*model\.safetensors': No such file"):
+            read()
 
 
 def test_indexed_shards_read_as_one(tmp_path: Path) -> None:

@@ -35,20 +35,24 @@ def locked(folder: Path) -> Iterator[None]:
         os.write(handle, json.dumps(owner).encode())
         yield
     finally:
+        # what cannot be removed does no harm, and must not hide why the run ended
         if fcntl is not None:
-            path.unlink(missing_ok=True)  # while it is still ours
+            with suppress(OSError):
+                path.unlink()  # while it is still ours
         os.close(handle)
         if fcntl is None:
-            path.unlink(missing_ok=True)
-        with suppress(OSError):
-            folder.rmdir()  # where a refused run left nothing else
+            with suppress(OSError):
+                path.unlink()
 
 
 def refuse_locked(folder: Path) -> None:
     """Raise `InputError` where another process holds the folder's lock now; takes nothing."""
     path = folder / LOCK_NAME
-    if path.is_file() and fcntl is not None:
-        handle = os.open(path, os.O_RDWR)
+    if fcntl is not None:
+        try:
+            handle = os.open(path, os.O_RDWR)
+        except FileNotFoundError:
+            return
         try:
             _flock(handle, path)
         finally:
@@ -66,8 +70,9 @@ def _acquire(path: Path) -> int:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _flock(handle, path)
-            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-                return handle
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), path.stat()):
+                    return handle
         except BaseException:
             os.close(handle)
             raise

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path, PurePosixPath
@@ -102,7 +103,7 @@ class Reader:
             by_file.setdefault(self.entries[name].file, []).append(name)
         found = {}
         for file, wanted in by_file.items():
-            with (self.folder / file).open("rb", buffering=0) as stream:
+            with _opened(self.folder / file) as stream:
                 for name in sorted(wanted, key=lambda name: self.entries[name].offset):
                     found[name] = _read_tensor(stream, self.entries[name], pinned=pinned)
         return found
@@ -111,7 +112,7 @@ class Reader:
         """A tensor a few rows at a time: (first row, [rows, ...]), in its stored dtype. What is too large to hold is read like this."""
         entry = self.entries[name]
         size = max(1, _CHUNK_BYTES * entry.shape[0] // max(1, entry.bytes))
-        with (self.folder / entry.file).open("rb", buffering=0) as stream:
+        with _opened(self.folder / entry.file) as stream:
             stream.seek(entry.offset)
             for start in range(0, entry.shape[0], size):
                 part = torch.empty((min(size, entry.shape[0] - start), *entry.shape[1:]), dtype=entry.dtype)
@@ -122,7 +123,7 @@ class Reader:
         """A tensor's bytes, a few megabytes at a time; a chunk holds until the next is asked for."""
         entry = self.entries[name]
         memory = memoryview(bytearray(min(entry.bytes, _CHUNK_BYTES)))
-        with (self.folder / entry.file).open("rb", buffering=0) as stream:
+        with _opened(self.folder / entry.file) as stream:
             stream.seek(entry.offset)
             for start in range(0, entry.bytes, _CHUNK_BYTES):
                 part = memory[: min(_CHUNK_BYTES, entry.bytes - start)]
@@ -160,8 +161,18 @@ def read_header(folder: Path, file: str) -> dict[str, Entry]:
 
 def read_file(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of one safetensors file, in memory of their own."""
-    with path.open("rb", buffering=0) as stream:
+    with _opened(path) as stream:
         return {name: _read_tensor(stream, entry) for name, entry in read_header(path.parent, path.name).items()}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[FileIO]:
+    """A file for reading, unbuffered. Raises `StorageError` where the system refuses, then or later."""
+    try:
+        with path.open("rb", buffering=0) as stream:
+            yield stream
+    except OSError as problem:
+        raise StorageError(f"cannot read '{path}': {problem.strerror or problem}") from problem
 
 
 def _read_tensor(stream: FileIO, entry: Entry, *, pinned: bool = False) -> torch.Tensor:
@@ -188,9 +199,9 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file, read in chunks."""
+    """Hex digest of a file, read in chunks. Raises `StorageError`."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with _opened(path) as stream:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,11 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(stream.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
-    except OSError as problem:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write '{path}': {problem.strerror or problem}") from problem
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as problem:
+        with suppress(OSError):  # a disk that has become read-only must not hide what happened
+            temporary.unlink(missing_ok=True)
+        if isinstance(problem, OSError):
+            raise StorageError(f"cannot write '{path}': {problem.strerror or problem}") from problem
         raise
 
 
@@ -53,6 +55,27 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
     """`replace_file` with JSON; without indent it is written by compiled code, which counts for what is written often."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it where they are missing, durably. Raises `OSError`."""
+    missing = [place for place in folder.parents if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in (folder, *missing):  # this one always: who made it may have been killed before its name was safe
+        with suppress(OSError):  # what lies above may not be ours to open
+            sync_folder(place.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder where it is there, durably. Raises `StorageError`."""
+    try:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except OSError as problem:
+        raise StorageError(f"cannot remove '{path}': {problem.strerror or problem}") from problem
 
 
 def sync_folder(folder: Path) -> None:

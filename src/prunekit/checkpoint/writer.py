@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, StorageError
 from .lock import LOCK_NAME
 from .reader import INDEX_NAME, sha256_file
 from .shard import Piece, write_shard
-from .storage import is_temporary, replace_file, write_json, write_text
+from .storage import is_temporary, remove, replace_file, write_json, write_text
 
 JOURNAL_NAME = ".prunekit-journal.json"
 MANIFEST_NAME = "prunekit.json"
@@ -155,14 +155,17 @@ class Writer:
 
     def withdraw_index(self) -> None:
         """Take the index away: nothing loads the folder any more."""
-        (self.folder / INDEX_NAME).unlink(missing_ok=True)
+        remove(self.folder / INDEX_NAME)
 
     def carry_over(self, source: Path, with_code: bool) -> list[str]:
         """Copy config, tokenizer, chat template, generation and licence files as they are; config.json comes last."""
         carried = []
         for path in sorted(source.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
             if path.is_dir() and path.name == _TEMPLATES:
-                (self.folder / _TEMPLATES).mkdir(exist_ok=True)
+                try:
+                    (self.folder / _TEMPLATES).mkdir(exist_ok=True)
+                except OSError as problem:
+                    raise StorageError(f"cannot make '{self.folder / _TEMPLATES}': {problem.strerror}") from problem
                 for template in sorted(path.glob("*.jinja")):
                     replace_file(self.folder / _TEMPLATES / template.name, partial(_copy, template))
                     carried.append(f"{_TEMPLATES}/{template.name}")
@@ -172,27 +175,39 @@ class Writer:
         return carried
 
     def write_manifest(self, manifest: dict[str, Any], card: str) -> None:
-        """Write the model card, then the manifest, which is the mark of a finished run; then drop the journal."""
+        """Write the model card, then the manifest, which is the mark of a finished run; then drop what only resuming needs."""
         write_text(self.folder / CARD_NAME, card)
         write_json(self.folder / MANIFEST_NAME, manifest)
-        (self.folder / JOURNAL_NAME).unlink(missing_ok=True)
-        self.drop_hidden()
-
-    def drop_hidden(self) -> None:
-        """Remove the saved hidden states; nobody resumes any more."""
-        for path in self.folder.glob(HIDDEN_PREFIX + "*"):
-            path.unlink()
+        drop_leftovers(self.folder)
 
 
-def clear(folder: Path) -> None:
-    """Remove from `folder` what a model folder consists of, and the folder if that was all; other files stay."""
+def leftovers(folder: Path) -> list[Path]:
+    """What in `folder` nobody needs behind a manifest: the journal, hidden states, half-written files."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.name == JOURNAL_NAME or (is_leftover(path) and path.name != LOCK_NAME)
+    ]
+
+
+def drop_leftovers(folder: Path) -> None:
+    """Remove them. Raises `StorageError`."""
+    for path in leftovers(folder):
+        remove(path)
+
+
+def clear(folder: Path, *, keep: Path | None = None) -> None:
+    """Remove from `folder` what a model folder consists of, save `keep`; other files stay. Raises `StorageError`.
+
+    The manifest goes first, so that half a folder is never taken for a finished run; the journal goes last, so that it is known
+    for ours as long as anything is left.
+    """
     if not folder.is_dir():
         return
-    for path in model_files(folder):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    last = {MANIFEST_NAME: 0, JOURNAL_NAME: 2}
+    for path in sorted(model_files(folder), key=lambda path: last.get(path.name, 1)):
+        if path != keep:
+            remove(path)
     if not any(folder.iterdir()):
         folder.rmdir()
 

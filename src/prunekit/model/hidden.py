@@ -244,7 +244,10 @@ def _write(stream: FileIO, memory: memoryview) -> None:
 
 def _read(stream: FileIO, memory: memoryview) -> None:
     while memory:
-        done = stream.readinto(memory)
+        try:
+            done = stream.readinto(memory)
+        except OSError as problem:
+            raise StorageError(f"cannot read hidden states from '{stream.name}': {problem.strerror}") from problem
         if not done:
             raise StorageError(f"'{stream.name}' ended while it was read: is another program changing it?")
         memory = memory[done:]
