@@ -25,6 +25,7 @@ import math
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -187,6 +188,8 @@ def main() -> None:
     if asked.redraw:
         draw(json.loads(asked.keep.read_text(encoding="utf-8")), asked.figure)
         return
+    # asked to stop, end in order: what would be left behind is larger than most disks' free space
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if asked.work:
         asked.work.mkdir(parents=True, exist_ok=True)
         measure(asked, names, asked.work)
@@ -702,6 +705,8 @@ def draw_sizes(memory: Axes, seconds: Axes, figures: dict[str, Any]) -> None:
     peaks = [run["measured"]["peak"] / GB for run in everything]
     memory.set_ylim(min(peaks) / 9, 2 * max(peaks))  # room for the legend where no point can be: below them
     memory.legend(frameon=False, fontsize=8, loc="lower right")
+    walls = [run["measured"]["wall"] for run in everything]
+    seconds.set_ylim(min(walls) / 1.6, 3 * max(walls))
     seconds.legend(frameon=False, fontsize=8, loc="upper left")
 
 
@@ -739,7 +744,7 @@ def draw_curve(memory: Axes, seconds: Axes, runs: list[dict[str, Any]], which: i
         "--",
         color=GREY,
         linewidth=1,
-        label="line through them (least squares)",
+        label="line through them",
     )
     for axes in (memory, seconds):
         axes.set(xlabel=xlabel, xlim=(0, 1.05 * max(x)), xticks=[max(x) * part // 4 for part in range(5)])
@@ -749,10 +754,13 @@ def draw_curve(memory: Axes, seconds: Axes, runs: list[dict[str, Any]], which: i
 
 
 def fit(x: list[float], y: list[float]) -> tuple[float, float]:
-    """Slope and offset of the least-squares line."""
-    count, mean_x, mean_y = len(x), sum(x) / len(x), sum(y) / len(y)
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
-    return slope, mean_y - slope * mean_x if count else 0.0
+    """Slope and offset of the line with the least squares of relative differences: noise grows with what is timed."""
+    weights = [1 / value**2 for value in y]
+    total = sum(weights)
+    mean_x, mean_y = (sum(w * v for w, v in zip(weights, values, strict=True)) / total for values in (x, y))
+    covariance = sum(w * (a - mean_x) * (b - mean_y) for w, a, b in zip(weights, x, y, strict=True))
+    slope = covariance / sum(w * (a - mean_x) ** 2 for w, a in zip(weights, x, strict=True))
+    return slope, mean_y - slope * mean_x
 
 
 def geometric(low: float, high: float, count: int = 60) -> list[float]:
