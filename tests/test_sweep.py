@@ -273,7 +273,7 @@ def test_an_interrupt_exits_with_130_and_the_same_command_goes_on(
     go_on()
     done = setting.call("--json")
     assert done.code == 0, done.err
-    assert "resuming behind block 2 of 3" in done.err
+    assert "resuming: 2 of 3 blocks are finished" in done.err
     for name in (WANDA, MAGNITUDE):
         assert weights(setting.out / name) == weights(finished / name)
     after = files(setting.out / WANDA)
