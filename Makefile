@@ -11,7 +11,7 @@ DEMO = demo
 DEMO_SAMPLES ?= 16
 DEMO_LENGTH ?= 1024
 
-.PHONY: demo test lint types floor clean
+.PHONY: demo test lint types floor peers big clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,15 @@ types: $(STAMP)
 
 floor: $(STAMP)
 	$(BIN)/python benchmarks/floor.py --keep benchmarks/results/floor.json
+
+# makes an environment of 1.5 GB for llm-compressor once
+peers: $(STAMP)
+	$(BIN)/python benchmarks/peers.py --torch '$(TORCH)' --keep benchmarks/results/peers.json
+
+# 27 GB of disk, and about an hour on two cores
+big: $(STAMP)
+	$(BIN)/python benchmarks/big.py --shapes 1b,7b --curves \
+	    --keep benchmarks/results/big.json --figure benchmarks/results/big.svg
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

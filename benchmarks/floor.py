@@ -13,52 +13,33 @@ Peak memory is that of a `prunekit prune` process of its own, the reload check i
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from common import draw_windows, keep, options, parser_of, run_prunekit
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import prunekit
-from prunekit import machine
-from prunekit.calibration.text import documents
-from prunekit.calibration.windows import calibration_windows, load_tokenizer
 from prunekit.checkpoint.locate import locate
-from prunekit.model.stream import BATCH_TOKENS
+from prunekit.model.stream import batch_size
 
 
 def main() -> None:
     """Measure, print, and keep the figures as JSON where `--keep` says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
+    parser = parser_of(__doc__)
     parser.add_argument("--method", default="wanda")
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--keep", type=Path, help="write the figures to this JSON file")
     asked = parser.parse_args()
     logging.disable_progress_bar()
 
     folder = locate(asked.model)
     dtype = getattr(torch, asked.dtype)
-    tokenizer = load_tokenizer(folder, trust_remote_code=False)
-    windows = calibration_windows(
-        documents("builtin", "calibration"),
-        tokenizer,
-        samples=asked.samples,
-        length=asked.length,
-        seed=0,
-        sampling="random",
-    )
+    windows = draw_windows(folder, asked.samples, asked.length)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    batch = max(1, BATCH_TOKENS // asked.length)
+    batch = batch_size(asked.length)
     two_passes(model, windows.ids[:batch], batch)  # warm-up
 
     rounds = []
@@ -105,10 +86,8 @@ def main() -> None:
             "median_ratio": ratio,
             "peak_rss_bytes": peak,
             "rounds": rounds,
-            "machine": machine.describe(),
-            "versions": machine.versions(),
         }
-        asked.keep.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        keep(asked.keep, figures)
 
 
 @torch.inference_mode()
@@ -123,10 +102,8 @@ def two_passes(model: torch.nn.Module, ids: torch.Tensor, batch: int) -> float:
 
 def peak_memory(asked: argparse.Namespace, out: Path) -> int:
     """Peak resident bytes of a `prunekit prune` process."""
-    command = [sys.executable, "-m", "prunekit", "prune", asked.model, "--method", asked.method, "--dtype", asked.dtype]
-    command += ["--samples", str(asked.samples), "--length", str(asked.length), "--out", str(out), "--json"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(json.loads(done.stdout.splitlines()[-1])["peak_rss_bytes"])
+    given = options(method=asked.method, samples=asked.samples, length=asked.length, dtype=asked.dtype, out=out)
+    return int(run_prunekit("prune", asked.model, *given)["peak_rss_bytes"])
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import Evaluation, Inspection, Plan, evaluate, inspect, methods, plan, prune, prune_
+    from .api import Evaluation, Inspection, Plan, evaluate, inspect, methods, plan, prune, prune_, sweep
     from .errors import InputError, PrunekitError, StorageError, VerificationError
     from .model.stream import Windows
     from .pruning import Result
     from .recipe import Recipe
+    from .sweeping import Sweep
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ _HOMES = {
     "Recipe": "recipe",
     "Result": "pruning",
     "StorageError": "errors",
+    "Sweep": "sweeping",
     "VerificationError": "errors",
     "Windows": "model.stream",
     "evaluate": "api",
@@ -34,6 +36,7 @@ _HOMES = {
     "plan": "api",
     "prune": "api",
     "prune_": "api",
+    "sweep": "api",
 }
 
 __all__ = [
@@ -45,6 +48,7 @@ __all__ = [
     "Recipe",
     "Result",
     "StorageError",
+    "Sweep",
     "VerificationError",
     "Windows",
     "evaluate",
@@ -53,6 +57,7 @@ __all__ = [
     "plan",
     "prune",
     "prune_",
+    "sweep",
 ]
 
 

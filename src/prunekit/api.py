@@ -39,7 +39,21 @@ from .recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Evaluation", "Inspection", "Plan", "Result", "evaluate", "inspect", "methods", "plan", "prune", "prune_"]
+    from .sweeping import Sweep
+
+__all__ = [
+    "Evaluation",
+    "Inspection",
+    "Plan",
+    "Result",
+    "evaluate",
+    "inspect",
+    "methods",
+    "plan",
+    "prune",
+    "prune_",
+    "sweep",
+]
 
 
 def prune(
@@ -205,6 +219,53 @@ def plan(
 ) -> Plan:
     """What pruning by this recipe would take: memory, disk, time. Starts nothing. Raises `InputError`."""
     return make_plan(recipe, Path(out), progress or Silent(), memory_budget)
+
+
+def sweep(
+    grid: str | Path | Mapping[str, Any],
+    *,
+    out: str | Path,
+    retry: bool = False,
+    ray: str | None = None,
+    cpus_per_run: int | None = None,
+    gpus_per_run: float | None = None,
+    progress: Progress | None = None,
+) -> Sweep:
+    """Prune by every recipe of a grid, each into a folder of its own; what is done already is skipped.
+
+    A run that fails does not end the sweep: it is recorded with its reason, and later calls leave it alone unless `retry` is given.
+    An interrupted sweep is continued by the same call.
+
+    Args:
+        grid: a grid file (TOML, YAML, JSON), or what it would hold: a recipe's values, axes under `grid`, options under `evaluate`.
+        out: the folder of the sweep: a model folder per run, `runs/` with their records, and the table `results.jsonl`, with pyarrow
+            also `results.parquet`.
+        retry: run again what failed before.
+        ray: carry the runs out as Ray tasks: `local`, `auto` or `host:port`. Needs `prunekit[ray]`. Default: one after the other here.
+        cpus_per_run: with `ray`, processors and threads of each run; torch's number of threads by default.
+        gpus_per_run: with `ray`, accelerators of each run; by default 1 where it runs on cuda, else 0.
+        progress: told what is going on; silent by default.
+
+    Returns:
+        The table's rows and how many of them were skipped.
+
+    Raises:
+        InputError: the grid is wrong (nothing was run), or Ray cannot be used.
+        StorageError: the disk refused a record or the table.
+    """
+    from .grid import Grid
+    from .sweeping import run_grid  # above this module: a sweep evaluates by `evaluate`
+
+    progress = progress or Silent()
+    executor = None
+    if ray is not None:
+        from .on_ray import ray_executor
+
+        executor = ray_executor(ray, cpus=cpus_per_run, gpus=gpus_per_run, progress=progress)
+    elif cpus_per_run is not None or gpus_per_run is not None:
+        raise InputError("--cpus-per-run and --gpus-per-run are what a Ray task declares: give --ray ADDRESS too")
+    made = Grid.build(grid) if isinstance(grid, Mapping) else Grid.read(Path(grid).expanduser())
+    return run_grid(made, Path(out), retry=retry, executor=executor, progress=progress)
 
 
 def inspect(folder: str | Path) -> Inspection:

@@ -323,6 +323,64 @@ def _print_inspection(found: Any) -> None:
     typer.echo(f"files       {'CHANGED: ' + ', '.join(found.changed) if found.changed else 'all as written (sha256)'}")
 
 
+@app.command()
+def sweep(
+    grid: Annotated[Path, typer.Argument(help="Grid file (.toml, .yaml, .json): a recipe and a section [grid].")],
+    out: Annotated[
+        Path, typer.Option(help="Folder of the sweep: a folder per run, and the table.", show_default=False)
+    ],
+    retry: Annotated[bool, typer.Option("--retry", help="Run again what failed before.")] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Run as Ray tasks: local, auto or host:port. Default: in this process."),
+    ] = None,
+    cpus_per_run: Annotated[
+        int | None, typer.Option(help="With --ray: processors of each run. Default: as many as torch uses.")
+    ] = None,
+    gpus_per_run: Annotated[
+        float | None, typer.Option(help="With --ray: accelerators of each run. Default: 1 on cuda, else 0.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Prune by every recipe of a grid, each into its own folder; what is done is skipped."""
+    _quiet()
+    from .api import sweep as sweep_grid
+    from .progress import for_terminal
+
+    progress = for_terminal()
+    options: dict[str, Any] = {"ray": ray, "cpus_per_run": cpus_per_run, "gpus_per_run": gpus_per_run}
+    try:
+        found = sweep_grid(grid, out=out, retry=retry, progress=progress, **options)
+    finally:
+        progress.stop()
+    if as_json:
+        _emit(True, found.summary(), "")
+    else:
+        _print_sweep(found)
+    if found.failed:
+        raise typer.Exit(1)
+
+
+def _print_sweep(found: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    evaluated = any(row.get("perplexity") is not None for row in found.rows)
+    table = Table("run", "status", "sparsity", *["perplexity"] * evaluated, "seconds", "memory")
+    for row in found.rows:
+        figures = [("sparsity", "{:.4f}"), *[("perplexity", "{:.4f}")] * evaluated, ("seconds.total", "{:.1f}")]
+        cells = ["" if row[name] is None else form.format(row[name]) for name, form in figures]
+        memory = "" if row["peak_rss_bytes"] is None else f"{row['peak_rss_bytes'] / 1e9:.2f} GB"
+        table.add_row(row["name"], row["status"], *cells, memory)
+    Console(width=None if sys.stdout.isatty() else 200).print(table, markup=False)
+    for row in found.failed:
+        typer.echo(f"failed      {row['name']}: {row['error']} ({row['error_kind']})")
+    again = "; --retry runs them again" if found.failed else ""
+    done, failed = len(found.rows) - len(found.failed), len(found.failed)
+    typer.echo(f"runs        {done} done, {failed} failed; {found.skipped} of them before{again}")
+    typer.echo(f"table       {found.results}")
+
+
 def _emit(as_json: bool, summary: Any, text: str) -> None:
     if not is_quiet():
         typer.echo(json.dumps(summary, ensure_ascii=False) if as_json else text)

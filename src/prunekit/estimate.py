@@ -8,10 +8,10 @@ from pathlib import Path
 from . import machine
 from .errors import InputError
 from .model.source import StreamedModel
-from .sparsify.linear import CHUNK_WEIGHTS
 
 # activations a block holds at a time, in vectors a token: of the widest linear's width, and of the hidden states' width
 _WIDE, _NARROW = 4, 8
+_CHUNKS = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,7 @@ def needs_of(
         sum(linear.in_features**2 * 4 for linear in block_.linears) if "gram" in statistics else 0
         for block_ in anatomy.blocks
     )
-    # a chunk of weights in float32, its scores, and their copy that selection reorders; the mask; what it takes away
-    choosing = 3 * 4 * min(CHUNK_WEIGHTS, largest) + largest + largest * size
+    choosing = largest + _CHUNKS  # a mask, and chunks of weights in float32, scores, and what they are made of
     outer = source.outer_bytes(all_windows * length)
     start = base + outer + in_memory + block + converted + activations
     walk = base + in_memory + 2 * block + converted + sums + max(activations, choosing)

@@ -32,6 +32,19 @@ def rss_bytes() -> int:
     return _status("VmRSS") or _getrusage_peak()
 
 
+def reset_peak_rss() -> bool:
+    """Let `peak_rss_bytes` count anew from what is resident now, so that a process can do several runs and tell their peaks apart.
+
+    Linux only (`/proc/self/clear_refs`). False where the system does not let it: the peak then includes whatever came before.
+    """
+    before = _status("VmHWM")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return 0 < _status("VmHWM") <= before  # 0: the system keeps no such figure
+
+
 def _status(field: str) -> int:
     try:
         for line in Path("/proc/self/status").read_text().splitlines():

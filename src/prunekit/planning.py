@@ -15,11 +15,12 @@ from . import machine
 from .calibration.windows import load_tokenizer, window_length
 from .checkpoint.locate import locate
 from .checkpoint.reader import bytes_of
-from .estimate import hidden_width, needs_of, refuse_disk, refuse_memory
+from .estimate import Needs, hidden_width, needs_of, refuse_disk, refuse_memory
 from .model.source import StreamedModel
 from .model.stream import Walk, Windows, batch_size
-from .progress import Progress
-from .recipe import Recipe
+from .progress import Progress, Silent
+from .recipe import Pattern, Recipe
+from .sparsify.linear import Sparsifier
 from .sparsify.walk import SparsifyWalk, parts_of
 
 _TRIED = 3  # batches that are sent through the first block
@@ -60,42 +61,67 @@ class Plan:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class _Outline:
+    """What is known of a run from its recipe and the model's shapes."""
+
+    source: StreamedModel
+    sparsifier: Sparsifier
+    patterns: dict[str, Pattern | None]
+    windows: int
+    length: int
+    batch: int
+    needs: Needs
+
+    @classmethod
+    def of(cls, recipe: Recipe, out: Path, progress: Progress, memory_budget: int | None) -> _Outline:
+        """Raises `InputError` for what a run would refuse of the model, the method, the budget and the machine."""
+        folder = locate(
+            recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, progress=progress
+        )
+        source = StreamedModel.open(
+            folder, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
+        )
+        calibration = recipe.calibration
+        sparsifier, patterns = parts_of(recipe, source.anatomy)
+        length = window_length(source.module.config, calibration.length, progress)
+        windows = sparsifier.windows_needed(calibration.samples)
+        batch = min(windows, calibration.batch or batch_size(length))
+        load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)  # a run has its code in memory too
+        machine.return_memory()
+        base = machine.rss_bytes()
+        needs = needs_of(
+            source,
+            windows=windows,
+            all_windows=windows,
+            length=length,
+            batch=batch,
+            width=hidden_width(source),
+            statistics=sparsifier.needs,
+            budget=machine.available_memory_bytes() // 2 if memory_budget is None else memory_budget,
+            base=base,
+        )
+        refuse_memory(needs, base=base, processes=1)
+        refuse_disk(out, needs.disk["peak"], weights=needs.disk["weights"], hidden=needs.disk["hidden"], replaced=0)
+        return cls(source, sparsifier, patterns, windows, length, batch, needs)
+
+
+def predicted_memory(recipe: Recipe, out: Path) -> int:
+    """Bytes of memory pruning by this recipe takes at most, from shapes alone. Raises `InputError`."""
+    return _Outline.of(recipe, out, Silent(), None).needs.memory["peak"]
+
+
 def make_plan(recipe: Recipe, out: Path, progress: Progress, memory_budget: int | None = None) -> Plan:
     """Estimate a run. Raises `InputError` for what a run would refuse of the model, the method, the budget and the machine."""
     begun = time.perf_counter()
-    folder = locate(
-        recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, progress=progress
-    )
-    source = StreamedModel.open(
-        folder, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
-    )
-    calibration = recipe.calibration
-    sparsifier, patterns = parts_of(recipe, source.anatomy)
-    length = window_length(source.module.config, calibration.length, progress)
-    windows = sparsifier.windows_needed(calibration.samples)
-    batch = min(windows, calibration.batch or batch_size(length))
-    load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
+    outline = _Outline.of(recipe, out, progress, memory_budget)
     opened = time.perf_counter() - begun
-    machine.return_memory()
-    base = machine.rss_bytes()
-    needs = needs_of(
-        source,
-        windows=windows,
-        all_windows=windows,
-        length=length,
-        batch=batch,
-        width=hidden_width(source),
-        statistics=sparsifier.needs,
-        budget=machine.available_memory_bytes() // 2 if memory_budget is None else memory_budget,
-        base=base,
-    )
-    refuse_memory(needs, base=base, processes=1)
-    refuse_disk(out, needs.disk["peak"], weights=needs.disk["weights"], hidden=needs.disk["hidden"], replaced=0)
-
-    batches = -(-windows // batch)
-    ids = _draw(source, batch * min(batches, _TRIED), length)
+    source, needs, batch = outline.source, outline.needs, outline.batch
+    batches = -(-outline.windows // batch)
+    ids = _draw(source, batch * min(batches, _TRIED), outline.length)
     walk = Walk(source, Windows(ids), batch)
-    trial = SparsifyWalk(walk, sparsifier, patterns, dense=calibration.mode == "dense")
+    dense = recipe.calibration.mode == "dense"
+    trial = SparsifyWalk(walk, outline.sparsifier, outline.patterns, dense=dense)
     seconds = _Trial(trial, source, out).extrapolate(batches, needs.hidden)
     seconds["start"] += opened
     seconds["total"] = sum(seconds.values())
@@ -106,8 +132,8 @@ def make_plan(recipe: Recipe, out: Path, progress: Progress, memory_budget: int 
         linears=sum(1 for _ in source.anatomy.linears()),
         parameters=source.parameter_count,
         weights=sum(linear.count for linear in source.anatomy.linears()),
-        windows=windows,
-        length=length,
+        windows=outline.windows,
+        length=outline.length,
         dtype=str(source.dtype).removeprefix("torch."),
         memory=needs.memory,
         memory_available=machine.available_memory_bytes(),

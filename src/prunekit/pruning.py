@@ -287,7 +287,7 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
         first=mine.start * batch,
         total=len(windows),
     )
-    budget = machine.available_memory_bytes() // 2 // ranks.size if memory_budget is None else memory_budget
+    budget = machine.available_memory_bytes() // 2 // ranks.here if memory_budget is None else memory_budget
     base = machine.rss_bytes()
     needs = needs_of(
         source,

@@ -139,7 +139,7 @@ class Recipe(_Section):
     @field_validator("pattern", mode="before")
     @classmethod
     def _fraction_as_text(cls, pattern: Any) -> Any:
-        return str(pattern) if isinstance(pattern, float) else pattern
+        return str(pattern) if isinstance(pattern, (int, float)) and not isinstance(pattern, bool) else pattern
 
     @field_validator("parts")
     @classmethod
@@ -198,7 +198,7 @@ class Recipe(_Section):
         try:
             return cls.model_validate(values)
         except ValidationError as problem:
-            raise InputError(_first_sentence(problem)) from None
+            raise InputError(first_sentence(problem)) from None
 
     @classmethod
     def read(cls, path: Path) -> dict[str, Any]:
@@ -249,14 +249,15 @@ def assign(values: dict[str, Any], setting: str) -> None:
     section[option] = value
 
 
-def _first_sentence(problem: ValidationError) -> str:
+def first_sentence(problem: ValidationError, holder: str = "a recipe") -> str:
+    """What a person is told of a failed validation: the first thing that is wrong, in one sentence."""
     error = problem.errors()[0]
     where = ".".join(str(step) for step in error["loc"])
     if error["type"] == "value_error":
         return str(error["ctx"]["error"]) if "ctx" in error else str(error["msg"])
     if error["type"] == "extra_forbidden":
         home = f": write it under calibration, like calibration.{where}" if where in Calibration.model_fields else ""
-        return f"'{where}' is not a name a recipe has at that place{home}"
+        return f"'{where}' is not a name {holder} has at that place{home}"
     if error["type"] == "missing":
         return f"'{where}' is missing: name it on the command line or in the recipe file"
     value = json.dumps(error["input"], default=str)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from prunekit import bits
 from prunekit.bits import apply_mask
 from prunekit.catalogue import find_method
 from prunekit.errors import InputError, PrunekitError
 from prunekit.parts import Part
 from prunekit.recipe import Pattern
-from prunekit.sparsify import linear
 from prunekit.sparsify.linear import Sparsifier
 from prunekit.statistics import Statistics
 
@@ -141,7 +141,7 @@ def test_chunks_of_rows_give_the_same_mask(
     for method in ("wanda", "magnitude"):
         whole = keep(method, weight, stats, pattern, group)
         with monkeypatch.context() as patch:
-            patch.setattr(linear, "_CHUNK", chunk)
+            patch.setattr(bits, "_CHUNK", chunk)
             assert torch.equal(keep(method, weight, stats, pattern, group), whole)
 
 
@@ -153,7 +153,7 @@ def test_only_rowwise_scores_are_asked_in_chunks(rowwise: bool, monkeypatch: pyt
         asked.append(tuple(weight.shape))
         return weight.abs()
 
-    monkeypatch.setattr(linear, "_CHUNK", 40)
+    monkeypatch.setattr(bits, "_CHUNK", 40)
     sparsifier = Sparsifier(part(watched, rowwise=rowwise), "row")
     sparsifier.keep_mask(*draw(), Pattern.parse(0.5), "a.b")
     assert asked == ([(2, 20)] * 4 + [(1, 20)] if rowwise else [(9, 20)])

@@ -8,15 +8,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from ..bits import all_finite
+from ..bits import all_finite, row_chunks
 from ..catalogue import Method
 from ..errors import InputError, PrunekitError
 from ..parts import Part, find_part
 from ..recipe import Pattern
 from ..statistics import Statistics
 from .patterns import keep_groups, keep_largest
-
-CHUNK_WEIGHTS = 1 << 22  # weights scored at a time where a score works row by row
 
 Group = Literal["row", "layer"]
 
@@ -70,20 +68,20 @@ class Sparsifier:
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         device = stats.device or weight.device
         stats = stats.to(dtype)
-        step = max(1, CHUNK_WEIGHTS // columns) if self.score.rowwise else rows
+        chunks = list(row_chunks(rows, columns)) if self.score.rowwise else [slice(0, rows)]
         if pattern.keep is None and self.group == "layer":
             whole = torch.empty(rows, columns, dtype=dtype, device=device)
-            for start in range(0, rows, step):
-                whole[start : start + step] = self._scores(weight[start : start + step].to(device), stats, dtype, name)
+            for part in chunks:
+                whole[part] = self._scores(weight[part].to(device), stats, dtype, name)
             return keep_largest(whole.reshape(1, -1), pattern.zeros(rows * columns)).reshape(rows, columns)
         keep = torch.empty(rows, columns, dtype=torch.bool, device=device)
-        for start in range(0, rows, step):
-            scores = self._scores(weight[start : start + step].to(device), stats, dtype, name)
+        for part in chunks:
+            scores = self._scores(weight[part].to(device), stats, dtype, name)
             if pattern.keep is None:
-                keep[start : start + step] = keep_largest(scores, pattern.zeros(columns))
+                keep[part] = keep_largest(scores, pattern.zeros(columns))
             else:
                 assert pattern.group is not None
-                keep[start : start + step] = keep_groups(scores, pattern.keep, pattern.group)
+                keep[part] = keep_groups(scores, pattern.keep, pattern.group)
         return keep
 
     def _scores(self, weight: Tensor, stats: Statistics, dtype: torch.dtype, name: str) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bits import apply_mask, count_zeros, removed_part
+from ..bits import apply_mask, count_zeros, removed_part, row_chunks
 from ..catalogue import find_method
 from ..distributed import Ranks
 from ..model.anatomy import Anatomy, Block, Linear, weight_of
@@ -246,6 +246,9 @@ def error_squares(weight: Tensor, keep: Tensor, inputs: Tensor) -> Tensor:
     Shapes: weight and keep [out, in], inputs [tokens, in].
     """
     norm_dtype = torch.promote_types(weight.dtype, torch.float32)
-    lost = torch.linalg.vector_norm(inputs @ removed_part(weight, keep).t(), dtype=norm_dtype)
-    whole = torch.linalg.vector_norm(inputs @ weight.t(), dtype=norm_dtype)
-    return torch.stack([lost, whole]).double().square()
+    squares = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    for rows in row_chunks(*weight.shape):
+        lost = torch.linalg.vector_norm(inputs @ removed_part(weight[rows], keep[rows]).t(), dtype=norm_dtype)
+        whole = torch.linalg.vector_norm(inputs @ weight[rows].t(), dtype=norm_dtype)
+        squares += torch.stack([lost, whole]).double().square()
+    return squares

@@ -1,0 +1,240 @@
+"""A grid of recipes: what they share, the axes they differ along, and the product of the axes.
+
+A grid file is a recipe file with a section more, or two:
+
+    model = "smollm2-135m"             # what every recipe holds
+
+    [calibration]
+    samples = 64
+
+    [grid]                             # axes: dotted recipe names -> values; the last one varies fastest
+    method = ["magnitude", "wanda"]
+    pattern = [0.5, "2:4"]             # fractions and K:G on one axis
+    seed = [0, 1]
+    "calibration.source" = ["c4", "wikitext2"]
+
+    [evaluate]                         # optional: measure each result's perplexity
+    text = "wikitext2"
+
+An axis takes the place of the value beside it, and `pattern` also that of `sparsity`. A combination that is no valid recipe, or the
+same recipe as another, is refused before anything runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .catalogue import find_method
+from .errors import InputError, nearest
+from .recipe import Calibration, Recipe, first_sentence
+from .sparsify.linear import Sparsifier
+
+_SECTIONS = ("calibration", "parts")
+_OVERRIDES = "parts.budget.overrides."  # a glob follows, which may hold dots
+_LONGEST_NAME = 100
+
+
+class EvaluationOptions(BaseModel):
+    """How every result of a grid is evaluated; the same names and defaults as `prunekit eval`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: str = Field("builtin:eval", description="file, folder, preset or hf:ID[:split[:field]]")
+    length: int | None = Field(None, ge=2, description="tokens per window; default as for calibration")
+    samples: int | None = Field(None, ge=1, description="use only the first so many windows")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of the forward passes")
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One recipe of a grid.
+
+    Attributes:
+        name: of its folder: readable, safe on any file system, unique within the grid.
+        axes: dotted recipe name -> the value it has here, in the file's order.
+    """
+
+    name: str
+    axes: dict[str, Any]
+    recipe: Recipe
+
+
+class Grid(BaseModel):
+    """Recipes that differ along some axes.
+
+    Attributes:
+        base: unvalidated values that all recipes share.
+        axes: dotted recipe name -> the values it takes.
+        evaluate: how to evaluate what comes out; None = not at all.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: dict[str, Any]
+    axes: dict[str, list[Any]]
+    evaluate: EvaluationOptions | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Grid:
+        """The grid in a `.toml`, `.yaml`, `.yml` or `.json` file. Raises `InputError`."""
+        return cls.build(Recipe.read(path))
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any]) -> Grid:
+        """A grid from the values of a file. Raises `InputError` with the first thing that is wrong."""
+        base = {name: value for name, value in values.items() if name not in ("grid", "evaluate")}
+        section = values.get("grid")
+        axes = dict(_flat(section)) if isinstance(section, Mapping) else {}
+        if not axes:
+            raise InputError(
+                'the grid has no axes: name them in a section [grid], like `method = ["magnitude", "wanda"]` below `[grid]`'
+            )
+        for name, given in axes.items():
+            _check_axis(name, given)
+        if "sparsity" in axes and "pattern" in axes:
+            raise InputError(
+                'axes sparsity and pattern exclude each other: write both kinds as one axis, like pattern = [0.5, "2:4"]'
+            )
+        if "model" not in base and "model" not in axes:
+            raise InputError("the grid names no model: write `model = ...` at its top, or an axis `model = [...]`")
+        try:
+            return cls.model_validate({"base": base, "axes": axes, "evaluate": values.get("evaluate")})
+        except ValidationError as problem:
+            raise InputError(first_sentence(problem, "a grid")) from None
+
+    def combinations(self) -> list[Combination]:
+        """The product of the axes in the file's order, the last axis varying fastest.
+
+        Raises `InputError`, naming the combination, if one is no valid recipe or says the same as another.
+        """
+        found: list[tuple[dict[str, Any], Recipe]] = []
+        known: dict[str, dict[str, Any]] = {}
+        for values in itertools.product(*self.axes.values()):
+            axes = dict(zip(self.axes, values, strict=True))
+            try:
+                recipe = self._recipe(axes)
+            except InputError as problem:
+                raise InputError(f"combination {_spelt(axes)}: {problem}") from None
+            twin = known.setdefault(recipe_hash(recipe), axes)
+            if twin is not axes:
+                raise InputError(
+                    f"combinations {_spelt(twin)} and {_spelt(axes)} are the same recipe: take one of them out of the grid"
+                )
+            found.append((axes, recipe))
+        names = [_name(recipe, axes) for axes, recipe in found]
+        times = Counter(name.casefold() for name in names)  # some file systems do not tell A from a
+        return [
+            Combination(
+                name if times[name.casefold()] == 1 else f"{name}_{recipe_hash(recipe)[:8]}", axes=axes, recipe=recipe
+            )
+            for name, (axes, recipe) in zip(names, found, strict=True)
+        ]
+
+    def _recipe(self, axes: dict[str, Any]) -> Recipe:
+        values = copy.deepcopy(self.base)
+        values.setdefault("method", "wanda")
+        for name, value in axes.items():
+            if name in ("sparsity", "pattern"):  # one of them as an axis replaces either in the base
+                values.pop("sparsity", None)
+                values.pop("pattern", None)
+            *path, last = _steps(name)
+            section = values
+            for step in path:
+                section = section.setdefault(step, {})
+                if not isinstance(section, dict):
+                    raise InputError(
+                        f"'{step}' is {section!r} in the grid file, not a section that could hold '{name}'"
+                    )
+            section[last] = copy.deepcopy(value)
+        recipe = Recipe.build(values)
+        Sparsifier.of(find_method(recipe.method), recipe.parts)  # options its parts do not have
+        return _plain(recipe)
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """sha256 of what a recipe says, without the defaults that a run fills in."""
+    return hashlib.sha256(_json(recipe.model_dump(mode="json")).encode()).hexdigest()
+
+
+def _plain(recipe: Recipe) -> Recipe:
+    """The same recipe with its target said in one way: nothing, `sparsity = 0.5`, `pattern = "0.50"` are one recipe."""
+    text = str(recipe.target)
+    is_decimal = ":" not in text and "/" not in text
+    return recipe.model_copy(
+        update={"sparsity": float(text) if is_decimal else None, "pattern": None if is_decimal else text}
+    )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Axes by dotted name; TOML makes nested sections of `calibration.samples = [...]` without quotes."""
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _steps(name: str) -> list[str]:
+    if name.startswith(_OVERRIDES):
+        return [*_OVERRIDES.rstrip(".").split("."), name.removeprefix(_OVERRIDES)]
+    return name.split(".")
+
+
+def _check_axis(name: str, given: Any) -> None:
+    fields = [field for field in Recipe.model_fields if field not in _SECTIONS]
+    known = [*fields, *(f"calibration.{field}" for field in Calibration.model_fields)]
+    steps = _steps(name)
+    is_part = steps[0] == "parts" and len(steps) > 2 and all(steps)
+    if name not in known and not is_part:
+        hint = (
+            "it is written parts.PART.OPTION" if steps[0] == "parts" else nearest(name, [*known, "parts.PART.OPTION"])
+        )
+        raise InputError(f"axis '{name}' is not a name of a recipe: {hint}")
+    if not isinstance(given, list):
+        raise InputError(f"axis '{name}' is {given!r}, not a list: write [{given!r}], or put it above [grid]")
+    if not given:
+        raise InputError(f"axis '{name}' is an empty list: give it at least one value, or take it out")
+
+
+def _spelt(axes: dict[str, Any]) -> str:
+    return "(" + ", ".join(f"{name}={value}" for name, value in axes.items()) + ")"
+
+
+def _name(recipe: Recipe, axes: dict[str, Any]) -> str:
+    """Model, method, target, what else varies, seed: nothing that another value on an axis would change."""
+    model = Path(recipe.model).name or Path(recipe.model).resolve().name
+    words = [model, recipe.method, str(recipe.target)]
+    for axis, value in axes.items():
+        if axis not in ("model", "method", "sparsity", "pattern", "seed"):
+            words.append(_word(_steps(axis)[-1], value))
+    name = "_".join(_slug(word) for word in [*words, f"seed{recipe.seed}"])
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}_{recipe_hash(recipe)[:8]}"
+    return name
+
+
+def _word(option: str, value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        return f"{option}-{hashlib.sha256(_json(value).encode()).hexdigest()[:6]}"
+    if isinstance(value, str):
+        return f"{option}-{Path(value).name if '/' in value else value}"
+    return f"{option}{value}"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._=+-]+", "-", text).strip("-._") or "x"

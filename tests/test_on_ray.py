@@ -1,0 +1,291 @@
+"""Runs as Ray tasks: against a real Ray that is started for it on this machine, as the command line does it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import prunekit
+import tiny
+from prunekit import InputError, Recipe, on_ray
+from prunekit.grid import EvaluationOptions
+from prunekit.sweeping import Record, Run
+from test_cli import call
+
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'prunekit[ray]'")
+SECONDS = 300  # after which a Ray that hangs is given up
+
+GRID: dict[str, Any] = {
+    "model": "good",
+    "dtype": "float32",
+    "calibration": {"source": "text.txt", "samples": 3, "length": 32},
+    "grid": {"seed": [0]},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model and a text, both named relative to it, in which everything is started."""
+    tiny.save_model(tmp_path / "good")
+    (tmp_path / "text.txt").write_text(tiny.make_text(), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many threads as the runs have below, because their number can change bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass
+class Sweeping:
+    """`prunekit sweep grid.json --out out --ray local` in a process of its own."""
+
+    folder: Path
+    grid: dict[str, Any]
+
+    def __enter__(self) -> Sweeping:
+        (self.folder / "grid.json").write_text(json.dumps(GRID | self.grid))
+        words = ["sweep", "grid.json", "--out", "out", "--ray", "local", "--cpus-per-run", "1", "--json"]
+        self.out, self.err = (self.folder / "stdout").open("w"), (self.folder / "stderr").open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", "prunekit", *words],
+            cwd=self.folder,
+            stdout=self.out,
+            stderr=self.err,
+            start_new_session=True,  # so that it can be interrupted as a terminal does it, children and all
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.out.close()
+        self.err.close()
+
+    def wait_for(self, path: str) -> None:
+        """Wait until a file is there."""
+        end = time.monotonic() + SECONDS
+        while not (self.folder / "out" / path).exists():
+            assert self.process.poll() is None, (self.folder / "stderr").read_text()
+            assert time.monotonic() < end, (self.folder / "stderr").read_text()
+            time.sleep(0.02)
+
+    def worker(self, name: str) -> int | None:
+        """Process id of the worker that carries out run `name`, known by its title and its working folder."""
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                title = (process / "cmdline").read_bytes().decode(errors="replace")
+                if title.startswith(f"ray::{name}") and (process / "cwd").resolve() == self.folder:
+                    return int(process.name)
+        return None
+
+
+@needs_ray
+@pytest.mark.usefixtures("one_thread")
+def test_runs_on_a_real_ray_fail_alone_and_succeed_as_in_this_process(folder: Path) -> None:
+    tiny.save_model(folder / "late")
+    tensors = load_file(folder / "late" / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = math.nan
+    save_file(tensors, folder / "late" / "model.safetensors", metadata={"format": "pt"})
+    tiny.save_model(folder / "slow", num_hidden_layers=40)
+    slow, late, good = (f"{name}_wanda_0.5_seed0" for name in ("slow", "late", "good"))
+    evaluation = {"text": "text.txt", "length": 32, "samples": 4, "dtype": "float32"}
+    grid = {"grid": {"model": ["slow", "late", "good"]}, "evaluate": evaluation}
+    with Sweeping(folder, grid) as sweep:
+        sweep.wait_for(f"{slow}/model-00003-of-00041.safetensors")
+        worker = sweep.worker(slow)
+        assert worker is not None
+        os.kill(worker, signal.SIGKILL)  # as the system does where memory runs out
+        code = sweep.process.wait(SECONDS)
+    stderr = (folder / "stderr").read_text()
+    assert code == 1, stderr
+    (line,) = (folder / "stdout").read_text().splitlines()  # Ray's own messages are not among the results
+    found = json.loads(line)
+    assert (found["done"], found["failed"]) == (1, 2)
+    rows = [json.loads(row) for row in (folder / "out" / "results.jsonl").read_text().splitlines()]
+    assert [(row["name"], row["status"]) for row in rows] == [(slow, "failed"), (late, "failed"), (good, "done")]
+    assert [row["error_kind"] for row in rows] == ["WorkerCrashedError", "InputError", None]
+    assert "died" in rows[0]["error"]
+    assert "model.layers.2.mlp.up_proj" in rows[1]["error"]
+    assert rows[2]["peak_rss_bytes"] > 10_000_000
+    assert "FutureWarning" not in stderr
+
+    # what came out is what this process makes
+    alone = prunekit.prune("good", out="alone", calibration=GRID["calibration"], dtype="float32")
+    shards = {path.name: path.read_bytes() for path in Path("alone").glob("*.safetensors")}
+    assert shards == {path.name: path.read_bytes() for path in (folder / "out" / good).glob("*.safetensors")}
+    assert len(shards) == 4
+    assert rows[2]["zeros"] == alone.zeros
+    assert rows[2]["perplexity"] == prunekit.evaluate("alone", **evaluation).perplexity
+
+    # and what Ray lost is continued here
+    done = call("sweep", "grid.json", "--out", "out", "--retry", "--json")
+    assert (done.code, done.json["done"], done.json["skipped"]) == (1, 2, 1)
+    assert "resuming behind block" in done.err
+    assert [failure["name"] for failure in done.json["failures"]] == [late]
+
+
+@needs_ray
+@pytest.mark.usefixtures("one_thread")
+def test_an_interrupt_ends_the_tasks_and_the_same_command_goes_on(folder: Path) -> None:
+    tiny.save_model(folder / "slow", num_hidden_layers=40)
+    name = "slow_wanda_0.5_seed0"
+    with Sweeping(folder, {"model": "slow"}) as sweep:
+        sweep.wait_for(f"{name}/model-00003-of-00041.safetensors")
+        os.killpg(sweep.process.pid, signal.SIGINT)
+        assert sweep.process.wait(SECONDS) == 130
+        end = time.monotonic() + SECONDS
+        while sweep.worker(name) is not None:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+    assert (folder / "stdout").read_text() == ""
+    assert "0 of 1 runs" in (folder / "stderr").read_text()
+    done = call("sweep", "grid.json", "--out", "out", "--json")
+    assert done.code == 0, done.err
+    assert "resuming behind block" in done.err
+
+
+# What needs no Ray
+
+
+@needs_ray
+@pytest.mark.parametrize("address", ["", "nonsense", "host:", "host:port", ":", "6379x"])
+def test_what_is_no_address_is_refused(address: str, folder: Path) -> None:
+    (folder / "grid.json").write_text(json.dumps(GRID))
+    done = call("sweep", "grid.json", "--out", "out", "--ray", address)
+    assert done.code == 2
+    assert f"'{address}'" in done.err
+    assert not Path("out").exists()
+
+
+def test_without_ray_one_is_told_how_to_get_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_ray, "find_spec", lambda _: None)
+    (folder / "grid.json").write_text(json.dumps(GRID))
+    done = call("sweep", "grid.json", "--out", "out", "--ray", "local")
+    assert done.code == 2
+    assert "pip install 'prunekit[ray]'" in done.err
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["--cpus-per-run", "2"], ["--gpus-per-run", "1"], ["--ray", "local", "--cpus-per-run", "0"],
+              ["--ray", "local", "--gpus-per-run", "-1"]]
+)  # fmt: skip
+def test_shares_that_make_no_sense_are_refused(words: list[str], folder: Path) -> None:
+    (folder / "grid.json").write_text(json.dumps(GRID))
+    done = call("sweep", "grid.json", "--out", "out", *words)
+    assert done.code == 2
+    assert not Path("out").exists()
+
+
+@needs_ray
+def test_a_cluster_that_does_not_answer_is_named_at_once(folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(InputError, match=f"no Ray answers at '{address}'"):
+            prunekit.sweep(GRID, out="out", ray=address)
+
+
+def job(folder: Path) -> on_ray._Job:
+    recipe = Recipe.build({name: value for name, value in GRID.items() if name != "grid"} | {"method": "wanda"})
+    record = Record(recipe=recipe.model_dump(mode="json"), owned=True)
+    run = Run("name", recipe, folder / "out" / "name", record, EvaluationOptions(text="text.txt"))
+    return on_ray._Job.of(run, 10**9, 1)
+
+
+def test_a_node_that_does_not_see_the_sweeps_folder_says_so(folder: Path) -> None:
+    record = on_ray._task(job(folder))
+    assert record.failed is not None
+    assert record.failed["kind"] == "InputError"
+    assert f"does not see the sweep's folder '{folder / 'out'}'" in record.failed["sentence"]
+    assert socket.gethostname() in record.failed["sentence"]
+
+
+def test_a_node_that_does_not_see_a_model_or_a_text_says_so(folder: Path) -> None:
+    made = job(folder)
+    assert sorted(made.paths) == ["good", "text.txt", "text.txt"]
+    made.run.record_path.parent.mkdir(parents=True)
+    made.run.record_path.write_text(json.dumps({"recipe": made.run.record.recipe, "owned": True}))
+    (folder / "text.txt").rename(folder / "elsewhere.txt")
+    record = on_ray._task(made)
+    assert record.failed is not None
+    assert "does not see 'text.txt'" in record.failed["sentence"]
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "nodes", "expected"),
+    [
+        ("auto", None, [{"CPU": 8}], 0),
+        ("auto", None, [{"CPU": 8}, {"CPU": 8, "GPU": 4}], 1),
+        ("cpu", None, [{"CPU": 8, "GPU": 4}], 0),
+        ("cuda", None, [{"CPU": 8}], 1),
+        ("cuda", 0.5, [{"CPU": 8, "GPU": 4}], 0.5),
+        ("auto", 0, [{"CPU": 8, "GPU": 4}], 0),
+    ],
+)
+def test_accelerators_follow_the_device(
+    device: str, asked: float | None, nodes: list[dict[str, float]], expected: float
+) -> None:
+    recipe = Recipe.build({"model": "M", "method": "wanda", "device": device})
+    assert on_ray._gpus(recipe, asked, nodes) == expected
+
+
+def test_a_device_with_a_number_is_refused() -> None:
+    with pytest.raises(InputError, match="cuda:1"):
+        on_ray._gpus(Recipe.build({"model": "M", "method": "wanda", "device": "cuda:1"}), None, [{"GPU": 2}])
+
+
+def test_only_nodes_with_enough_of_everything_fit() -> None:
+    nodes = [{"CPU": 4.0}, {"CPU": 2.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 2.0}]
+    assert on_ray._fitting(nodes, {"num_cpus": 4, "num_gpus": 0}) == [nodes[0], nodes[2]]
+    assert on_ray._fitting(nodes, {"num_cpus": 1, "num_gpus": 2}) == [nodes[2]]
+    assert on_ray._fitting(nodes, {"num_cpus": 9, "num_gpus": 0}) == []
+
+
+def test_memory_is_predicted_once_for_runs_that_take_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Recipe] = []
+
+    def predict(recipe: Recipe, out: Path) -> int:
+        asked.append(recipe)
+        return 1000 + len(asked)
+
+    monkeypatch.setattr(on_ray, "predicted_memory", predict)
+    known: dict[str, int] = {}
+
+    def memory(**changes: Any) -> int:
+        recipe = Recipe.build({"model": "good", "method": "wanda"} | changes)
+        return on_ray._memory(Run("n", recipe, folder, Record(recipe={}), None), known)
+
+    assert memory() == memory(seed=3, pattern="2:4") == memory(device="cuda") == 1001
+    assert memory(calibration={"samples": 7}) == 1002
+    assert memory(method="magnitude") == 1003
+
+
+def test_the_prediction_covers_the_model(folder: Path) -> None:
+    size = (folder / "good" / "model.safetensors").stat().st_size
+    recipe = Recipe.build({"model": "good", "method": "wanda", "calibration": {"samples": 2, "length": 16}})
+    assert size < on_ray.predicted_memory(recipe, folder / "out") < 10**10
