@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import prunekit
 import tiny
 from prunekit import machine, pruning, sweeping
+from prunekit.checkpoint.shard import Piece
 from prunekit.checkpoint.writer import JOURNAL_NAME, Writer
 from test_cli import call
 
@@ -273,7 +274,7 @@ def test_an_interrupt_exits_with_130_and_the_same_command_goes_on(
     go_on()
     done = setting.call("--json")
     assert done.code == 0, done.err
-    assert "resuming behind block 2 of 3" in done.err
+    assert "resuming: 2 of 3 blocks are finished" in done.err
     for name in (WANDA, MAGNITUDE):
         assert weights(setting.out / name) == weights(finished / name)
     after = files(setting.out / WANDA)
@@ -408,8 +409,9 @@ def test_a_failed_reload_check_can_be_retried(
 ) -> None:
     write = Writer.write_shard
 
-    def spoil(self: Writer, position: int, tensors: dict[str, torch.Tensor]) -> Any:
-        return write(self, position, {name: -2 * tensor for name, tensor in tensors.items()})
+    def spoil(self: Writer, position: int, pieces: list[Piece]) -> Any:
+        ones = [Piece.of(piece.name, torch.ones(piece.shape, dtype=piece.dtype)) for piece in pieces]
+        return write(self, position, ones)
 
     monkeypatch.setattr(Writer, "write_shard", spoil)
     (row,) = setting.sweep({"method": ["wanda"]}).rows

@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import prunekit
+from limits import small_files
 from prunekit.checkpoint import reader
 from prunekit.checkpoint.reader import DTYPES, Reader
 from prunekit.checkpoint.shard import Piece, write_shard
@@ -159,20 +158,11 @@ def test_a_copied_tensor_is_never_in_memory(tmp_path: Path) -> None:
     assert int(done.stdout) < size // 4
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """A system that lets no file grow beyond 100 KB."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path, small_files: None) -> None:
+def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "it.safetensors"
     write_shard(path, [Piece.of("it", torch.ones(3))])
     before = path.read_bytes()
-    with pytest.raises(StorageError, match=rf"cannot write '{path}'"):
+    with pytest.raises(StorageError, match=rf"cannot write '{path}'"), small_files(100_000):
         write_shard(path, [Piece.of("it", torch.ones(1 << 20))])
     assert path.read_bytes() == before
     assert [found.name for found in tmp_path.iterdir()] == [path.name]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from limits import small_files
 from prunekit.checkpoint.reader import INDEX_NAME, sha256_file
 from prunekit.checkpoint.shard import Piece
 from prunekit.checkpoint.storage import replace_file, write_json, write_text
@@ -107,13 +107,8 @@ def test_a_shard_record_describes_its_file(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fills_up_is_a_storage_error(tmp_path: Path) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
-    try:
-        with pytest.raises(StorageError, match="model-00001-of-00001"):
-            Writer(tmp_path, 1).write_shard(0, pieces({"a": torch.ones(1 << 20)}))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(StorageError, match="model-00001-of-00001"), small_files(1 << 20):
+        Writer(tmp_path, 1).write_shard(0, pieces({"a": torch.ones(1 << 20)}))
     assert listing(tmp_path) == []
 
 

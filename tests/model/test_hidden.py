@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import resource
-from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from limits import small_files
 from prunekit.errors import StorageError
 from prunekit.model import hidden
 from prunekit.model.hidden import HiddenStates, InFiles, InMemory, Place, is_whole, room_for
@@ -227,23 +226,14 @@ def test_what_is_saved_has_been_synced(kind: str, tmp_path: Path, monkeypatch: p
     assert status.st_size == 4 * 2 * 3 * 4
 
 
-@pytest.fixture
-def small_files() -> Iterator[int]:
-    """A system that lets no file grow beyond a few bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    yield 100
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_a_full_disk_is_a_storage_error(tmp_path: Path, small_files: int) -> None:
+def test_a_full_disk_is_a_storage_error(tmp_path: Path) -> None:
     place = Place(tmp_path)
     in_files = InFiles((4, 10, 10), torch.float32, place)
-    with pytest.raises(StorageError, match=r"cannot keep the hidden states in '.*hidden-0'"):
+    with pytest.raises(StorageError, match=r"cannot keep the hidden states in '.*hidden-0'"), small_files(100):
         filled(in_files, 1.0)
     in_files.close()
     in_memory = filled(InMemory((4, 10, 10), torch.float32), 1.0)
-    with pytest.raises(StorageError, match=r"cannot keep the hidden states in '.*hidden-0'"):
+    with pytest.raises(StorageError, match=r"cannot keep the hidden states in '.*hidden-0'"), small_files(100):
         in_memory.save(place)
 
 
