@@ -4,7 +4,8 @@ Started by `test_faults.py` as `driver.py FOLDER`. It makes a model, a text and 
 with one JSON line: the disk's operations by setting. Then, for every line on stdin (a file of jobs, one JSON object a line), one
 JSON line per job, in the order they end.
 
-A job is a chain of runs of the real command line into one folder. In each but the last something happens; the last must finish it.
+A job is a chain of runs of the real command line into one folder. In each but the last something happens; the last must finish it,
+with its hidden states kept elsewhere where the job says so (`then`: another setting).
 What is wrong is in `violations`; a job that survived has none.
 
 Copies are made with `fork`, which takes only the calling thread along: this process must never have a second one. What a run does
@@ -211,7 +212,9 @@ class Driver:
             for name in job.get("sabotage", []):
                 SABOTAGE[name]()
             disk.install()
-            sys.argv = self._words(job["setting"], out, *words)
+            sys.argv = self._words(
+                job["setting"] if fault is not None else job.get("then", job["setting"]), out, *words
+            )
             try:
                 cli.main()
                 code = 0

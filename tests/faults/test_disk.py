@@ -15,7 +15,11 @@ from pathlib import Path
 import pytest
 from disk import Disk, Fault
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be copied")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be copied"),
+    # from Python 3.12 on; what the copies do here needs no other thread
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
+]
 
 
 def in_child(root: Path, work: Callable[[], None], fault: Fault | None = None) -> tuple[int, list[str], list[str]]:

@@ -149,7 +149,9 @@ def draw_chain(draw: random.Random, kinds: list[str] = KINDS) -> Job:
         }
         for _ in range(draw.randint(2, 5))
     ]
-    return {"setting": draw.choice(SETTINGS), "faults": faults}
+    setting = draw.choice(SETTINGS)
+    mode = setting.split("-")[0]
+    return {"setting": setting, "then": f"{mode}-{draw.choice(['memory', 'files'])}", "faults": faults}
 
 
 def draw_kills(draw: random.Random, seconds: dict[str, float]) -> Job:
