@@ -138,6 +138,7 @@ for ids, head in ((spread, "none"), (spread, "chunked"), (spread, "whole")):
     source.load_outer(ids, head)
     if head == "chunked":
         source.module.lm_head(torch.ones(1, 32))
+    return_memory()  # buffers the file was read through
     grown.append(rss_bytes() - before)
     source.free_outer()
 print(*grown)
