@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,12 @@ from .errors import InputError, nearest
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_HOMES = {"score": "prunekit.sparsify.scores", "budget": "prunekit.sparsify.budget"}
+_HOMES = {
+    "score": "prunekit.sparsify.scores",
+    "budget": "prunekit.sparsify.budget",
+    "refine": "prunekit.sparsify.refine",
+    "reconstruct": "prunekit.sparsify.reconstruct",
+}
 _REGISTERED: dict[str, dict[str, Part]] = {kind: {} for kind in _HOMES}
 
 
@@ -37,9 +43,12 @@ class Part:
     """A pure function on tensors, with what it declares about itself.
 
     Attributes:
-        kind: `score` or `budget`.
+        kind: `score`, `refine`, `reconstruct` or `budget`.
         needs: names of the `Statistics` sums it reads; nothing else is measured.
-        rowwise: the result for some rows depends on those rows alone, so they may be computed in chunks.
+        rowwise: the result for some rows depends on those rows alone (and on `Statistics`, which know the norms of the whole weight's
+            columns), so they may be computed in chunks.
+        random: it draws at random, from a generator it is given as the keyword `generator`.
+        chooses: a reconstruction that finds the keep-mask itself where it is given none.
         options: its keyword-only parameters.
     """
 
@@ -50,6 +59,8 @@ class Part:
     paper: str
     rowwise: bool
     options: dict[str, Option]
+    random: bool = False
+    chooses: bool = False
 
     @property
     def summary(self) -> str:
@@ -68,27 +79,53 @@ class Part:
         return {name: values.get(name, option.default) for name, option in self.options.items()}
 
 
-def score(*, needs: set[str], paper: str, rowwise: bool = False) -> Callable[[Function], Function]:
+def score(
+    *, needs: set[str], paper: str, rowwise: bool = False, random: bool = False
+) -> Callable[[Function], Function]:
     """Register `function(weight, stats, *, options...) -> importance`, all of shape `[out, in]`; larger is kept."""
-    return _register("score", needs, paper, rowwise)
+    return _register("score", needs, paper, rowwise=rowwise, random=random)
 
 
-def budget(*, paper: str = "") -> Callable[[Function], Function]:
-    """Register `function(pattern, blocks, *, options...) -> one pattern per block`."""
-    return _register("budget", set(), paper, False)
+def refine(*, needs: set[str], paper: str, rowwise: bool = False) -> Callable[[Function], Function]:
+    """Register `function(weight, keep, stats, groups, *, options...) -> keep-mask`.
+
+    It moves a mask: as many weights stay in every row, and where `groups` is `(K, G)`, K of every G consecutive inputs.
+    """
+    return _register("refine", needs, paper, rowwise=rowwise)
 
 
-def _register(kind: str, needs: set[str], paper: str, rowwise: bool) -> Callable[[Function], Function]:
+def reconstruct(
+    *, needs: set[str], paper: str, rowwise: bool = False, chooses: bool = False
+) -> Callable[[Function], Function]:
+    """Register `function(weight, keep, stats, selection, *, options...) -> (weight, keep-mask)`.
+
+    It changes the kept weights. `keep` is the mask to respect; one that `chooses` may be given None and then finds a mask that
+    `selection` (see `sparsify/patterns.py`) would allow.
+    """
+    return _register("reconstruct", needs, paper, rowwise=rowwise, chooses=chooses)
+
+
+def budget(*, needs: set[str] | None = None, paper: str = "") -> Callable[[Function], Function]:
+    """Register `function(pattern, blocks, *, options...) -> one pattern per block`.
+
+    One with `needs` has another parameter before its options: a mapping of linear full names to what it asked to be measured.
+    """
+    return _register("budget", needs or set(), paper)
+
+
+def _register(
+    kind: str, needs: set[str], paper: str, *, rowwise: bool = False, random: bool = False, chooses: bool = False
+) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
         name = function.__name__.replace("_", "-")
         hints = typing.get_type_hints(function)
         options = {}
         for parameter in inspect.signature(function).parameters.values():
-            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not (random and parameter.name == "generator"):
                 if parameter.default is inspect.Parameter.empty or parameter.name not in hints:
                     raise TypeError(f"option '{parameter.name}' of {kind} '{name}' needs an annotation and a default")
                 options[parameter.name] = Option(parameter.name, hints[parameter.name], parameter.default)
-        _REGISTERED[kind][name] = Part(kind, name, function, frozenset(needs), paper, rowwise, options)
+        _REGISTERED[kind][name] = Part(kind, name, function, frozenset(needs), paper, rowwise, options, random, chooses)
         return function
 
     return register
@@ -113,6 +150,10 @@ def find_part(kind: str, name: str) -> Part:
 def _fits(value: Any, wanted: Any) -> bool:
     if typing.get_origin(wanted) is typing.Literal:
         return value in typing.get_args(wanted)
+    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in typing.get_args(wanted))
+    if wanted is types.NoneType:
+        return value is None
     if wanted is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if wanted is int:
@@ -123,4 +164,8 @@ def _fits(value: Any, wanted: Any) -> bool:
 def _spell(wanted: Any) -> str:
     if typing.get_origin(wanted) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(wanted)))
-    return {float: "a number", int: "a whole number", bool: "true or false", str: "text"}.get(wanted, str(wanted))
+    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
+        return " or ".join(map(_spell, typing.get_args(wanted)))
+    return {float: "a number", int: "a whole number", bool: "true or false", str: "text", types.NoneType: "null"}.get(
+        wanted, str(wanted)
+    )

@@ -7,6 +7,7 @@ share one measurement. Tokens that are padding are left out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import TracebackType
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .bits import row_chunks
 from .errors import PrunekitError
 
 INPUT_SUMS = frozenset({"input_sum", "input_square", "input_abs", "gram"})
@@ -24,16 +26,26 @@ _ROWS = 256
 
 
 class Statistics:
-    """Sums over the calibration tokens that a linear has seen.
+    """Sums over the calibration tokens that a linear has seen, and the norms of its weight's columns.
 
     Shapes: input_sum, input_square, input_abs [in]; output_square [out] (of the module's output, bias included); gram [in, in];
-    count is the number of tokens. Vectors are float64 and the gram matrix float32 unless `to` says otherwise.
-    Reading a sum that was not measured raises `PrunekitError`.
+    count is the number of tokens. Sums are kept in float64 (the gram matrix in float32) and handed out in float64, or in what `to`
+    was told; what is derived of them is computed before that cast. Reading a sum that was not measured raises `PrunekitError`.
     """
 
-    def __init__(self, count: int, sums: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        count: int,
+        sums: Mapping[str, Tensor],
+        *,
+        weight: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.count = count
         self._sums = dict(sums)
+        self._weight = weight
+        self._dtype = dtype
+        self._norms: dict[float, Tensor] = {}
 
     def _get(self, name: str) -> Tensor:
         if name not in self._sums:
@@ -42,35 +54,65 @@ class Statistics:
             )
         return self._sums[name]
 
+    def _out(self, value: Tensor) -> Tensor:
+        return value if self._dtype is None else value.to(self._dtype)
+
     @property
     def input_sum(self) -> Tensor:
         """Σ x, [in]."""
-        return self._get("input_sum")
+        return self._out(self._get("input_sum"))
 
     @property
     def input_square(self) -> Tensor:
         """Σ x², [in]."""
-        return self._get("input_square")
+        return self._out(self._get("input_square"))
 
     @property
     def input_abs(self) -> Tensor:
         """Σ |x|, [in]."""
-        return self._get("input_abs")
+        return self._out(self._get("input_abs"))
 
     @property
     def output_square(self) -> Tensor:
         """Σ y², [out]."""
-        return self._get("output_square")
+        return self._out(self._get("output_square"))
 
     @property
     def gram(self) -> Tensor:
         """Σ x xᵀ, [in, in]."""
-        return self._get("gram")
+        return self._out(self._get("gram"))
 
     @property
     def input_norm(self) -> Tensor:
         """‖X_:j‖₂ of every input channel, [in]."""
-        return self.input_square.sqrt()
+        return self._out(self._get("input_square").sqrt())
+
+    @property
+    def output_norm(self) -> Tensor:
+        """‖Y_k:‖₂ of every output channel, [out]."""
+        return self._out(self._get("output_square").sqrt())
+
+    @property
+    def input_mean(self) -> Tensor:
+        """Σ x / count, [in]."""
+        return self._out(self._get("input_sum") / self.count)
+
+    @property
+    def input_variance(self) -> Tensor:
+        """Variance of every input channel over all tokens (biased: divided by count), never below 0, [in]."""
+        mean = self._get("input_sum") / self.count
+        return self._out((self._get("input_square") / self.count - mean.square()).clamp_min(0))
+
+    def weight_column_norm(self, p: float) -> Tensor:
+        """ℓp norm of every column of the whole weight, [in], though a part may be given some of its rows only.
+
+        `p` is a positive number or `inf`, or 0 for the number of entries that are not 0.
+        """
+        if self._weight is None:
+            raise PrunekitError("these statistics know of no weight: make them with `Statistics(..., weight=weight)`")
+        if p not in self._norms:
+            self._norms[p] = column_norm(self._weight, p)
+        return self._out(self._norms[p])
 
     @property
     def device(self) -> torch.device | None:
@@ -78,8 +120,42 @@ class Statistics:
         return next((value.device for value in self._sums.values()), None)
 
     def to(self, dtype: torch.dtype) -> Statistics:
-        """The same sums in another dtype (norms are best cast after the root, which this does not do)."""
-        return Statistics(self.count, {name: value.to(dtype) for name, value in self._sums.items()})
+        """The same sums, handed out in another dtype."""
+        found = Statistics(self.count, self._sums, weight=self._weight, dtype=dtype)
+        found._norms = self._norms
+        return found
+
+    def of(self, weight: Tensor) -> Statistics:
+        """The same sums, with the weight [out, in] they belong to."""
+        return Statistics(self.count, self._sums, weight=weight, dtype=self._dtype)
+
+    def rows(self, part: slice) -> Statistics:
+        """The sums that belong to some rows of the weight: outputs are cut, inputs and column norms stay whole."""
+        cut = {name: value[part] if name in OUTPUT_SUMS else value for name, value in self._sums.items()}
+        found = Statistics(self.count, cut, weight=self._weight, dtype=self._dtype)
+        found._norms = self._norms  # known to one, known to all
+        return found
+
+    def permuted(self, order: Tensor) -> Statistics:
+        """The sums over inputs in another order: channel `order[j]` becomes channel j."""
+        moved = {name: value[order] if name in INPUT_SUMS else value for name, value in self._sums.items()}
+        if "gram" in moved:
+            moved["gram"] = moved["gram"][:, order]
+        return Statistics(self.count, moved, dtype=self._dtype)
+
+
+def column_norm(weight: Tensor, p: float) -> Tensor:
+    """ℓp norm of every column of a matrix [out, in], summed in float64: [in]."""
+    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for rows in row_chunks(*weight.shape):
+        part = weight[rows].to(torch.promote_types(weight.dtype, torch.float32)).abs()
+        if p == math.inf:
+            total = torch.maximum(total, part.amax(0).double())
+        elif p == 0:
+            total += (part != 0).sum(0)
+        else:
+            total += (part if p == 1 else part.pow(p)).sum(0, dtype=torch.float64)
+    return total if p in (0, 1, math.inf) else total.pow(1 / p)
 
 
 class _Sums:

@@ -7,11 +7,17 @@ row, or K:G groups seen as short rows.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..recipe import Pattern
+
+Group = Literal["row", "layer"]
 
 _SHORT = 16  # rows up to this long are ranked by comparing all pairs, which beats sorting them
 
@@ -44,6 +50,38 @@ def keep_groups(scores: Tensor, keep: int, group: int) -> Tensor:
     Shapes: scores [out, in] -> keep-mask [out, in]; `in` must be a multiple of `group` (checked by `check_fits`).
     """
     return keep_largest(scores.reshape(-1, group), group - keep).reshape(scores.shape)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What may be kept of a matrix: a pattern, and what weights are compared with where it is a fraction.
+
+    Zeros are exact: `floor(in·s)` in every row, or `floor(out·in·s)` over the layer, or G − K of every G consecutive inputs.
+    """
+
+    pattern: Pattern
+    group: Group = "row"
+
+    @property
+    def groups(self) -> tuple[int, int] | None:
+        """(K, G) of a K:G pattern."""
+        if self.pattern.keep is None or self.pattern.group is None:
+            return None
+        return self.pattern.keep, self.pattern.group
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether every row is chosen by itself."""
+        return self.groups is not None or self.group == "row"
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """Keep the largest. Shapes: scores [out, in] float, finite -> keep-mask [out, in]."""
+        rows, columns = scores.shape
+        if self.groups is not None:
+            return keep_groups(scores, *self.groups)
+        if self.group == "row":
+            return keep_largest(scores, self.pattern.zeros(columns))
+        return keep_largest(scores.reshape(1, -1), self.pattern.zeros(rows * columns)).reshape(rows, columns)
 
 
 def check_fits(name: str, in_features: int, group: int | None) -> None:
