@@ -35,6 +35,7 @@ from .planning import Plan, make_plan
 from .progress import Progress, Silent
 from .pruning import Result
 from .recipe import Recipe
+from .sparsify.linear import Sparsifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -281,8 +282,12 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
     rows = [find_method(name)] if name is not None else list(METHODS.values())
     listed = []
     for row in rows:
-        part = find_part("score", row.score)
-        options = {f"score.{option.name}": option.default for option in part.options.values()}
+        sparsifier = Sparsifier.of(row, {})
+        options: dict[str, Any] = {}
+        for bound in sparsifier.parts:
+            options |= {f"{bound.part.kind}.{name}": value for name, value in bound.options.items()}
+        budget = find_part("budget", row.budget)
+        options |= {f"budget.{option.name}": option.default for option in budget.options.values()}
         options |= {"pattern.group": row.group, "budget.overrides": {}, "budget.ignore": []}
         listed.append(
             {
@@ -290,10 +295,13 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
                 "kind": row.kind,
                 "summary": row.summary,
                 "score": row.score,
-                "formula": part.summary,
+                "refine": row.refine,
+                "reconstruct": row.reconstruct,
+                "formulas": {bound.part.kind: bound.part.summary for bound in sparsifier.parts},
+                "notes": [bound.part.note for bound in sparsifier.parts if bound.part.note],
                 "group": row.group,
                 "budget": row.budget,
-                "needs": sorted(part.needs),
+                "needs": sorted(sparsifier.needs | budget.needs),
                 "options": options,
                 "paper": row.paper,
             }

@@ -1,32 +1,52 @@
 """Every method as a row: the parts it is made of, the group it compares in, where it was published.
 
 Rows are plain data and import nothing, so that a misspelt method is refused before PyTorch is loaded. A row names parts by the
-name of their function (see `parts.py`); a recipe may override any of a part's options with `--set part.option=value`.
+name of their function (see `parts.py`); a recipe may override any of a part's options with `--set part.option=value`, and the part
+itself with `--set part.name=other`. Parts may also be added to a row by name: `wanda+dsnot`, `ria+r2-dsnot+least-squares+owl`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from .errors import InputError, nearest
+
+# Parts that can be added to a method by name, and their kind.
+PARTS: dict[str, str] = {
+    "dsnot": "refine",
+    "r2-dsnot": "refine",
+    "swaps": "refine",
+    "sparsegpt": "reconstruct",
+    "alps": "reconstruct",
+    "least-squares": "reconstruct",
+    "owl": "budget",
+}
 
 
 @dataclass(frozen=True)
 class Method:
-    """One published method, as a combination of parts.
+    """One method, as a combination of parts.
 
     `group` is what weights are compared with when a fraction is asked for: those of the same output `row`, or of the whole
-    `layer` (the linear). A `K:G` pattern compares within its groups of G, whatever the method.
+    `layer` (the linear). A `K:G` pattern compares within its groups of G, whatever the method. `score` is None where the
+    reconstruction chooses what to keep while it solves. `options` are defaults that differ from the parts' own.
     """
 
     name: str
     summary: str
-    score: str
+    score: str | None
     group: str
     paper: str
     kind: str = "sparsify"
     budget: str = "uniform"
+    refine: str | None = None
+    reconstruct: str | None = None
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+
+_SYMMETRIC = "Yi & Richtárik 2025, https://arxiv.org/abs/2501.18980"
 
 METHODS: dict[str, Method] = {
     row.name: row
@@ -45,12 +65,136 @@ METHODS: dict[str, Method] = {
             group="row",
             paper="Sun et al. 2023, https://arxiv.org/abs/2306.11695",
         ),
+        Method(
+            name="owanda",
+            summary="Wanda seen from the outputs: magnitude times output norm, over the layer.",
+            score="owanda",
+            group="layer",
+            paper=f"{_SYMMETRIC}, corollary 3.3",
+        ),
+        Method(
+            name="symwanda",
+            summary="Magnitude times the sum of input and output norm, over the layer.",
+            score="symwanda",
+            group="layer",
+            paper=f"{_SYMMETRIC}, lemma 3.1",
+        ),
+        Method(
+            name="symmetric",
+            summary="Magnitude times the sum of its column's and its row's norm in the weight itself; looks at no data.",
+            score="symmetric",
+            group="layer",
+            paper=f"{_SYMMETRIC}, corollary 3.4",
+        ),
+        Method(
+            name="ri",
+            summary="Relative importance: the share of a weight in its row plus its share in its column; looks at no data.",
+            score="ri",
+            group="layer",
+            paper="Zhang et al. 2024 (RIA), equation 3; theorem 3.5 of https://arxiv.org/abs/2501.18980",
+        ),
+        Method(
+            name="ria",
+            summary="Relative importance times the square root of the input norm.",
+            score="ria",
+            group="layer",
+            paper="Zhang et al. 2024, https://openreview.net/forum?id=Tr0lPx9woF",
+        ),
+        Method(
+            name="lp-ria",
+            summary="RIA with ℓp norms of rows and columns; p=1 is RIA.",
+            score="lp-ria",
+            group="layer",
+            paper=f"{_SYMMETRIC}, lemma 3.8",
+            options={"score": {"p": 2.0}},
+        ),
+        Method(
+            name="stochastic-ri",
+            summary="Relative importance with sums over a random tenth of each row and column; looks at no data.",
+            score="stochastic-ri",
+            group="layer",
+            paper=f"{_SYMMETRIC}, lemma 3.10",
+        ),
+        Method(
+            name="stochastic-ria",
+            summary="RIA with sums over a random tenth of each row and column.",
+            score="stochastic-ria",
+            group="layer",
+            paper=f"{_SYMMETRIC}, lemma 3.10",
+        ),
+        Method(
+            name="stade",
+            summary="Squared weight times the variance of its input channel.",
+            score="stade",
+            group="row",
+            paper="Mecke et al. 2025, https://arxiv.org/abs/2503.22451",
+        ),
+        Method(
+            name="dsnot",
+            summary="Wanda, then swap kept and removed weights to cancel each row's mean output error.",
+            score="wanda",
+            group="row",
+            refine="dsnot",
+            paper="Zhang et al. 2024, https://arxiv.org/abs/2310.08915",
+        ),
+        Method(
+            name="r2-dsnot",
+            summary="Wanda, then swaps by relative importance with a regularised decision.",
+            score="wanda",
+            group="row",
+            refine="r2-dsnot",
+            paper=f"{_SYMMETRIC}, section 4",
+        ),
+        Method(
+            name="swaps",
+            summary="Wanda, then exact swaps: each the one that lowers a row's output error most.",
+            score="wanda",
+            group="row",
+            refine="swaps",
+            paper="Zimmer et al. 2025, https://arxiv.org/abs/2512.10922",
+        ),
+        Method(
+            name="sparsegpt",
+            summary="Remove weights column by column and let the remaining ones make up for each.",
+            score=None,
+            group="layer",
+            reconstruct="sparsegpt",
+            paper="Frantar & Alistarh 2023, https://arxiv.org/abs/2301.00774",
+        ),
+        Method(
+            name="alps",
+            summary="Find mask and weights together by ADMM, then polish the weights by conjugate gradients.",
+            score=None,
+            group="layer",
+            reconstruct="alps",
+            paper="Meng et al. 2024, https://arxiv.org/abs/2406.07831",
+        ),
+        Method(
+            name="owl",
+            summary="Wanda with more left in blocks that have more outliers.",
+            score="wanda",
+            group="row",
+            budget="owl",
+            paper="Yin et al. 2024, https://arxiv.org/abs/2310.05175",
+        ),
     )
 }
 
 
 def find_method(name: str) -> Method:
-    """The row called `name`. Raises `InputError` with the nearest known name otherwise."""
-    if name not in METHODS:
-        raise InputError(f"method '{name}' is unknown: {nearest(name, METHODS)}")
-    return METHODS[name]
+    """The row called `name`, parts behind `+` added to it. Raises `InputError` with the nearest known name otherwise."""
+    base, *added = name.split("+")
+    if base not in METHODS:
+        raise InputError(f"method '{base}' is unknown: {nearest(base, METHODS)}")
+    method = METHODS[base]
+    for part in added:
+        if part not in PARTS:
+            raise InputError(f"'{part}' of method '{name}' is no part that can be added: {nearest(part, PARTS)}")
+        kind = PARTS[part]
+        if getattr(method, kind) not in (None, "uniform"):
+            raise InputError(
+                f"method '{name}' has two parts of the kind {kind}: '{getattr(method, kind)}' and '{part}'"
+            )
+        named: dict[str, Any] = {kind: part}
+        method = replace(method, **named)
+    return replace(method, name=name)

@@ -265,11 +265,12 @@ def methods(
         as_json,
         row,
         f"{row['name']}: {row['summary']}\n"
-        f"  score    {row['score']}: {row['formula']}\n"
-        f"  compares weights of the same {row['group']} (a K:G pattern: of the same group of G)\n"
-        f"  budget   {row['budget']}\n"
-        f"  measures {', '.join(row['needs']) or 'nothing'}\n"
-        f"  paper    {row['paper']}\n"
+        + "".join(f"  {kind:<11} {row[kind]}: {formula}\n" for kind, formula in row["formulas"].items())
+        + "".join(f"  note        {note}\n" for note in row["notes"])
+        + f"  compares    weights of the same {row['group']} (a K:G pattern: of the same group of G)\n"
+        f"  budget      {row['budget']}\n"
+        f"  measures    {', '.join(row['needs']) or 'nothing'}\n"
+        f"  paper       {row['paper']}\n"
         f"  options\n{options}",
     )
 

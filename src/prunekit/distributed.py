@@ -68,7 +68,7 @@ class Ranks:
         return value
 
     def gather_rows(self, part: Tensor, rows: int) -> Tensor:
-        """Put together a bool matrix [rows, columns] of which each process has the rows `share_of(rows)`."""
+        """Put together a matrix [rows, columns], bool or float, of which each process has the rows `share_of(rows)`."""
         return part
 
     def share_of(self, count: int) -> slice:
@@ -143,18 +143,22 @@ class TorchRanks(Ranks):
         return value
 
     def gather_rows(self, part: Tensor, rows: int) -> Tensor:
-        """Put together a bool matrix [rows, columns] of which each process has the rows `share_of(rows)`."""
+        """Put together a matrix [rows, columns], bool or float, of which each process has the rows `share_of(rows)`."""
         parts = _cut(rows, self.size)
-        columns = part.shape[1]
-        width = (columns + 7) // 8
         tallest = max(cut.stop - cut.start for cut in parts)
-        packed = np.zeros((tallest, width), dtype=np.uint8)  # gathering wants equal shapes
-        packed[: len(part)] = np.packbits(part.cpu().numpy(), axis=1)
-        found = [torch.empty((tallest, width), dtype=torch.uint8) for _ in parts]
+        # masks travel as bits, other numbers as they lie in memory: gloo does not know every dtype
+        flat = part.contiguous().cpu()
+        own = np.packbits(flat.numpy(), axis=1) if part.dtype == torch.bool else flat.view(torch.uint8).numpy()
+        packed = np.zeros((tallest, own.shape[1]), dtype=np.uint8)  # gathering wants equal shapes
+        packed[: len(part)] = own
+        found = [torch.empty(packed.shape, dtype=torch.uint8) for _ in parts]
         with _told():
             self._distributed.all_gather(found, torch.from_numpy(packed))
-        whole = np.concatenate([bits.numpy()[: cut.stop - cut.start] for bits, cut in zip(found, parts, strict=True)])
-        return torch.from_numpy(np.unpackbits(whole, axis=1, count=columns).view(bool)).to(part.device)
+        whole = np.concatenate([sent.numpy()[: cut.stop - cut.start] for sent, cut in zip(found, parts, strict=True)])
+        if part.dtype == torch.bool:
+            bits = np.unpackbits(whole, axis=1, count=part.shape[1]).view(bool)
+            return torch.from_numpy(bits).to(part.device)
+        return torch.from_numpy(whole).view(part.dtype).to(part.device)
 
 
 def find_ranks(device: str) -> Ranks:

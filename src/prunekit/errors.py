@@ -30,6 +30,10 @@ class VerificationError(PrunekitError):
     """What was written does not compute what the walk computed; the output must not be used."""
 
 
+class PrunekitWarning(UserWarning):
+    """Something was done otherwise than asked, and the result is still right; the message says what and why."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A half-sentence that suggests the closest known name, and lists them all.
 

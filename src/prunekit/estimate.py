@@ -8,6 +8,7 @@ from pathlib import Path
 from . import machine
 from .errors import InputError
 from .model.source import StreamedModel
+from .sparsify.linear import Sparsifier
 
 # activations a block holds at a time, in vectors a token: of the widest linear's width, and of the hidden states' width
 _WIDE, _NARROW = 4, 8
@@ -41,7 +42,7 @@ def needs_of(
     length: int,
     batch: int,
     width: int,
-    statistics: frozenset[str],
+    sparsifier: Sparsifier,
     budget: int,
     base: int,
 ) -> Needs:
@@ -53,7 +54,7 @@ def needs_of(
         length: tokens per window.
         batch: windows per forward pass.
         width: of the hidden states.
-        statistics: what the method measures.
+        sparsifier: the method, whose parts say what they measure and whether they work in chunks of rows.
         budget: memory budget in bytes.
         base: bytes resident before anything of the model is read.
     """
@@ -75,10 +76,14 @@ def needs_of(
     in_files = hidden > budget
     in_memory = batch * length * width * size if in_files else hidden
     sums = max(
-        sum(linear.in_features**2 * 4 for linear in block_.linears) if "gram" in statistics else 0
+        sum(linear.in_features**2 * 4 for linear in block_.linears) if "gram" in sparsifier.needs else 0
         for block_ in anatomy.blocks
     )
     choosing = largest + _CHUNKS  # a mask, and chunks of weights in float32, scores, and what they are made of
+    if not all(bound.part.rowwise for bound in sparsifier.parts) or sparsifier.group == "layer":
+        choosing += 3 * largest * 4  # the same of a whole linear
+    if "gram" in sparsifier.needs:
+        choosing += 4 * largest * 4 + 3 * max(linear.in_features for linear in linears) ** 2 * 4
     outer = source.outer_bytes(all_windows * length)
     start = base + outer + in_memory + block + converted + activations
     walk = base + in_memory + 2 * block + converted + sums + max(activations, choosing)

@@ -158,7 +158,7 @@ class Grid(BaseModel):
                     )
             section[last] = copy.deepcopy(value)
         recipe = Recipe.build(values)
-        Sparsifier.of(find_method(recipe.method), recipe.parts)  # options its parts do not have
+        Sparsifier.of(find_method(recipe.method), recipe.parts, recipe.seed)  # options its parts do not have
         return _plain(recipe)
 
 

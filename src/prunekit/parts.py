@@ -49,6 +49,8 @@ class Part:
             columns), so they may be computed in chunks.
         random: it draws at random, from a generator it is given as the keyword `generator`.
         chooses: a reconstruction that finds the keep-mask itself where it is given none.
+        note: what a user should know before choosing it.
+        measure: what a budget wants to know of every dense block before the first is pruned.
         options: its keyword-only parameters.
     """
 
@@ -61,6 +63,8 @@ class Part:
     options: dict[str, Option]
     random: bool = False
     chooses: bool = False
+    measure: Callable[..., float] | None = None
+    note: str = ""
 
     @property
     def summary(self) -> str:
@@ -80,10 +84,10 @@ class Part:
 
 
 def score(
-    *, needs: set[str], paper: str, rowwise: bool = False, random: bool = False
+    *, needs: set[str], paper: str, rowwise: bool = False, random: bool = False, note: str = ""
 ) -> Callable[[Function], Function]:
     """Register `function(weight, stats, *, options...) -> importance`, all of shape `[out, in]`; larger is kept."""
-    return _register("score", needs, paper, rowwise=rowwise, random=random)
+    return _register("score", needs, paper, rowwise=rowwise, random=random, note=note)
 
 
 def refine(*, needs: set[str], paper: str, rowwise: bool = False) -> Callable[[Function], Function]:
@@ -105,16 +109,27 @@ def reconstruct(
     return _register("reconstruct", needs, paper, rowwise=rowwise, chooses=chooses)
 
 
-def budget(*, needs: set[str] | None = None, paper: str = "") -> Callable[[Function], Function]:
-    """Register `function(pattern, blocks, *, options...) -> one pattern per block`.
+def budget(
+    *, needs: set[str] | None = None, paper: str = "", measure: Callable[..., float] | None = None
+) -> Callable[[Function], Function]:
+    """Register `function(pattern, blocks, profile, *, options...) -> one pattern per block`.
 
-    One with `needs` has another parameter before its options: a mapping of linear full names to what it asked to be measured.
+    One with a `measure(weights, statistics, **options)`, given what its `needs` name for all linears of a dense block, has what that
+    returned for each block as its `profile`; for others it is empty.
     """
-    return _register("budget", needs or set(), paper)
+    return _register("budget", needs or set(), paper, measure=measure)
 
 
 def _register(
-    kind: str, needs: set[str], paper: str, *, rowwise: bool = False, random: bool = False, chooses: bool = False
+    kind: str,
+    needs: set[str],
+    paper: str,
+    *,
+    rowwise: bool = False,
+    random: bool = False,
+    chooses: bool = False,
+    measure: Callable[..., float] | None = None,
+    note: str = "",
 ) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
         name = function.__name__.replace("_", "-")
@@ -125,7 +140,9 @@ def _register(
                 if parameter.default is inspect.Parameter.empty or parameter.name not in hints:
                     raise TypeError(f"option '{parameter.name}' of {kind} '{name}' needs an annotation and a default")
                 options[parameter.name] = Option(parameter.name, hints[parameter.name], parameter.default)
-        _REGISTERED[kind][name] = Part(kind, name, function, frozenset(needs), paper, rowwise, options, random, chooses)
+        _REGISTERED[kind][name] = Part(
+            kind, name, function, frozenset(needs), paper, rowwise, options, random, chooses, measure, note
+        )
         return function
 
     return register

@@ -21,7 +21,7 @@ from .model.stream import Walk, Windows, batch_size
 from .progress import Progress, Silent
 from .recipe import Pattern, Recipe
 from .sparsify.linear import Sparsifier
-from .sparsify.walk import SparsifyWalk, parts_of
+from .sparsify.walk import SparsifyWalk, parts_of, windows_needed
 
 _TRIED = 3  # batches that are sent through the first block
 
@@ -72,6 +72,7 @@ class _Outline:
     length: int
     batch: int
     needs: Needs
+    profiled: bool
 
     @classmethod
     def of(cls, recipe: Recipe, out: Path, progress: Progress, memory_budget: int | None) -> _Outline:
@@ -83,9 +84,9 @@ class _Outline:
             folder, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
         )
         calibration = recipe.calibration
-        sparsifier, patterns = parts_of(recipe, source.anatomy)
+        sparsifier, allowed, patterns = parts_of(recipe, source.anatomy)
         length = window_length(source.module.config, calibration.length, progress)
-        windows = sparsifier.windows_needed(calibration.samples)
+        windows = windows_needed(sparsifier, allowed, calibration.samples)
         batch = min(windows, calibration.batch or batch_size(length))
         load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)  # a run has its code in memory too
         machine.return_memory()
@@ -97,13 +98,14 @@ class _Outline:
             length=length,
             batch=batch,
             width=hidden_width(source),
-            statistics=sparsifier.needs,
+            sparsifier=sparsifier,
             budget=machine.available_memory_bytes() // 2 if memory_budget is None else memory_budget,
             base=base,
         )
         refuse_memory(needs, base=base, processes=1)
         refuse_disk(out, needs.disk["peak"], weights=needs.disk["weights"], hidden=needs.disk["hidden"], replaced=0)
-        return cls(source, sparsifier, patterns, windows, length, batch, needs)
+        profiled = allowed.part.measure is not None
+        return cls(source, sparsifier, patterns, windows, length, batch, needs, profiled)
 
 
 def predicted_memory(recipe: Recipe, out: Path) -> int:
@@ -124,6 +126,8 @@ def make_plan(recipe: Recipe, out: Path, progress: Progress, memory_budget: int 
     trial = SparsifyWalk(walk, outline.sparsifier, outline.patterns, dense=dense)
     seconds = _Trial(trial, source, out).extrapolate(batches, needs.hidden)
     seconds["start"] += opened
+    if outline.profiled:  # the budget walks through the dense model first
+        seconds["forward"] *= 1.5
     seconds["total"] = sum(seconds.values())
     return Plan(
         model=recipe.model,

@@ -54,7 +54,8 @@ from .model.stream import Walk, Windows, batch_size
 from .progress import Progress, Silent
 from .recipe import Recipe
 from .report.card import model_card
-from .sparsify.walk import LinearReport, Seconds, SparsifyWalk, parts_of
+from .sparsify.budget import Budget
+from .sparsify.walk import LinearReport, Seconds, SparsifyWalk, parts_of, resolved_parts, windows_needed
 from .verify import Verification, compared_tokens, verify
 
 if TYPE_CHECKING:
@@ -116,15 +117,19 @@ class Result:
 
 @dataclass
 class _Run:
-    """A validated run that has not touched the output yet. `windows` are those of all processes."""
+    """A validated run that has not touched the output yet.
+
+    `windows` are those of all processes; `room` is what hidden states, and later the reload check, may take in memory, in bytes.
+    """
 
     recipe: Recipe
     source: StreamedModel
     sparsify: SparsifyWalk
+    budget: Budget
     windows: Windows
     identity: dict[str, Any]
     needs: Needs
-    budget: int
+    room: int
     progress: Progress
     ranks: Ranks
     memory: dict[str, int] = field(default_factory=dict)
@@ -188,6 +193,7 @@ def run(
         writer = Writer(out, len(prepared.source.anatomy.blocks) + 1)
         with _orderly_end(out, journal, prepared), Keeper(writer, journal, ranks) as keeper:
             prepared.sparsify.seconds.start = time.perf_counter() - begun
+            _allot(prepared, journal)
             reference = _walk(prepared, keeper, writer, journal)
             result = ranks.share(lambda: _finish(prepared, writer, journal, reference, begun))
         progress.stop()
@@ -204,16 +210,22 @@ def prune_in_memory(
         source = ResidentModel(model)
         check_vocabulary(windows, model)
         window_length(model.config, windows.length, progress)
-        sparsifier, patterns = parts_of(recipe, source.anatomy)
-        windows = windows[len(windows) - sparsifier.windows_needed(len(windows)) :]
+        sparsifier, budget, patterns = parts_of(recipe, source.anatomy)
+        asked = len(windows)
+        windows = windows[asked - windows_needed(sparsifier, budget, asked) :]
         walk = Walk(source, windows, recipe.calibration.batch)
         sparsify = SparsifyWalk(walk, sparsifier, patterns, dense=recipe.calibration.mode == "dense")
+        if budget.part.measure is not None:
+            walk.prepare()
+            progress.start(budget.part.name, len(source.anatomy.blocks))
+            profile = sparsify.profile(budget, partial(_resident_weight, model), progress.step)
+            sparsify.patterns = budget.allot(source.anatomy, recipe.target, profile)
         sparsify.start()
         reports: list[LinearReport] = []
         progress.start(recipe.method, len(source.anatomy.blocks))
         for block in source.anatomy.blocks:
             module = source.load_block(block.index)
-            reports += sparsify.prune_block(block, module, partial(_resident_weight, module))
+            reports += sparsify.prune_block(block, module, partial(_resident_weight, model))
             sparsify.pass_on(block.index, module)
             progress.step()
         progress.stop()
@@ -235,7 +247,7 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
     source = StreamedModel.open(
         folder, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
     )
-    sparsifier, patterns = parts_of(recipe, source.anatomy)
+    sparsifier, budget, patterns = parts_of(recipe, source.anatomy)
     calibration = recipe.calibration
     length = window_length(source.module.config, calibration.length, progress)
 
@@ -244,7 +256,7 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
         windows = calibration_windows(
             documents(calibration.source, "calibration"),
             tokenizer,
-            samples=max(ranks.size, sparsifier.windows_needed(calibration.samples)),
+            samples=max(ranks.size, windows_needed(sparsifier, budget, calibration.samples)),
             length=length,
             seed=recipe.seed,
             sampling=calibration.sampling,
@@ -263,7 +275,7 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
             "dtype": str(source.dtype).removeprefix("torch."),
             "device": str(source.device),
             "calibration": calibration.model_copy(update={"length": length}),
-            "parts": sparsifier.resolved(recipe.parts),
+            "parts": resolved_parts(sparsifier, budget, recipe),
         }
     )
     machine.return_memory()  # what tokenising took
@@ -287,7 +299,7 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
         first=mine.start * batch,
         total=len(windows),
     )
-    budget = machine.available_memory_bytes() // 2 // ranks.here if memory_budget is None else memory_budget
+    room = machine.available_memory_bytes() // 2 // ranks.here if memory_budget is None else memory_budget
     base = machine.rss_bytes()
     needs = needs_of(
         source,
@@ -296,12 +308,12 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
         length=length,
         batch=batch,
         width=hidden_width(source),
-        statistics=sparsifier.needs,
-        budget=budget,
+        sparsifier=sparsifier,
+        budget=room,
         base=base,
     )
     ranks.share(lambda: refuse_memory(needs, base=base, processes=ranks.here))
-    return _Run(resolved, source, sparsify, windows, identity, needs, budget, progress, ranks)
+    return _Run(resolved, source, sparsify, budget, windows, identity, needs, room, progress, ranks)
 
 
 def _check_output(folder: Path, out: Path, *, resume: bool, overwrite: bool, ours: bool = False) -> None:
@@ -461,6 +473,20 @@ def _orderly_end(out: Path, journal: Journal, run_: _Run) -> Iterator[None]:
         raise
 
 
+def _allot(run_: _Run, journal: Journal) -> None:
+    """Where the budget measures, walk through the dense model first; a run that goes on finds what came of it in the journal."""
+    budget, sparsify, anatomy = run_.budget, run_.sparsify, run_.source.anatomy
+    if budget.part.measure is None:
+        return
+    profile = run_.ranks.share(lambda: journal.profile)
+    if profile is None:
+        run_.progress.start(budget.part.name, len(anatomy.blocks))
+        profile = sparsify.profile(budget, partial(_stored_weight, run_.source), run_.progress.step)
+        journal.profile = profile
+        run_.ranks.share(journal.save)
+    sparsify.patterns = budget.allot(anatomy, run_.recipe.target, profile)
+
+
 def _walk(run_: _Run, keeper: Keeper, writer: Writer, journal: Journal) -> Tensor:
     """Prune and write every block that is not finished; returns the final hidden states the reload is compared with."""
     source, sparsify, progress = run_.source, run_.sparsify, run_.progress
@@ -522,9 +548,9 @@ def _start(run_: _Run, out: Path, journal: Journal, whole: set[int]) -> int:
     saved = run_.ranks.share(lambda: [block for block in saved_blocks(journal, window) if block <= wanted])
     begin = max(saved, default=0)
     hidden: HiddenStates | None = None
-    if walk.hidden_bytes > run_.budget:
+    if walk.hidden_bytes > run_.room:
         run_.progress.say(
-            f"hidden states ({walk.hidden_bytes / 1e9:.2f} GB) go to files: the memory budget is {run_.budget / 1e9:.2f} GB"
+            f"hidden states ({walk.hidden_bytes / 1e9:.2f} GB) go to files: the memory budget is {run_.room / 1e9:.2f} GB"
         )
         hidden = InFiles(walk.shape, walk.dtype, Place(out, sparsify.first))
     sparsify.start(hidden, keep=begin == 0)
@@ -558,8 +584,8 @@ def _stored_weight(source: StreamedModel, linear: Linear) -> Tensor:
     return source.stored[linear.index][source.key_of[f"{linear.full_name}.weight"]]
 
 
-def _resident_weight(module: nn.Module, linear: Linear) -> Tensor:
-    return weight_of(module.get_submodule(linear.name))
+def _resident_weight(model: nn.Module, linear: Linear) -> Tensor:
+    return weight_of(model.get_submodule(linear.full_name))
 
 
 def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: float) -> Result:
@@ -588,7 +614,7 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
                 reference,
                 dtype=dtype,
                 device=device,
-                whole=parameters * dtype.itemsize <= run_.budget,
+                whole=parameters * dtype.itemsize <= run_.room,
                 trust_remote_code=run_.recipe.trust_remote_code,
             )
         except BaseException as problem:

@@ -39,6 +39,7 @@ else:
     import tomli as tomllib
 
 DEFAULT_LENGTH = 2048
+KINDS = ("score", "pattern", "refine", "reconstruct", "budget")
 
 
 class _Yaml(yaml.SafeLoader):
@@ -145,8 +146,8 @@ class Recipe(_Section):
     @classmethod
     def _known_parts(cls, parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for part in parts:
-            if part not in ("score", "pattern", "budget"):
-                raise ValueError(f"'{part}' is no part of a method: the parts are score, pattern, budget")
+            if part not in KINDS:
+                raise ValueError(f"'{part}' is no part of a method: the parts are {', '.join(KINDS)}")
         return parts
 
     @model_validator(mode="after")

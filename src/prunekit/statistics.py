@@ -23,6 +23,8 @@ INPUT_SUMS = frozenset({"input_sum", "input_square", "input_abs", "gram"})
 OUTPUT_SUMS = frozenset({"output_square"})
 # tokens whose products are summed in float32 before they join the float64 sums; few enough to stay in cache
 _ROWS = 256
+# of the gram matrix: tokens to a product, and columns to a panel; only what lies below the diagonal's panels is computed
+_GRAM_ROWS, _GRAM_PANEL = 512, 512
 
 
 class Statistics:
@@ -172,10 +174,13 @@ class _Sums:
         if keep is not None:
             rows = rows[keep.reshape(-1).to(rows.device)]
         self.count += rows.shape[0]
+        if "gram" in self.wanted:
+            for chunk in torch.split(rows, _GRAM_ROWS):
+                self._add_gram(chunk if chunk.dtype == torch.float64 else chunk.float())
+        if self.wanted <= {"gram"}:
+            return
         for chunk in torch.split(rows, _ROWS):
             exact = chunk if chunk.dtype == torch.float64 else chunk.float()
-            if "gram" in self.wanted:
-                self._accumulate("gram", exact.t() @ exact, exact.dtype)
             if "input_sum" in self.wanted:
                 self._accumulate("input_sum", exact.sum(0))
             if "input_abs" in self.wanted:
@@ -185,10 +190,27 @@ class _Sums:
                     square = exact.square() if exact.dtype == chunk.dtype else exact.mul_(exact)
                     self._accumulate(name, square.sum(0))
 
-    def _accumulate(self, name: str, value: Tensor, dtype: torch.dtype = torch.float64) -> None:
+    def _accumulate(self, name: str, value: Tensor) -> None:
         if name not in self.sums:
-            self.sums[name] = torch.zeros_like(value, dtype=dtype)
+            self.sums[name] = torch.zeros_like(value, dtype=torch.float64)
         self.sums[name] += value
+
+    def _add_gram(self, rows: Tensor) -> None:
+        width = rows.shape[1]
+        if "gram" not in self.sums:
+            self.sums["gram"] = rows.new_zeros(width, width)
+        for start in range(0, width, _GRAM_PANEL):
+            panel = slice(start, start + _GRAM_PANEL)
+            self.sums["gram"][start:, panel].addmm_(rows[:, start:].t(), rows[:, panel])
+
+    @torch.inference_mode()  # as the sums were made
+    def finish(self) -> None:
+        """Mirror the gram matrix, of which only the lower half was summed."""
+        if "gram" in self.sums:
+            gram = self.sums["gram"]
+            for start in range(0, len(gram), _GRAM_PANEL):
+                end = start + _GRAM_PANEL
+                gram[start:end, end:] = gram[end:, start:end].t()
 
 
 def _zeros(width: int, inputs: Tensor) -> Tensor:
@@ -293,6 +315,7 @@ class Collector:
             count = torch.tensor([sums.count], dtype=torch.int64)
             sum_up([count, *(sums.sums[name] for name in sorted(sums.sums))])
             sums.count = int(count)
+            sums.finish()
         found: dict[str, Statistics] = {}
         for name in self._linears:
             if name not in self._leader:

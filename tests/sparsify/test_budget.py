@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from prunekit.catalogue import find_method
 from prunekit.errors import InputError
 from prunekit.model.anatomy import Anatomy, Block, Linear
 from prunekit.recipe import Pattern
-from prunekit.sparsify.budget import allot
+from prunekit.sparsify.budget import Budget, outlier_share
+from prunekit.statistics import Statistics
 
 HALF = Pattern.parse(0.5)
 NAMES = ("attn.q", "attn.o", "mlp.up", "mlp.down")
+
+
+def allot(
+    anatomy: Anatomy,
+    pattern: Pattern,
+    *,
+    part: str = "uniform",
+    options: dict[str, Any] | None = None,
+    profile: list[float] | None = None,
+) -> dict[str, Pattern | None]:
+    budget = Budget.of(replace(find_method("wanda"), budget=part), options)
+    return budget.allot(anatomy, pattern, profile or [])
 
 
 def anatomy(inputs: int = 12, odd: str = "", odd_inputs: int = 0) -> Anatomy:
@@ -123,3 +141,85 @@ def test_the_options_given_are_not_changed() -> None:
 def test_an_unknown_budget_is_refused() -> None:
     with pytest.raises(InputError, match="budget 'unifrom' is unknown: did you mean 'uniform'"):
         allot(anatomy(), HALF, part="unifrom")
+
+
+def shares(found: dict[str, Pattern | None]) -> list[float]:
+    """Mean sparsity of each block; all linears of `anatomy()` have as many weights."""
+    values = [float(pattern.fraction) for pattern in found.values() if pattern is not None]
+    return [sum(values[start : start + 4]) / 4 for start in range(0, len(values), 4)]
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(st.floats(0, 50), min_size=12, max_size=12),
+    st.sampled_from(["0.2", "0.5", "0.6", "0.97"]),
+    st.sampled_from([0.02, 0.08, 0.2]),
+)
+def test_owl_prunes_as_much_in_all_as_asked(profile: list[float], sparsity: str, spread: float) -> None:
+    pattern = Pattern.parse(sparsity)
+    whole = anatomy(inputs=240)
+    found = allot(whole, pattern, part="owl", options={"spread": spread}, profile=profile)
+    zeros = sum(linear.out_features * found[linear.full_name].zeros(240) for linear in whole.linears())  # type: ignore[union-attr]
+    asked = float(pattern.fraction) * sum(linear.count for linear in whole.linears())
+    assert abs(zeros - asked) <= 8, "half a row count of one linear, and the rounding of each row"
+
+
+def test_owl_leaves_more_where_there_are_more_outliers() -> None:
+    profile = [float(index) for index in range(12)]
+    found = shares(allot(anatomy(inputs=2400), Pattern.parse(0.6), part="owl", profile=profile))
+    # by hand: 0.16·index/11 is taken from 0.6 plus its mean, 0.08
+    expected = [0.6 - (0.16 * index / 11 - 0.08) for index in range(12)]
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_owl_of_blocks_that_are_alike_is_uniform() -> None:
+    found = allot(anatomy(), HALF, part="owl", profile=[3.0] * 12)
+    assert shares(found) == pytest.approx([0.5] * 12)
+
+
+def test_owl_varies_how_many_of_a_group_are_kept() -> None:
+    profile = [float(index) for index in range(12)]
+    options = {"spread": 0.25, "outlier": 6.0}
+    found = allot(anatomy(inputs=16), Pattern.parse("4:8"), part="owl", profile=profile, options=options)
+    keeps = [pattern.keep for pattern in found.values() if pattern is not None]
+    assert keeps[0] == 2
+    assert keeps[-1] == 6
+    assert sum(keep for keep in keeps if keep) == 4 * len(keeps)
+    assert keeps == sorted(keeps)  # type: ignore[type-var]
+
+
+def test_owl_before_it_has_measured_is_uniform_and_overrides_hold_all_the_same() -> None:
+    before = allot(anatomy(), HALF, part="owl", options={"ignore": ["attn.q"]})
+    assert {str(pattern) for pattern in before.values()} == {"0.5", "None"}
+    after = allot(
+        anatomy(),
+        HALF,
+        part="owl",
+        options={"ignore": ["attn.q"], "overrides": {"mlp.up": 0.25}},
+        profile=[1.0] * 6 + [2.0] * 6,
+    )
+    assert {str(after[f"model.layers.{index}.mlp.up"]) for index in range(12)} == {"0.25"}
+    assert after["model.layers.0.attn.q"] is None
+    assert after["model.layers.0.attn.o"] != after["model.layers.11.attn.o"]
+
+
+def test_the_share_of_outliers_is_counted_over_all_linears_of_a_block() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(6, 8, generator=generator), torch.randn(3, 5, generator=generator)]
+    stats = [Statistics(9, {"input_square": torch.rand(w.shape[1], generator=generator).double()}) for w in weights]
+    values = [
+        abs(w[i, j].item()) * s.input_square[j].sqrt().item()
+        for w, s in zip(weights, stats, strict=True)
+        for i in range(w.shape[0])
+        for j in range(w.shape[1])
+    ]
+    mean = sum(values) / len(values)
+    expected = 100 * sum(value > 2 * mean for value in values) / len(values)
+    assert 0 < expected < 100
+    assert outlier_share(weights, stats, outlier=2.0, spread=0.08) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("options", [{"spread": -0.1}, {"outlier": 0.0}])
+def test_owl_refuses_what_makes_no_sense(options: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="spread is 0 or more, outlier above 0"):
+        allot(anatomy(), HALF, part="owl", options=options, profile=[1.0, 2.0] * 6)

@@ -16,7 +16,7 @@ from prunekit.catalogue import find_method
 from prunekit.errors import InputError, PrunekitError
 from prunekit.parts import Part
 from prunekit.recipe import Pattern
-from prunekit.sparsify.linear import Sparsifier
+from prunekit.sparsify.linear import Bound, Sparsifier
 from prunekit.statistics import Statistics
 
 
@@ -34,7 +34,7 @@ def statistics(input_square: Tensor) -> Statistics:
 
 def keep(method: str, weight: Tensor, stats: Statistics, pattern: str | float, group: str | None = None) -> Tensor:
     options = {} if group is None else {"pattern": {"group": group}}
-    return Sparsifier.of(find_method(method), options).keep_mask(weight, stats, Pattern.parse(pattern), "a.b")
+    return Sparsifier.of(find_method(method), options).prune(weight, stats, Pattern.parse(pattern), "a.b").keep
 
 
 def slow_keep(scores: list[list[float]], zeros_of_row: Callable[[int], int]) -> list[list[bool]]:
@@ -155,19 +155,19 @@ def test_only_rowwise_scores_are_asked_in_chunks(rowwise: bool, monkeypatch: pyt
 
     monkeypatch.setattr(bits, "_CHUNK", 40)
     sparsifier = Sparsifier(part(watched, rowwise=rowwise), "row")
-    sparsifier.keep_mask(*draw(), Pattern.parse(0.5), "a.b")
+    sparsifier.prune(*draw(), Pattern.parse(0.5), "a.b")
     assert asked == ([(2, 20)] * 4 + [(1, 20)] if rowwise else [(9, 20)])
 
 
-def part(function: Callable[..., Tensor], rowwise: bool = True) -> Part:
-    return Part("score", "homemade", function, frozenset(), "", rowwise, {})
+def part(function: Callable[..., Tensor], rowwise: bool = True) -> Bound:
+    return Bound(Part("score", "homemade", function, frozenset(), "", rowwise, {}))
 
 
 @pytest.mark.parametrize("group", ["row", "layer"])
 def test_a_score_of_another_shape_is_refused(group: Any) -> None:
     sparsifier = Sparsifier(part(lambda weight, stats: weight.t()), group)
     with pytest.raises(PrunekitError, match=r"score 'homemade' gave shape \[20, 9\] for a weight \[9, 20\]"):
-        sparsifier.keep_mask(*draw(), Pattern.parse(0.5), "a.b")
+        sparsifier.prune(*draw(), Pattern.parse(0.5), "a.b")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -180,7 +180,7 @@ def test_a_score_that_is_not_finite_is_refused(bad: float, group: Any) -> None:
 
     for pattern in ("0.5", "2:4"):
         with pytest.raises(InputError, match=r"score 'homemade' of 'a\.b' is NaN or infinite"):
-            Sparsifier(part(spoilt), group).keep_mask(*draw(), Pattern.parse(pattern), "a.b")
+            Sparsifier(part(spoilt), group).prune(*draw(), Pattern.parse(pattern), "a.b")
 
 
 def test_scores_are_computed_in_float32_or_better() -> None:
@@ -191,7 +191,7 @@ def test_scores_are_computed_in_float32_or_better() -> None:
         return weight.abs()
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        Sparsifier(part(watched), "row").keep_mask(*draw(dtype=dtype), Pattern.parse(0.5), "a.b")
+        Sparsifier(part(watched), "row").prune(*draw(dtype=dtype), Pattern.parse(0.5), "a.b")
     assert seen == [(torch.float32, torch.float32)] * 3 + [(torch.float64, torch.float64)]
 
 

@@ -61,6 +61,7 @@ class Journal:
     identity: dict[str, Any]
     shards: list[dict[str, Any]] = field(default_factory=list)
     hidden: list[dict[str, Any]] = field(default_factory=list)
+    profile: list[float] | None = None
 
     @classmethod
     def fresh(cls, folder: Path, identity: dict[str, Any]) -> Journal:
@@ -80,7 +81,7 @@ class Journal:
             described = all(shard["file"] and shard["sha256"] and shard["position"] >= 0 for shard in shards)
             if not (isinstance(identity, dict) and described and all(note["parts"] for note in hidden)):
                 raise TypeError("not a journal")
-            return cls(path, identity, shards, hidden)
+            return cls(path, identity, shards, hidden, content["profile"])
         except (ValueError, KeyError, TypeError, OSError) as problem:
             raise InputError(f"'{path}' cannot be read ({problem}): start afresh with --overwrite") from None
 
@@ -98,7 +99,12 @@ class Journal:
 
     def save(self) -> None:
         """Make the present state durable."""
-        content = {"identity": self.identity, "shards": self.shards, "hidden": self.hidden}
+        content = {
+            "identity": self.identity,
+            "shards": self.shards,
+            "hidden": self.hidden,
+            "profile": self.profile,
+        }
         write_json(self.path, content, indent=None)
 
     def whole_shards(self) -> list[dict[str, Any]]:

@@ -1,97 +1,207 @@
-"""One weight matrix: score it, choose what to keep. Memory is bounded by working on chunks of rows where the parts allow it."""
+"""One weight matrix: score it, choose what to keep, move the mask, refit what is kept; in chunks of rows where the parts allow it."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..bits import all_finite, row_chunks
-from ..catalogue import Method
+from ..catalogue import PARTS, Method
 from ..errors import InputError, PrunekitError
 from ..parts import Part, find_part
 from ..recipe import Pattern
 from ..statistics import Statistics
-from .patterns import keep_groups, keep_largest
+from .patterns import Group, Selection
 
-Group = Literal["row", "layer"]
+
+@dataclass(frozen=True)
+class Bound:
+    """A part with its options filled in."""
+
+    part: Part
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, *arguments: Any, **more: Any) -> Any:
+        """What the part's function returns."""
+        return self.part.function(*arguments, **self.options, **more)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What became of (some rows of) a linear.
+
+    Shapes: keep bool [rows, in]; weight [rows, in] float where kept weights were changed, else None.
+    """
+
+    keep: Tensor
+    weight: Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> Pruned:
+        return Pruned(self.keep[rows], None if self.weight is None else self.weight[rows])
 
 
 @dataclass(frozen=True)
 class Sparsifier:
-    """A method with its options bound: what turns (weight, statistics, pattern) into a keep-mask."""
+    """A method with its options bound: what turns (weight, statistics, pattern) into a keep-mask and refitted weights."""
 
-    score: Part
+    score: Bound | None
     group: Group
-    score_options: dict[str, Any] = field(default_factory=dict)
+    refine: Bound | None = None
+    reconstruct: Bound | None = None
+    seed: int = 0
 
     @classmethod
-    def of(cls, method: Method, options: dict[str, dict[str, Any]]) -> Sparsifier:
+    def of(cls, method: Method, options: Mapping[str, Mapping[str, Any]], seed: int = 0) -> Sparsifier:
         """The method's parts with a recipe's options laid over their defaults. Raises `InputError`."""
-        part = find_part("score", method.score)
-        pattern_options = dict(options.get("pattern", {}))
-        group = pattern_options.pop("group", method.group)
+        bound = {kind: _bind(kind, method, options) for kind in ("score", "refine", "reconstruct")}
+        pattern = {"group": method.group, **options.get("pattern", {})}
+        group = pattern.pop("group")
         if group not in ("row", "layer"):
             raise InputError(f"'pattern.group' cannot be {group!r}: it is row or layer")
-        if pattern_options:
-            raise InputError(f"'pattern.{next(iter(pattern_options))}' is not an option of the pattern: known is group")
-        return cls(part, cast(Group, group), part.bind(options.get("score", {})))
+        if pattern:
+            raise InputError(f"'pattern.{next(iter(pattern))}' is not an option of the pattern: known is group")
+        last = bound["reconstruct"]
+        if bound["score"] is None:
+            if last is None or not last.part.chooses:
+                raise InputError(
+                    f"method '{method.name}' has nothing that chooses what to keep: name a score with --set score.name=wanda"
+                )
+            if bound["refine"] is not None:
+                raise InputError(
+                    f"refine '{bound['refine'].part.name}' moves a mask and '{method.name}' makes its own while it solves: "
+                    "give it a score first, like --set score.name=wanda"
+                )
+        return cls(bound["score"], cast(Group, group), bound["refine"], last, seed)
+
+    @property
+    def parts(self) -> list[Bound]:
+        """The parts it has, in the order they work."""
+        return [part for part in (self.score, self.refine, self.reconstruct) if part is not None]
 
     @property
     def needs(self) -> frozenset[str]:
         """Statistics its parts read."""
-        return self.score.needs
+        return frozenset().union(*(bound.part.needs for bound in self.parts))
 
-    def windows_needed(self, asked: int) -> int:
-        """As many as asked; one where the method looks at no data, for the output errors and the reload check."""
-        return asked if self.needs else 1
+    @property
+    def refits(self) -> bool:
+        """Whether kept weights are changed."""
+        return self.reconstruct is not None
 
     def resolved(self, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """A recipe's part options with the defaults that hold today filled in."""
-        own = {"score": self.score_options} if self.score_options else {}
+        """A recipe's part options with the names and defaults that hold today filled in."""
+        own = {bound.part.kind: {"name": bound.part.name, **bound.options} for bound in self.parts}
         return {**options, **own, "pattern": {"group": self.group}}
 
     def works_by_rows(self, pattern: Pattern) -> bool:
-        """Whether some rows' mask depends on those rows alone."""
-        return self.score.rowwise and (pattern.keep is not None or self.group == "row")
+        """Whether some rows' result depends on those rows alone."""
+        return Selection(pattern, self.group).by_rows and all(bound.part.rowwise for bound in self.parts)
 
-    def keep_mask(self, weight: Tensor, stats: Statistics, pattern: Pattern, name: str) -> Tensor:
-        """Which weights stay.
+    def prune(
+        self, weight: Tensor, stats: Statistics, pattern: Pattern, name: str, rows: slice | None = None
+    ) -> Pruned:
+        """Which weights stay, and what the kept ones become.
 
-        Shapes: weight [out, in], any float dtype -> bool [out, in], True = kept. Exactly `floor(in·s)` False per row, or
-        `floor(out·in·s)` over the layer, or `G − K` per group. Scores are computed in float32 (float64 for a float64 weight), on
-        the device the statistics lie on, and the mask is there too.
+        Shapes: weight [out, in], any float dtype -> those `rows` of it, by default all. Exactly `floor(in·s)` False per row, or
+        `floor(out·in·s)` over the layer, or `G − K` per group. Computed in float32 (float64 for a float64 weight), on the device the
+        statistics lie on, where the result is too. Raises `InputError` where a score or a refitted weight is not finite.
         """
-        rows, columns = weight.shape
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        device = stats.device or weight.device
-        stats = stats.to(dtype)
-        chunks = list(row_chunks(rows, columns)) if self.score.rowwise else [slice(0, rows)]
-        if pattern.keep is None and self.group == "layer":
-            whole = torch.empty(rows, columns, dtype=dtype, device=device)
-            for part in chunks:
-                whole[part] = self._scores(weight[part].to(device), stats, dtype, name)
-            return keep_largest(whole.reshape(1, -1), pattern.zeros(rows * columns)).reshape(rows, columns)
-        keep = torch.empty(rows, columns, dtype=torch.bool, device=device)
-        for part in chunks:
-            scores = self._scores(weight[part].to(device), stats, dtype, name)
-            if pattern.keep is None:
-                keep[part] = keep_largest(scores, pattern.zeros(columns))
-            else:
-                assert pattern.group is not None
-                keep[part] = keep_groups(scores, pattern.keep, pattern.group)
-        return keep
+        selection = Selection(pattern, self.group)
+        mine = slice(0, len(weight)) if rows is None else rows
+        stats = stats.of(weight).to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        if self.works_by_rows(pattern):
+            return self._prune(weight[mine], stats.rows(mine), selection, name)
+        return self._prune(weight, stats, selection, name)[mine]
 
-    def _scores(self, weight: Tensor, stats: Statistics, dtype: torch.dtype, name: str) -> Tensor:
-        scores = self.score.function(weight.to(dtype), stats, **self.score_options)
+    def _prune(self, weight: Tensor, stats: Statistics, selection: Selection, name: str) -> Pruned:
+        keep = None if self.score is None else self._choose(weight, stats, selection, name)
+        if keep is not None and self.refine is not None:
+            keep = self._refined(weight, keep, stats, selection)
+        if self.reconstruct is None:
+            assert keep is not None
+            return Pruned(keep)
+        new, keep = self.reconstruct(_exact(weight, stats), keep, stats, selection)
+        if not all_finite(new):
+            raise InputError(
+                f"reconstruct '{self.reconstruct.part.name}' of '{name}' gave NaN or infinite weights: "
+                "its weights or inputs are not finite, or --set reconstruct.damping is too small"
+            )
+        return Pruned(keep, new)
+
+    def _choose(self, weight: Tensor, stats: Statistics, selection: Selection, name: str) -> Tensor:
+        assert self.score is not None
+        rows, columns = weight.shape
+        device = stats.device or weight.device
+        chunks = list(row_chunks(rows, columns)) if self.score.part.rowwise else [slice(0, rows)]
+        if selection.by_rows:
+            keep = torch.empty(rows, columns, dtype=torch.bool, device=device)
+            for part in chunks:
+                keep[part] = selection.mask(self._scores(weight[part], stats.rows(part), name))
+            return keep
+        if len(chunks) == 1:
+            return selection.mask(self._scores(weight, stats, name))
+        whole: Tensor | None = None
+        for part in chunks:
+            scores = self._scores(weight[part], stats.rows(part), name)
+            whole = torch.empty(rows, columns, dtype=scores.dtype, device=device) if whole is None else whole
+            whole[part] = scores
+        assert whole is not None
+        return selection.mask(whole)
+
+    def _scores(self, weight: Tensor, stats: Statistics, name: str) -> Tensor:
+        assert self.score is not None
+        exact = _exact(weight, stats)
+        more = {"generator": _generator(self.seed, name, exact.device)} if self.score.part.random else {}
+        scores = self.score(exact, stats, **more)
         if scores.shape != weight.shape:
             raise PrunekitError(
-                f"score '{self.score.name}' gave shape {list(scores.shape)} for a weight {list(weight.shape)}: they must be equal"
+                f"score '{self.score.part.name}' gave shape {list(scores.shape)} for a weight {list(weight.shape)}: they must be equal"
             )
         if not all_finite(scores):
             raise InputError(
-                f"score '{self.score.name}' of '{name}' is NaN or infinite: its weights or its inputs are not finite"
+                f"score '{self.score.part.name}' of '{name}' is NaN or infinite: its weights or its inputs are not finite"
             )
         return cast(Tensor, scores)
+
+    def _refined(self, weight: Tensor, keep: Tensor, stats: Statistics, selection: Selection) -> Tensor:
+        assert self.refine is not None
+        if not self.refine.part.rowwise:
+            return cast(Tensor, self.refine(_exact(weight, stats), keep, stats, selection.groups))
+        for part in row_chunks(*weight.shape):
+            rows = _exact(weight[part], stats)
+            keep[part] = self.refine(rows, keep[part], stats.rows(part), selection.groups)
+        return keep
+
+
+def _bind(kind: str, method: Method, options: Mapping[str, Mapping[str, Any]]) -> Bound | None:
+    """The part of that kind: the recipe's `name` wins over the method's, whose own options then do not apply."""
+    given = dict(options.get(kind, {}))
+    own = getattr(method, kind)
+    name = given.pop("name", own)
+    if name is None:
+        if given:
+            known = ", ".join(part for part, its in PARTS.items() if its == kind)
+            raise InputError(
+                f"'{kind}.{next(iter(given))}' is an option of a {kind} and method '{method.name}' has none: "
+                f"name one with --set {kind}.name=... ({known})"
+            )
+        return None
+    defaults = method.options.get(kind, {}) if name == own else {}
+    part = find_part(kind, name)
+    return Bound(part, part.bind({**defaults, **given}))
+
+
+def _exact(weight: Tensor, stats: Statistics) -> Tensor:
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return weight.to(device=stats.device or weight.device, dtype=dtype)
+
+
+def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """What a linear's score draws from: decided by seed and name, so that neither order nor number of processes matters."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))

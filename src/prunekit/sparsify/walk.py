@@ -19,21 +19,35 @@ from ..bits import apply_mask, count_zeros, removed_part, row_chunks
 from ..catalogue import find_method
 from ..distributed import Ranks
 from ..model.anatomy import Anatomy, Block, Linear, weight_of
-from ..model.hidden import HiddenStates, InMemory, Place
+from ..model.hidden import HiddenStates, InMemory, Place, room_for
 from ..model.stream import Walk
 from ..recipe import Pattern, Recipe
 from ..statistics import Collector, Statistics
-from .budget import allot
+from .budget import Budget
 from .linear import Sparsifier
 
 ERROR_TOKENS = 256  # inputs of the last window on which a linear's output error is measured
 
 
-def parts_of(recipe: Recipe, anatomy: Anatomy) -> tuple[Sparsifier, dict[str, Pattern | None]]:
-    """The recipe's method with its options bound, and the pattern of every linear. Raises `InputError`."""
+def parts_of(recipe: Recipe, anatomy: Anatomy) -> tuple[Sparsifier, Budget, dict[str, Pattern | None]]:
+    """The recipe's method with its options bound, its budget, and the pattern of every linear before anything is measured.
+
+    Raises `InputError`.
+    """
     method = find_method(recipe.method)
-    patterns = allot(anatomy, recipe.target, part=method.budget, options=recipe.parts.get("budget"))
-    return Sparsifier.of(method, recipe.parts), patterns
+    budget = Budget.of(method, recipe.parts.get("budget"))
+    return Sparsifier.of(method, recipe.parts, recipe.seed), budget, budget.allot(anatomy, recipe.target)
+
+
+def windows_needed(sparsifier: Sparsifier, budget: Budget, asked: int) -> int:
+    """As many windows as asked; one where nothing looks at data, for the output errors and the reload check."""
+    return asked if sparsifier.needs | budget.part.needs else 1
+
+
+def resolved_parts(sparsifier: Sparsifier, budget: Budget, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """A recipe's part options with the names and defaults that hold today filled in."""
+    parts = sparsifier.resolved(recipe.parts)
+    return {**parts, "budget": {**parts.get("budget", {}), **budget.resolved}}
 
 
 @dataclass(frozen=True)
@@ -150,7 +164,7 @@ class SparsifyWalk:
 
         `stored(linear)` is the weight as the checkpoint holds it: it is what scores see and is zeroed along with the module's.
         """
-        collector = self._measure(block, module)
+        collector = self._measure(block, module, self.sparsifier.needs, goes_on=self.dense)
         with self.seconds.timed("prune"):
             statistics = collector.statistics(self.ranks.sum_up)
             return [
@@ -166,14 +180,23 @@ class SparsifyWalk:
         weight = linear.matrix(stored)
         error = None
         if pattern is not None:
+            mine = self.ranks.share_of(linear.out_features)
             with self.ranks.together():
-                mine = self._keep_mask(weight, statistics, pattern, linear.full_name)
-            keep = self.ranks.gather_rows(mine, linear.out_features)
+                pruned = self.sparsifier.prune(weight, statistics, pattern, linear.full_name, mine)
+            keep = self.ranks.gather_rows(pruned.keep, linear.out_features)
             live = linear.matrix(weight_of(module.get_submodule(linear.name)))
-            error = self._output_error(live, keep, collector.sample(linear.name))
-            apply_mask(weight, keep.to(weight.device))
-            if live.data_ptr() != weight.data_ptr():
-                apply_mask(live, keep)
+            sample = self.ranks.from_last(collector.sample(linear.name))
+            if pruned.weight is None:
+                error = self._output_error(live, lambda rows: removed_part(live[rows], keep[rows]), sample)
+                apply_mask(weight, keep.to(weight.device))
+                if live.data_ptr() != weight.data_ptr():
+                    apply_mask(live, keep)
+            else:
+                new = self.ranks.gather_rows(pruned.weight.to(weight.dtype), linear.out_features).to(weight.device)
+                apply_mask(new, keep.to(weight.device))
+                error = self._output_error(live, lambda rows: live[rows] - new[rows].to(live), sample)
+                weight.copy_(new)
+                live.copy_(new)
         return LinearReport(
             name=linear.full_name,
             shape=(linear.out_features, linear.in_features),
@@ -184,19 +207,9 @@ class SparsifyWalk:
             seconds=time.perf_counter() - begun,
         )
 
-    def _keep_mask(self, weight: Tensor, statistics: Statistics, pattern: Pattern, name: str) -> Tensor:
-        """Our rows of a linear's keep-mask.
-
-        Where weights are compared over the whole layer, or a score looks at all rows, every process does all and keeps its own.
-        """
+    def _output_error(self, weight: Tensor, change: Callable[[slice], Tensor], sample: Tensor) -> float:
         mine = self.ranks.share_of(len(weight))
-        if self.sparsifier.works_by_rows(pattern):
-            return self.sparsifier.keep_mask(weight[mine], statistics, pattern, name)
-        return self.sparsifier.keep_mask(weight, statistics, pattern, name)[mine]
-
-    def _output_error(self, weight: Tensor, keep: Tensor, sample: Tensor) -> float:
-        mine = self.ranks.share_of(len(weight))
-        squares = error_squares(weight[mine], keep[mine], self.ranks.from_last(sample))
+        squares = error_squares(weight, change, sample, mine)
         self.ranks.sum_up([squares])
         lost, whole = squares.sqrt().tolist()
         return float(lost / whole) if whole > 0 else 0.0
@@ -222,9 +235,33 @@ class SparsifyWalk:
         with self.seconds.timed("forward"), self.ranks.together():
             self.walk.run(index, module)
 
-    def _measure(self, block: Block, module: nn.Module) -> Collector:
+    @torch.inference_mode()
+    def profile(self, budget: Budget, stored: Callable[[Linear], Tensor], step: Callable[[], None]) -> list[float]:
+        """What a budget wants to know of every block of the dense model: a walk of its own, before the one that prunes."""
+        walk, found = self.walk, []
+        with room_for(walk.shape, walk.dtype, walk.source.device) as hidden:
+            with self.seconds.timed("forward"), self.ranks.together():
+                walk.start(hidden)
+            for block in walk.source.anatomy.blocks:
+                with self.seconds.timed("read"):
+                    module = walk.source.load_block(block.index)
+                walk.source.prefetch(block.index + 1)
+                collector = self._measure(block, module, budget.part.needs, goes_on=True)
+                with self.seconds.timed("prune"):
+                    measured = collector.statistics(self.ranks.sum_up)
+                    weights = [linear.matrix(stored(linear)) for linear in block.linears]
+                    stats = [measured[linear.name].to(torch.float32) for linear in block.linears]
+                    found.append(budget.measure(weights, stats))
+                walk.source.free_block(block.index)
+                step()
+            walk.release()
+        walk.prepare()
+        return found
+
+    def _measure(self, block: Block, module: nn.Module, needs: frozenset[str], *, goes_on: bool) -> Collector:
+        """Statistics of a block's linears; where the walk `goes_on`, the block's outputs take the place of its inputs."""
         linears = {linear.name: module.get_submodule(linear.name) for linear in block.linears}
-        collector = Collector(linears, self.sparsifier.needs, result_used=self.dense)
+        collector = Collector(linears, needs, result_used=goes_on)
         last = len(self.walk.batches) - 1
         with self.seconds.timed("forward"), self.ranks.together(), collector:
             for position, batch in enumerate(self.walk.batches):
@@ -233,22 +270,23 @@ class SparsifyWalk:
                 collector.sample_tokens = ERROR_TOKENS if position == last else 0
                 output = self.walk.run_batch(block.index, module, position, self.walk.hidden[batch])
                 collector.end_batch()
-                if self.dense:
+                if goes_on:
                     self.walk.hidden[batch] = output
-            if self.dense:
+            if goes_on:
                 self.walk.hidden.turn()
         return collector
 
 
-def error_squares(weight: Tensor, keep: Tensor, inputs: Tensor) -> Tensor:
-    """‖X(W̃−W)ᵀ‖²_F and ‖XWᵀ‖²_F, products in the model's dtype, sums in float64: [2].
+def error_squares(weight: Tensor, change: Callable[[slice], Tensor], inputs: Tensor, rows: slice) -> Tensor:
+    """‖X(W−W̃)ᵀ‖²_F and ‖XWᵀ‖²_F over some rows of W, products in the model's dtype, sums in float64: [2].
 
-    Shapes: weight and keep [out, in], inputs [tokens, in].
+    Shapes: weight [out, in], inputs [tokens, in]; `change(rows)` gives W−W̃, [rows, in].
     """
     norm_dtype = torch.promote_types(weight.dtype, torch.float32)
     squares = torch.zeros(2, dtype=torch.float64, device=weight.device)
-    for rows in row_chunks(*weight.shape):
-        lost = torch.linalg.vector_norm(inputs @ removed_part(weight[rows], keep[rows]).t(), dtype=norm_dtype)
-        whole = torch.linalg.vector_norm(inputs @ weight[rows].t(), dtype=norm_dtype)
+    for part in row_chunks(rows.stop - rows.start, weight.shape[1]):
+        chunk = slice(rows.start + part.start, rows.start + part.stop)
+        lost = torch.linalg.vector_norm(inputs @ change(chunk).t(), dtype=norm_dtype)
+        whole = torch.linalg.vector_norm(inputs @ weight[chunk].t(), dtype=norm_dtype)
         squares += torch.stack([lost, whole]).double().square()
     return squares

@@ -1,0 +1,56 @@
+"""The normal equations of a linear's reconstruction: damping, and factorisations that do not give up quietly."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError, PrunekitWarning
+
+_RETRIES = 3
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """A new matrix, `gram` + λI with λ = `damping` · mean of the diagonal; channels that were never fed get a 1 there.
+
+    Shapes: [in, in]. Raises `InputError` for a negative damping.
+    """
+    if damping < 0:
+        raise InputError(f"'reconstruct.damping' cannot be {damping}: it is a fraction of the mean diagonal, like 0.01")
+    matrix = gram.clone()
+    diagonal = matrix.diagonal()
+    dead = diagonal == 0
+    mean = float(diagonal.double().mean())
+    diagonal += damping * mean
+    diagonal[dead] = mean if mean > 0 else 1.0
+    return matrix
+
+
+def inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """U, upper triangular, with UᵀU = (H + λI)⁻¹: one Cholesky factorisation of H turned about, and a triangular inverse.
+
+    Where the matrix is not positive definite in its own precision, it is tried in float64 with ten times the damping, up to three
+    times, with a warning that says so. Shapes: [in, in]. Raises `InputError` where that does not help either.
+    """
+    tried = damping
+    for attempt in range(_RETRIES + 1):
+        matrix = damped(gram if attempt == 0 else gram.double(), tried)
+        lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+        if not int(failed) and bool(torch.isfinite(lower).all()):
+            if attempt:
+                warnings.warn(
+                    f"gram matrix is not positive definite with damping {damping:g}: took {tried:g}",
+                    PrunekitWarning,
+                    stacklevel=2,
+                )
+            upper = lower.flip(0, 1)
+            identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+            factor: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+            return factor.to(gram.dtype)
+        tried = tried * 10 if tried > 0 else 1e-4
+    raise InputError(
+        f"the gram matrix of a linear's inputs is not positive definite, with damping up to {tried / 10:g}: its inputs hold "
+        "NaN or huge values; try --dtype float32, or more damping with --set reconstruct.damping=1"
+    )
