@@ -157,11 +157,16 @@ class Statistics:
 
 
 def column_norm(weight: Tensor, p: float) -> Tensor:
-    """ℓp norm of every column of a matrix [out, in], summed in float64: [in]."""
-    powers = p not in (0, 1, 2, math.inf)
-    if powers:  # taken of values of at most 1, in float64: large ones of small weights would all be 0, small ones grow past float32
-        peak = column_norm(weight, math.inf)
-        unit = peak.where(peak > 0, 1)
+    """ℓp norm of every column of a matrix [out, in], summed in float64: [in]. For `p` see `Statistics.weight_column_norm`."""
+    unit = torch.ones((), dtype=torch.float64, device=weight.device)
+    if p not in (
+        0,
+        1,
+        2,
+        math.inf,
+    ):  # powers are taken of shares of the largest, lest small weights' high ones all be 0
+        largest = column_norm(weight, math.inf)
+        unit = largest.where(largest > 0, unit)
     total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
     for rows in row_chunks(*weight.shape):
         part = weight[rows].to(torch.promote_types(weight.dtype, torch.float32)).abs()
@@ -169,13 +174,11 @@ def column_norm(weight: Tensor, p: float) -> Tensor:
             total = torch.maximum(total, part.amax(0).double())
         elif p == 0:
             total += (part != 0).sum(0)
-        elif powers:
-            total += (part / unit).pow(p).sum(0)
+        elif p == 1:
+            total += part.sum(0, dtype=torch.float64)
         else:
-            total += (part if p == 1 else part.square()).sum(0, dtype=torch.float64)
-    if p == 2:
-        return total.sqrt()
-    return total.pow(1 / p) * peak if powers else total
+            total += (part.double() / unit).pow(p).sum(0)
+    return total if p in (0, 1, math.inf) else total.pow(1 / p) * unit
 
 
 class _Sums:
