@@ -159,12 +159,8 @@ class Statistics:
 def column_norm(weight: Tensor, p: float) -> Tensor:
     """ℓp norm of every column of a matrix [out, in], summed in float64: [in]. For `p` see `Statistics.weight_column_norm`."""
     unit = torch.ones((), dtype=torch.float64, device=weight.device)
-    if p not in (
-        0,
-        1,
-        2,
-        math.inf,
-    ):  # powers are taken of shares of the largest, lest small weights' high ones all be 0
+    if p not in (0, 1, 2, math.inf):
+        # powers are taken of shares of the largest, lest high ones of small weights all be 0
         largest = column_norm(weight, math.inf)
         unit = largest.where(largest > 0, unit)
     total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)

@@ -16,7 +16,7 @@ def stade(weight: Tensor, stats: Statistics) -> Tensor:
     is not done here, since most linears have none and a checkpoint keeps its tensors: this is its criterion alone.
 
     Shapes: weight [out, in], stats.input_variance [in] (of a token) -> importance [out, in]. Comparable within an output row.
-    Source: STADE: Standard Deviation as a Pruning Metric, 2025; its official code takes the unbiased variance (divided by count − 1), and so does this.
+    Source: STADE: Standard Deviation as a Pruning Metric, 2025. The variance is unbiased (by count − 1), as in its official code.
     """
     unbiased = stats.input_variance * (
         stats.count / max(stats.count - 1, 1)
