@@ -30,6 +30,27 @@ _REGISTERED: dict[str, dict[str, Part]] = {kind: {} for kind in _HOMES}
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Which numbers an option takes, said in its annotation: `beta: Annotated[float, Limits(above=0, at_most=1)]`."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+
+    def allow(self, value: float) -> bool:
+        """Whether `value` is one of them; NaN never is where anything is asked."""
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+        )
+
+    def __str__(self) -> str:
+        said = (("of at least", self.at_least), ("above", self.above), ("at most", self.at_most))
+        return " and ".join(f"{words} {bound}" for words, bound in said if bound is not None)
+
+
+@dataclass(frozen=True)
 class Option:
     """One keyword-only parameter of a part."""
 
@@ -49,8 +70,8 @@ class Part:
             columns), so they may be computed in chunks.
         random: it draws at random, from a generator it is given as the keyword `generator`.
         chooses: a reconstruction that finds the keep-mask itself where it is given none.
-        note: what a user should know before choosing it.
         measure: what a budget wants to know of every dense block before the first is pruned.
+        note: what to know before it is used, such as a group within which a score says no more than a simpler one.
         options: its keyword-only parameters.
     """
 
@@ -133,7 +154,7 @@ def _register(
 ) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
         name = function.__name__.replace("_", "-")
-        hints = typing.get_type_hints(function)
+        hints = typing.get_type_hints(function, include_extras=True)
         options = {}
         for parameter in inspect.signature(function).parameters.values():
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not (random and parameter.name == "generator"):
@@ -165,8 +186,11 @@ def find_part(kind: str, name: str) -> Part:
 
 
 def _fits(value: Any, wanted: Any) -> bool:
+    if typing.get_origin(wanted) is typing.Annotated:
+        base, limits = typing.get_args(wanted)
+        return _fits(value, base) and limits.allow(value)
     if typing.get_origin(wanted) is typing.Literal:
-        return value in typing.get_args(wanted)
+        return not isinstance(value, bool) and value in typing.get_args(wanted)
     if typing.get_origin(wanted) in (typing.Union, types.UnionType):
         return any(_fits(value, one) for one in typing.get_args(wanted))
     if wanted is types.NoneType:
@@ -179,6 +203,9 @@ def _fits(value: Any, wanted: Any) -> bool:
 
 
 def _spell(wanted: Any) -> str:
+    if typing.get_origin(wanted) is typing.Annotated:
+        base, limits = typing.get_args(wanted)
+        return f"{_spell(base)} {limits}"
     if typing.get_origin(wanted) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(wanted)))
     if typing.get_origin(wanted) in (typing.Union, types.UnionType):

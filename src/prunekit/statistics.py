@@ -48,6 +48,7 @@ class Statistics:
         self._weight = weight
         self._dtype = dtype
         self._norms: dict[float, Tensor] = {}
+        self._whole_output_square: Tensor | None = None  # where the output sums were cut
 
     def _get(self, name: str) -> Tensor:
         if name not in self._sums:
@@ -95,6 +96,12 @@ class Statistics:
         return self._out(self._get("output_square").sqrt())
 
     @property
+    def mean_output_norm(self) -> Tensor:
+        """Mean of ‖Y_k:‖₂ over all output channels, though a part may be given some of its rows only; a scalar."""
+        square = self._get("output_square") if self._whole_output_square is None else self._whole_output_square
+        return self._out(square.sqrt().mean())
+
+    @property
     def input_mean(self) -> Tensor:
         """Σ x / count, [in]."""
         return self._out(self._get("input_sum") / self.count)
@@ -125,17 +132,22 @@ class Statistics:
         """The same sums, handed out in another dtype."""
         found = Statistics(self.count, self._sums, weight=self._weight, dtype=dtype)
         found._norms = self._norms
+        found._whole_output_square = self._whole_output_square
         return found
 
     def of(self, weight: Tensor) -> Statistics:
         """The same sums, with the weight [out, in] they belong to."""
-        return Statistics(self.count, self._sums, weight=weight, dtype=self._dtype)
+        found = Statistics(self.count, self._sums, weight=weight, dtype=self._dtype)
+        found._whole_output_square = self._whole_output_square
+        return found
 
     def rows(self, part: slice) -> Statistics:
-        """The sums that belong to some rows of the weight: outputs are cut, inputs and column norms stay whole."""
+        """The sums that belong to some rows of the weight: outputs are cut; inputs, column norms and means stay whole."""
         cut = {name: value[part] if name in OUTPUT_SUMS else value for name, value in self._sums.items()}
         found = Statistics(self.count, cut, weight=self._weight, dtype=self._dtype)
         found._norms = self._norms  # known to one, known to all
+        whole = self._whole_output_square
+        found._whole_output_square = self._sums.get("output_square") if whole is None else whole
         return found
 
     def permuted(self, order: Tensor) -> Statistics:
@@ -147,7 +159,12 @@ class Statistics:
 
 
 def column_norm(weight: Tensor, p: float) -> Tensor:
-    """ℓp norm of every column of a matrix [out, in], summed in float64: [in]."""
+    """ℓp norm of every column of a matrix [out, in], summed in float64: [in]. For `p` see `Statistics.weight_column_norm`."""
+    unit = torch.ones((), dtype=torch.float64, device=weight.device)
+    if p not in (0, 1, 2, math.inf):
+        # powers are taken of shares of the largest, lest high ones of small weights all be 0
+        largest = column_norm(weight, math.inf)
+        unit = largest.where(largest > 0, unit)
     total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
     for rows in row_chunks(*weight.shape):
         part = weight[rows].to(torch.promote_types(weight.dtype, torch.float32)).abs()
@@ -155,9 +172,11 @@ def column_norm(weight: Tensor, p: float) -> Tensor:
             total = torch.maximum(total, part.amax(0).double())
         elif p == 0:
             total += (part != 0).sum(0)
+        elif p == 1:
+            total += part.sum(0, dtype=torch.float64)
         else:
-            total += (part if p == 1 else part.pow(p)).sum(0, dtype=torch.float64)
-    return total if p in (0, 1, math.inf) else total.pow(1 / p)
+            total += (part.double() / unit).pow(p).sum(0)
+    return total if p in (0, 1, math.inf) else total.pow(1 / p) * unit
 
 
 class _Sums:
