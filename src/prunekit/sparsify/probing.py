@@ -49,7 +49,7 @@ class Stubs:
 
     def _begin(self) -> None:
         self._run(self._module)  # with zeros for outputs, to learn how many tokens there are
-        self._tokens = next(len(value) for value in self._inputs.values())
+        self._tokens = max(map(len, self._inputs.values()))
         draw = torch.Generator().manual_seed(0)
         self._low = {name: _uniform(*_LOW, value, draw) for name, value in self.random_outputs(draw).items()}
         self._high = {name: _uniform(*_HIGH, value, draw) for name, value in self._low.items()}
