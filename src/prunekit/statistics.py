@@ -157,6 +157,13 @@ class Statistics:
             moved["gram"] = moved["gram"][:, order]
         return Statistics(self.count, moved, dtype=self._dtype)
 
+    def permuted_outputs(self, order: Tensor) -> Statistics:
+        """The sums over outputs in another order: row `order[j]` of the weight becomes row j. Its column norms are the same."""
+        moved = {name: value[order] if name in OUTPUT_SUMS else value for name, value in self._sums.items()}
+        found = Statistics(self.count, moved, weight=self._weight, dtype=self._dtype)
+        found._norms = self._norms
+        return found
+
 
 def column_norm(weight: Tensor, p: float) -> Tensor:
     """ℓp norm of every column of a matrix [out, in], summed in float64: [in]. For `p` see `Statistics.weight_column_norm`."""

@@ -291,3 +291,13 @@ def test_a_model_that_skips_a_block_is_refused() -> None:
     source = ResidentModel(Skipping(tiny.make_model("llama")))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="does not call every block"):
         Walk(source, Windows(draw_ids(1, 8)), 1).start()
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(16, 8), (5, 5)])
+def test_a_probe_is_short_and_always_the_same(length: int, tokens: int) -> None:
+    walk = Walk(ResidentModel(tiny.make_model("gemma2")), Windows(draw_ids(3, length)))
+    walk.prepare()
+    found = [walk.run_probe(1, walk.source.load_block(1)) for _ in range(2)]
+    assert found[0].shape == (1, tokens, 32)
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], walk.run_probe(2, walk.source.load_block(2)))

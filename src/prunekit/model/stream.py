@@ -189,6 +189,7 @@ class Walk:
         count = len(self.windows)
         self.batches = [slice(start, min(start + size, count)) for start in range(0, count, size)]
         self._calls: list[list[Call]] = []
+        self._probe_calls: list[Call] = []
         self._forms: dict[type, int | None] = {}
         self.shape: tuple[int, ...] = ()
         self.dtype = self.source.dtype
@@ -210,6 +211,8 @@ class Walk:
             raise InputError(
                 "the model's forward does not call every block once: this kind of model is not supported yet"
             )
+        self._probe_calls = [recorder.call for recorder in recorders if recorder.call is not None]
+        self._probe_shape = first.shape
         self.shape = (len(self.windows), self.windows.length, first.shape[-1])
         self.dtype = first.dtype
 
@@ -252,6 +255,16 @@ class Walk:
         return result
 
     @torch.inference_mode()
+    def run_probe(self, index: int, block: nn.Module) -> Tensor:
+        """What a block makes of one window of a few random hidden states, always the same ones: [1, at most 8, hidden]."""
+        draw = torch.Generator().manual_seed(0)
+        hidden = torch.randn(self._probe_shape, generator=draw).to(device=self.source.device, dtype=self.dtype)
+        output = self._probe_calls[index].replay(block, hidden)
+        result = output[0] if isinstance(output, tuple) else output
+        assert isinstance(result, Tensor)
+        return result
+
+    @torch.inference_mode()
     def run(self, index: int, block: nn.Module) -> None:
         """Send all hidden states through a block."""
         for position, batch in enumerate(self.batches):
@@ -262,6 +275,7 @@ class Walk:
         """Give the hidden states and recorded arguments back; the walk is over."""
         self.hidden.close()
         self._calls.clear()
+        self._probe_calls.clear()
 
     def run_all(self, step: Callable[[], None] = lambda: None) -> None:
         """Send all hidden states through every block as it is, one block in memory at a time."""
