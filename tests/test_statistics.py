@@ -47,7 +47,7 @@ def assert_sums(found: Statistics, inputs: Tensor, outputs: Tensor, keep: Tensor
     # Where signs cancel, rounding is relative to what was added up, not to what is left.
     largest = expected["input_abs"].max().item()
     for name, value in expected.items():
-        atol = {"input_sum": rtol * largest, "gram": 1e-5 * expected["input_square"].max().item()}.get(name, 1e-30)
+        atol = {"input_sum": rtol * largest, "gram": rtol * expected["input_square"].max().item()}.get(name, 1e-30)
         torch.testing.assert_close(
             getattr(found, name).double(), value, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
         )

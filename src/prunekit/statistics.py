@@ -227,7 +227,8 @@ class _Sums:
             self.sums["gram"] = rows.new_zeros(width, width)
         for start in range(0, width, _GRAM_PANEL):
             panel = slice(start, start + _GRAM_PANEL)
-            self.sums["gram"][start:, panel].addmm_(rows[:, start:].t(), rows[:, panel])
+            # a product of its own, not `addmm_`: terms are then added up in two stages, and few of them to the long sum
+            self.sums["gram"][start:, panel] += rows[:, start:].t() @ rows[:, panel]
 
     @torch.inference_mode()  # as the sums were made
     def finish(self) -> None:
