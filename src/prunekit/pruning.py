@@ -218,14 +218,14 @@ def prune_in_memory(
         if budget.part.measure is not None:
             walk.prepare()
             progress.start(budget.part.name, len(source.anatomy.blocks))
-            profile = sparsify.profile(budget, partial(_resident_weight, model), progress.step)
+            profile = sparsify.profile(budget, in_module(model), progress.step)
             sparsify.patterns = budget.allot(source.anatomy, recipe.target, profile)
         sparsify.start()
         reports: list[LinearReport] = []
         progress.start(recipe.method, len(source.anatomy.blocks))
         for block in source.anatomy.blocks:
             module = source.load_block(block.index)
-            reports += sparsify.prune_block(block, module, partial(_resident_weight, model))
+            reports += sparsify.prune_block(block, module, in_module(model))
             sparsify.pass_on(block.index, module)
             progress.step()
         progress.stop()
@@ -481,7 +481,7 @@ def _allot(run_: _Run, journal: Journal) -> None:
     profile = run_.ranks.share(lambda: journal.profile)
     if profile is None:
         run_.progress.start(budget.part.name, len(anatomy.blocks))
-        profile = sparsify.profile(budget, partial(_stored_weight, run_.source), run_.progress.step)
+        profile = sparsify.profile(budget, partial(_stored, run_.source), run_.progress.step)
         journal.profile = profile
         run_.ranks.share(journal.save)
     sparsify.patterns = budget.allot(anatomy, run_.recipe.target, profile)
@@ -513,7 +513,7 @@ def _walk(run_: _Run, keeper: Keeper, writer: Writer, journal: Journal) -> Tenso
                 module = source.load_block(block.index)
             if block.index + 2 not in whole:
                 source.prefetch(block.index + 1)
-            reports = sparsify.prune_block(block, module, partial(_stored_weight, source))
+            reports = sparsify.prune_block(block, module, partial(_stored, source))
         with seconds.timed("write"):
             keeper.settle()
             if not done:
@@ -580,12 +580,11 @@ def _finished_block(run_: _Run, writer: Writer, block: Block) -> nn.Module:
         return source.load_block(block.index, tensors)
 
 
-def _stored_weight(source: StreamedModel, linear: Linear) -> Tensor:
-    return source.stored[linear.index][source.key_of[f"{linear.full_name}.weight"]]
-
-
-def _resident_weight(model: nn.Module, linear: Linear) -> Tensor:
-    return weight_of(model.get_submodule(linear.full_name))
+def _stored(source: StreamedModel, linear: Linear) -> tuple[Tensor, Tensor | None]:
+    """A linear's weight and bias as the checkpoint holds them."""
+    tensors = source.stored[linear.index]
+    bias = source.key_of.get(f"{linear.full_name}.bias")
+    return tensors[source.key_of[f"{linear.full_name}.weight"]], None if bias is None else tensors[bias]
 
 
 def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: float) -> Result:

@@ -17,6 +17,7 @@ from ..parts import Part, find_part
 from ..recipe import Pattern
 from ..statistics import Statistics
 from .patterns import Group, Selection
+from .permutation import require_scipy
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,24 @@ class Sparsifier:
     refine: Bound | None = None
     reconstruct: Bound | None = None
     seed: int = 0
+    permute: bool = False
 
     @classmethod
     def of(cls, method: Method, options: Mapping[str, Mapping[str, Any]], seed: int = 0) -> Sparsifier:
         """The method's parts with a recipe's options laid over their defaults. Raises `InputError`."""
         bound = {kind: _bind(kind, method, options) for kind in ("score", "refine", "reconstruct")}
-        pattern = {"group": method.group, **options.get("pattern", {})}
-        group = pattern.pop("group")
+        pattern = {"group": method.group, "permute": False, **options.get("pattern", {})}
+        group, permute = pattern.pop("group"), pattern.pop("permute")
         if group not in ("row", "layer"):
             raise InputError(f"'pattern.group' cannot be {group!r}: it is row or layer")
+        if not isinstance(permute, bool):
+            raise InputError(f"'pattern.permute' cannot be {permute!r}: it is true or false")
         if pattern:
-            raise InputError(f"'pattern.{next(iter(pattern))}' is not an option of the pattern: known is group")
+            raise InputError(
+                f"'pattern.{next(iter(pattern))}' is not an option of the pattern: known are group and permute"
+            )
+        if permute:
+            require_scipy()
         last = bound["reconstruct"]
         if bound["score"] is None:
             if last is None or not last.part.chooses:
@@ -76,7 +84,7 @@ class Sparsifier:
                     f"refine '{bound['refine'].part.name}' moves a mask and '{method.name}' makes its own while it solves: "
                     "give it a score first, like --set score.name=wanda"
                 )
-        return cls(bound["score"], cast(Group, group), bound["refine"], last, seed)
+        return cls(bound["score"], cast(Group, group), bound["refine"], last, seed, permute)
 
     @property
     def parts(self) -> list[Bound]:
@@ -96,7 +104,7 @@ class Sparsifier:
     def resolved(self, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """A recipe's part options with the names and defaults that hold today filled in."""
         own = {bound.part.kind: {"name": bound.part.name, **bound.options} for bound in self.parts}
-        return {**options, **own, "pattern": {"group": self.group}}
+        return {**options, **own, "pattern": {"group": self.group, "permute": self.permute}}
 
     def works_by_rows(self, pattern: Pattern) -> bool:
         """Whether some rows' result depends on those rows alone."""
@@ -117,6 +125,13 @@ class Sparsifier:
         if self.works_by_rows(pattern):
             return self._prune(weight[mine], stats.rows(mine), selection, name)
         return self._prune(weight, stats, selection, name)[mine]
+
+    def importance(self, weight: Tensor, stats: Statistics, name: str) -> Tensor:
+        """What the score says of every weight, [out, in]; magnitude times input norm where the method has no score of its own."""
+        exact = stats.of(weight).to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        if self.score is None:
+            return _exact(weight, stats).abs() * exact.gram.diagonal().clamp_min(0).sqrt()
+        return self._scores(weight, exact, name)
 
     def _prune(self, weight: Tensor, stats: Statistics, selection: Selection, name: str) -> Pruned:
         keep = None if self.score is None else self._choose(weight, stats, selection, name)

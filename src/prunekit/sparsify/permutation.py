@@ -34,7 +34,7 @@ def channel_permutation(
         refine: exchange channels by linear assignment after they were dealt out; needs scipy.
         at_once: at most so many groups exchange channels with each other.
     """
-    solve = _assignment() if refine else None
+    solve = require_scipy() if refine else None
     identity = torch.arange(scores.shape[1], device=scores.device)
     if keep == group or scores.shape[1] == group:  # nothing is lost, or there is only one group to be in
         return identity
@@ -121,8 +121,8 @@ def _sum(tensors: list[Tensor]) -> float:
     return sum(float(tensor.sum(dtype=torch.float64)) for tensor in tensors)
 
 
-def _assignment() -> Any:
-    """Scipy's solver; we ask for it before any work is done."""
+def require_scipy() -> Any:
+    """Scipy's solver of linear assignments. Raises `InputError` where it is not installed."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError:

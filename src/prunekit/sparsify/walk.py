@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from ..model.stream import Walk
 from ..recipe import Pattern, Recipe
 from ..statistics import Collector, Statistics
 from .budget import Budget
+from .folding import Place as Stored
+from .folding import find_spaces, fold, in_module, permute_statistics
 from .linear import Sparsifier
 
 ERROR_TOKENS = 256  # inputs of the last window on which a linear's output error is measured
@@ -55,7 +58,8 @@ class LinearReport:
     """What happened to one linear.
 
     `output_error` is ‖X(W̃−W)‖_F / ‖XW‖_F over the last 256 tokens of the last window, X being what the linear was fed when it was
-    measured; None where it was left dense. `seconds` is scoring, masking and that error.
+    measured; None where it was left dense. `seconds` is scoring, masking and that error. `permuted` says, where that was asked for,
+    whether its inputs have a new order; those that nothing can hand over in another order (the residual stream) keep theirs.
     """
 
     name: str
@@ -65,6 +69,7 @@ class LinearReport:
     zeros: int
     output_error: float | None
     seconds: float
+    permuted: bool | None = None
 
     @classmethod
     def of(cls, line: dict[str, Any]) -> LinearReport:
@@ -159,21 +164,64 @@ class SparsifyWalk:
         self.walk.release()
 
     @torch.inference_mode()
-    def prune_block(self, block: Block, module: nn.Module, stored: Callable[[Linear], Tensor]) -> list[LinearReport]:
+    def prune_block(self, block: Block, module: nn.Module, stored: Stored) -> list[LinearReport]:
         """Measure and prune one block in place; `pass_on` then sends the windows through it.
 
-        `stored(linear)` is the weight as the checkpoint holds it: it is what scores see and is zeroed along with the module's.
+        `stored(linear)` is weight and bias as the checkpoint holds them: they are what scores see and change along with the module's.
         """
         collector = self._measure(block, module, self.sparsifier.needs, goes_on=self.dense)
         with self.seconds.timed("prune"):
             statistics = collector.statistics(self.ranks.sum_up)
+            samples = {linear.name: collector.sample(linear.name) for linear in block.linears}
+            permuted = self._permute(block, module, stored, statistics, samples) if self.sparsifier.permute else None
             return [
-                self._prune_linear(linear, module, stored(linear), statistics[linear.name], collector)
+                self._prune_linear(
+                    linear,
+                    module,
+                    stored(linear)[0],
+                    statistics[linear.name],
+                    samples[linear.name],
+                    None if permuted is None else linear.name in permuted,
+                )
                 for linear in block.linears
             ]
 
+    def _permute(
+        self,
+        block: Block,
+        module: nn.Module,
+        stored: Stored,
+        statistics: dict[str, Statistics],
+        samples: dict[str, Tensor],
+    ) -> set[str]:
+        """Give linears of a K:G pattern the order of inputs in which most is retained, where producers can take it over.
+
+        Returns the names of those that have a new order; what is known of them is put into it.
+        """
+        moved: set[str] = set()
+        for space in find_spaces(block, module, partial(self.walk.run_probe, block.index)):
+            consumer = space.consumer
+            pattern = self.patterns[consumer.full_name]
+            if pattern is None or pattern.keep is None or pattern.group is None or not space.fits(pattern.group):
+                continue
+            matrix = consumer.matrix(stored(consumer)[0])
+            scores = self.sparsifier.importance(matrix, statistics[consumer.name], consumer.full_name)
+            # one process decides: another processor might round otherwise and end in another order
+            order = self.ranks.share(partial(space.order, scores, pattern.keep, pattern.group))
+            fold(space, order, in_module(module), stored)
+            permute_statistics(space, order, statistics)
+            samples[consumer.name] = samples[consumer.name][:, space.input_order(order).to(samples[consumer.name].device)]
+            moved.add(consumer.name)
+        return moved
+
     def _prune_linear(
-        self, linear: Linear, module: nn.Module, stored: Tensor, statistics: Statistics, collector: Collector
+        self,
+        linear: Linear,
+        module: nn.Module,
+        stored: Tensor,
+        statistics: Statistics,
+        sample: Tensor,
+        permuted: bool | None,
     ) -> LinearReport:
         begun = time.perf_counter()
         pattern = self.patterns[linear.full_name]
@@ -185,7 +233,7 @@ class SparsifyWalk:
                 pruned = self.sparsifier.prune(weight, statistics, pattern, linear.full_name, mine)
             keep = self.ranks.gather_rows(pruned.keep, linear.out_features)
             live = linear.matrix(weight_of(module.get_submodule(linear.name)))
-            sample = self.ranks.from_last(collector.sample(linear.name))
+            sample = self.ranks.from_last(sample)
             if pruned.weight is None:
                 error = self._output_error(live, lambda rows: removed_part(live[rows], keep[rows]), sample)
                 apply_mask(weight, keep.to(weight.device))
@@ -205,6 +253,7 @@ class SparsifyWalk:
             zeros=count_zeros(weight),
             output_error=error,
             seconds=time.perf_counter() - begun,
+            permuted=permuted,
         )
 
     def _output_error(self, weight: Tensor, change: Callable[[slice], Tensor], sample: Tensor) -> float:
@@ -236,7 +285,7 @@ class SparsifyWalk:
             self.walk.run(index, module)
 
     @torch.inference_mode()
-    def profile(self, budget: Budget, stored: Callable[[Linear], Tensor], step: Callable[[], None]) -> list[float]:
+    def profile(self, budget: Budget, stored: Stored, step: Callable[[], None]) -> list[float]:
         """What a budget wants to know of every block of the dense model: a walk of its own, before the one that prunes."""
         walk, found = self.walk, []
         with room_for(walk.shape, walk.dtype, walk.source.device) as hidden:
@@ -249,7 +298,7 @@ class SparsifyWalk:
                 collector = self._measure(block, module, budget.part.needs, goes_on=True)
                 with self.seconds.timed("prune"):
                     measured = collector.statistics(self.ranks.sum_up)
-                    weights = [linear.matrix(stored(linear)) for linear in block.linears]
+                    weights = [linear.matrix(stored(linear)[0]) for linear in block.linears]
                     stats = [measured[linear.name].to(torch.float32) for linear in block.linears]
                     found.append(budget.measure(weights, stats))
                 walk.source.free_block(block.index)
