@@ -9,7 +9,7 @@ can be reached, so only these are sorted. Nothing a row does depends on the rows
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,49 +24,74 @@ Accept = Literal["official", "monotone"]
 _LOW = 0xFFFFFFFF  # the lower half of an int64
 
 
+# entries looked at together while swaps are chosen: the integers made of them stay in cache, and off fresh pages of memory
+_AT_ONCE = 1 << 18
+
+
+class Terms(NamedTuple):
+    """What decides on the swaps of some rows, each [rows, in].
+
+    `drift` is W·mean(x). Of the pruned weights that of largest `grow` is kept first, of the kept ones that of smallest `prune` is
+    pruned first; neither is negative, and they are compared in float32.
+    """
+
+    drift: Tensor
+    grow: Tensor
+    prune: Tensor
+
+
 class _Swaps(NamedTuple):
-    """What rows may do, in order: shapes grow and prune [rows, sides, n] (column indices), usable [rows, sides] (how many of n)."""
+    """What rows may do, in order: grow and prune [rows, sides, n] (column indices), usable [rows, sides] (how many of the n)."""
 
     grow: Tensor
     prune: Tensor
     usable: Tensor
 
 
+class _Walks(NamedTuple):
+    """What a walk needs of the rows: error [rows], change [rows, sides, n] (what each swap adds to the error), and their swaps."""
+
+    error: Tensor
+    change: Tensor
+    swaps: _Swaps
+
+
 def swap_while_off(
-    drift: Tensor,
     keep: Tensor,
-    grow: Tensor,
-    prune: Tensor,
+    terms: Callable[[slice], Terms],
     groups: tuple[int, int] | None,
     *,
     steps: int,
     epsilon: float,
     accept: Accept,
 ) -> Tensor:
-    """A mask of the same counts whose pruned weights sum up to a smaller expected output.
+    """A mask of the same counts whose pruned weights add up to less of an expected output.
 
-    Shapes: all [rows, in]; `drift` is W·mean(x), `keep` the mask. Of the pruned weights that of largest `grow` is kept first, of the
-    kept ones that of smallest `prune` is pruned first (neither is negative, and they are compared in float32); ties go to the lower
-    index. Every weight moves at most once, and one whose drift is 0 only as the
-    partner within a group. A row takes at most `steps` swaps and ends when |E| ≤ epsilon·|E at the start|, when no swap is left on
-    the side its error asks for, or when `accept` refuses one: "monotone" refuses what does not lower |E|.
+    Shapes: keep [out, in] bool -> the same; `terms` gives the terms of some rows. Every weight moves at most once, and one whose
+    drift is 0 only as the partner within a group; ties go to the lower index. A row takes at most `steps` swaps and ends when
+    |E| ≤ epsilon·|E at the start|, when no swap is left on the side its error asks for, or when `accept` refuses one: "monotone"
+    refuses what does not lower |E|.
 
-    Without groups, a grown weight has the sign of E and its partner the opposite one. In groups (K, G) the partner is of the same
-    group and of any sign, a group with nothing left to give is passed over, and a swap after which E would not have the sign it had
-    at the start is refused.
+    Without groups, a grown weight's drift has the sign of E and its partner's the opposite one. In groups (K, G) the partner is of
+    the same group and of any sign, a group with nothing left to give is passed over, and a swap after which E would not have the
+    sign it had at the start is refused.
     """
-    error = row_sums(drift * ~keep)
-    if groups is None:
-        swaps = _free_swaps(drift, keep, grow, prune, steps)
-    else:
-        swaps = _grouped_swaps(drift, keep, grow, prune, error, groups, steps)
-    moved = keep.clone()
-    if swaps.grow.shape[2]:
-        shape = swaps.grow.shape
-        out, into = (drift.gather(1, one.flatten(1)).reshape(shape).double() for one in (swaps.grow, swaps.prune))
-        taken = _walk(error, into - out, swaps.usable, steps, epsilon, accept)
-        done = torch.arange(shape[2], device=drift.device) < taken[:, :, None]
-        flat, first = moved.view(-1), torch.arange(0, moved.numel(), moved.shape[1], device=drift.device)[:, None, None]
+    moved = keep.clone(memory_format=torch.contiguous_format)
+    if not steps or (groups is not None and groups[0] in (0, groups[1])):
+        return moved
+    columns = keep.shape[1]
+    # in groups, `steps` whole groups of a row are sorted
+    width = columns if groups is None else max(columns, steps * groups[1])
+    for rows in row_chunks(len(keep), columns):
+        step = max(1, _AT_ONCE // width)
+        parts = [slice(at, min(at + step, rows.stop)) for at in range(rows.start, rows.stop, step)]
+        walks = [_prepare(keep[part], terms(part), groups, steps) for part in parts]
+        error, change = (torch.cat(one) for one in zip(*(walk[:2] for walk in walks), strict=True))
+        swaps = _Swaps(*map(torch.cat, zip(*(walk.swaps for walk in walks), strict=True)))
+        taken = _walk(error, change, swaps.usable, steps, epsilon, accept)
+        done = torch.arange(change.shape[2], device=keep.device) < taken[:, :, None]
+        flat = moved[rows].view(-1)
+        first = torch.arange(0, len(flat), columns, device=keep.device)[:, None, None]
         flat[(swaps.grow + first)[done]] = True
         flat[(swaps.prune + first)[done]] = False
     return moved
@@ -90,12 +115,6 @@ def smallest(costs: Tensor, count: int) -> Tensor:
     """
     chosen = ~keep_largest(costs, count)
     return torch.nonzero(chosen)[:, 1].reshape(len(costs), count)
-
-
-def swap_chunks(weight: Tensor, groups: tuple[int, int] | None, steps: int) -> Iterator[slice]:
-    """Rows of `weight` to swap at once: what is made of them is bounded, also where `steps` whole groups are looked into."""
-    rows, columns = weight.shape
-    return row_chunks(rows, columns if groups is None else max(columns, steps * groups[1]))
 
 
 def require(least: float, **options: float) -> None:
@@ -126,15 +145,22 @@ def _first(ranks: Tensor, count: int, side: int) -> Tensor:
     return (_LOW - found.abs().bitwise_and_(_LOW)).clamp_(max=ranks.shape[1] - 1)
 
 
-def _free_swaps(drift: Tensor, keep: Tensor, grow: Tensor, prune: Tensor, steps: int) -> _Swaps:
+def _prepare(keep: Tensor, terms: Terms, groups: tuple[int, int] | None, steps: int) -> _Walks:
+    error = row_sums(terms.drift * ~keep)
+    swaps = _free_swaps(keep, terms, steps) if groups is None else _grouped_swaps(keep, terms, error, groups, steps)
+    out, into = (terms.drift.gather(1, one.flatten(1)).reshape(one.shape).double() for one in (swaps.grow, swaps.prune))
+    return _Walks(error, into - out, swaps)
+
+
+def _free_swaps(keep: Tensor, terms: Terms, steps: int) -> _Swaps:
     """The swaps for E > 0 and those for E < 0."""
-    sign = drift.sign().to(torch.int8)
+    sign = terms.drift.sign().to(torch.int8)
     out, into = sign * ~keep, -sign * keep
     usable = torch.stack(
         [torch.minimum((out == side).count_nonzero(1), (into == side).count_nonzero(1)) for side in (1, -1)], 1
     )
-    count = min(steps, int(usable.max()))
-    by_growth, by_cost = _ranks(grow, out), _ranks(prune, into, low_first=True)
+    count = min(steps, keep.shape[1])
+    by_growth, by_cost = _ranks(terms.grow, out), _ranks(terms.prune, into, low_first=True)
     return _Swaps(
         torch.stack([_first(by_growth, count, side) for side in (1, -1)], 1),
         torch.stack([_first(by_cost, count, side) for side in (1, -1)], 1),
@@ -142,22 +168,20 @@ def _free_swaps(drift: Tensor, keep: Tensor, grow: Tensor, prune: Tensor, steps:
     )
 
 
-def _grouped_swaps(
-    drift: Tensor, keep: Tensor, grow: Tensor, prune: Tensor, error: Tensor, groups: tuple[int, int], steps: int
-) -> _Swaps:
+def _grouped_swaps(keep: Tensor, terms: Terms, error: Tensor, groups: tuple[int, int], steps: int) -> _Swaps:
     """The swaps on the only side a row uses, that of its error's sign at the start."""
     kept, group = groups
-    eligible = ~keep & (drift.sign() == error.sign()[:, None]) & (drift != 0)
+    eligible = ~keep & (terms.drift.sign() == error.sign()[:, None]) & (terms.drift != 0)
     available = eligible.count_nonzero(1)
     # a group gives `kept` weights at most and then passes over the rest of its `group - kept` candidates
-    reach = min(max(steps, -(-steps * (group - kept) // kept)), int(available.max()))
-    found = _first(_ranks(grow, eligible), reach, 1)
+    reach = min(max(steps, -(-steps * (group - kept) // kept)), keep.shape[1])
+    found = _first(_ranks(terms.grow, eligible), reach, 1)
     home = found // group
     turn = _occurrence(home)
     usable = (torch.arange(reach, device=found.device) < available[:, None]) & (turn < kept)
     usable_first = (~usable).byte().sort(dim=1, stable=True).indices[:, :steps]
     found, home, turn = (one.gather(1, usable_first) for one in (found, home, turn))
-    givers = _ranks(prune, keep, low_first=True).reshape(len(keep), -1, group)
+    givers = _ranks(terms.prune, keep, low_first=True).reshape(len(keep), -1, group)
     offered = givers.gather(1, home[:, :, None].expand(-1, -1, group)).sort(dim=2, descending=True).values
     partner = _LOW - offered.gather(2, turn.clamp(max=group - 1)[:, :, None])[:, :, 0].bitwise_and_(_LOW)
     partner.clamp_(max=keep.shape[1] - 1)

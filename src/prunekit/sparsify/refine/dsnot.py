@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...parts import refine
 from ...statistics import Statistics
-from ._swapping import require, swap_chunks, swap_while_off
+from ._swapping import Terms, require, swap_while_off
 
 
 @refine(needs={"input_sum", "input_square"}, paper="https://arxiv.org/abs/2310.08915", rowwise=True)
@@ -43,14 +43,12 @@ def dsnot(
     require(0, steps=steps, epsilon=epsilon, variance_power=variance_power)
     mean = stats.input_mean.to(weight)
     growth, norm = growth_factor(stats, variance_power).to(weight), stats.input_norm.to(weight)
-    moved = torch.empty_like(keep)
-    for rows in swap_chunks(weight, groups, steps):
+
+    def terms(rows: slice) -> Terms:
         part = weight[rows]
-        moved[rows] = swap_while_off(
-            part * mean, keep[rows], (part * growth).abs_(), part.abs() * norm, groups,
-            steps=steps, epsilon=epsilon, accept=accept,
-        )  # fmt: skip
-    return moved
+        return Terms(part * mean, (part * growth).abs_(), part.abs().mul_(norm))
+
+    return swap_while_off(keep, terms, groups, steps=steps, epsilon=epsilon, accept=accept)
 
 
 def growth_factor(stats: Statistics, variance_power: float) -> Tensor:

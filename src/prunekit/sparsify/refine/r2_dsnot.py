@@ -10,7 +10,7 @@ from torch import Tensor
 from ...errors import InputError
 from ...parts import refine
 from ...statistics import Statistics, column_norm
-from ._swapping import require, row_sums, swap_chunks, swap_while_off
+from ._swapping import Terms, require, row_sums, swap_while_off
 from .dsnot import growth_factor
 
 
@@ -57,20 +57,19 @@ def r2_dsnot(
     # Along rows the term is a constant: adding it could only blur scores that are nearly equal, so it is left out.
     regularised = reg_axis == "col" and (gamma_grow > 0 or gamma_prune > 0)
     penalty = _over_mean(column_norm(weight * keep, p)) if regularised else None
-    moved = torch.empty_like(keep)
-    for rows in swap_chunks(weight, groups, steps):
+
+    def terms(rows: slice) -> Terms:
         part = weight[rows]
-        grow, prune = (part * growth).abs_(), part.abs() * norm
+        grow, prune = (part * growth).abs_(), part.abs().mul_(norm)
         if by_column is not None:
             importance = by_column + _inverse(row_sums(part.abs()))[:, None].to(weight)
             (grow if relative == "grow" else prune).mul_(importance)
         if penalty is not None:
             _add_penalty(grow, gamma_grow, penalty)
             _add_penalty(prune, gamma_prune, penalty)
-        moved[rows] = swap_while_off(
-            part * mean, keep[rows], grow, prune, groups, steps=steps, epsilon=epsilon, accept=accept
-        )
-    return moved
+        return Terms(part * mean, grow, prune)
+
+    return swap_while_off(keep, terms, groups, steps=steps, epsilon=epsilon, accept=accept)
 
 
 def _inverse(norm: Tensor) -> Tensor:
