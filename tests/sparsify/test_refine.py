@@ -242,7 +242,7 @@ def test_monotone_swaps_never_raise_the_error(name: str, groups: Groups) -> None
         after = drift_error(weight, moved, stats).abs()
         assert (after <= before + 1e-12).all()
         before = after
-    assert before.mean() < 0.75 * drift_error(weight, keep, stats).abs().mean()
+    assert before.mean() < 0.9 * drift_error(weight, keep, stats).abs().mean()
 
 
 def test_a_swap_beyond_the_end_of_a_row_changes_no_other() -> None:

@@ -24,7 +24,7 @@ Accept = Literal["official", "monotone"]
 _LOW = 0xFFFFFFFF  # the lower half of an int64
 
 
-# entries looked at together while swaps are chosen: the integers made of them stay in cache, and off fresh pages of memory
+# entries looked at together while swaps are chosen, for each of which an integer of eight bytes is made
 _AT_ONCE = 1 << 18
 
 
@@ -80,8 +80,8 @@ def swap_while_off(
     if not steps or (groups is not None and groups[0] in (0, groups[1])):
         return moved
     columns = keep.shape[1]
-    # in groups, `steps` whole groups of a row are sorted
-    width = columns if groups is None else max(columns, steps * groups[1])
+    # in groups, that many whole groups of a row are sorted
+    width = columns if groups is None else max(columns, min(steps, columns) * groups[1])
     for rows in row_chunks(len(keep), columns):
         step = max(1, _AT_ONCE // width)
         parts = [slice(at, min(at + step, rows.stop)) for at in range(rows.start, rows.stop, step)]
@@ -141,8 +141,11 @@ def _ranks(scores: Tensor, side: Tensor, *, low_first: bool = False) -> Tensor:
 
 def _first(ranks: Tensor, count: int, side: int) -> Tensor:
     """The columns of the `count` entries of one side that are taken first, in that order; any column where it has no more."""
-    found = ranks.topk(count, largest=side > 0).values
-    return (_LOW - found.abs().bitwise_and_(_LOW)).clamp_(max=ranks.shape[1] - 1)
+    return _column(ranks.topk(count, largest=side > 0).values.abs_(), ranks.shape[1])
+
+
+def _column(ranks: Tensor, columns: int) -> Tensor:
+    return (_LOW - ranks.bitwise_and(_LOW)).clamp_(max=columns - 1)
 
 
 def _prepare(keep: Tensor, terms: Terms, groups: tuple[int, int] | None, steps: int) -> _Walks:
@@ -183,8 +186,8 @@ def _grouped_swaps(keep: Tensor, terms: Terms, error: Tensor, groups: tuple[int,
     found, home, turn = (one.gather(1, usable_first) for one in (found, home, turn))
     givers = _ranks(terms.prune, keep, low_first=True).reshape(len(keep), -1, group)
     offered = givers.gather(1, home[:, :, None].expand(-1, -1, group)).sort(dim=2, descending=True).values
-    partner = _LOW - offered.gather(2, turn.clamp(max=group - 1)[:, :, None])[:, :, 0].bitwise_and_(_LOW)
-    partner.clamp_(max=keep.shape[1] - 1)
+    # past the last usable one stand repeated columns, of any turn
+    partner = _column(offered.gather(2, turn.clamp(max=group - 1)[:, :, None])[:, :, 0], keep.shape[1])
     return _Swaps(found[:, None], partner[:, None], usable.count_nonzero(1)[:, None])
 
 

@@ -31,7 +31,7 @@ def dsnot(
     |W_ij|·‖X_j‖₂; in groups, the smallest of the same group. No weight moves twice.
 
     Shapes: weight [out, in], keep [out, in] bool (True = kept), groups (K, G) or None -> keep-mask of the same counts a row or group.
-    Source: Zhang et al. 2024, equations 3 to 5 of section 3. Where this differs from it or from its published code:
+    Source: Zhang et al. 2024, the growing and the pruning criterion. Where this differs from it or from its published code:
 
     - The code stops a row at |E| ≤ 0.1 in sums over a sequence, a number that depends on the sequences' length and the inputs'
       scale. Here a row stops at `epsilon` times its |E| at the start: by default a thousandth, beyond which a swap overshoots.
@@ -39,6 +39,7 @@ def dsnot(
       be worse than the start. "monotone" takes a swap only if it lowers |E|, and ends the row otherwise.
     - var is that of all tokens together; the code averages the variances within the sequences.
     - The row ends when it runs out of weights to swap; the code then goes on with weights of the wrong sign.
+    - In groups, a swap that would turn the sign of E ends the row whatever `accept` says, as in the code.
     """
     require(0, steps=steps, epsilon=epsilon, variance_power=variance_power)
     mean = stats.input_mean.to(weight)

@@ -45,7 +45,8 @@ def r2_dsnot(
     `reg_axis="row"`, the norm of the row, the term is equal for all a row may choose from, and nothing changes.
 
     Shapes: weight [out, in], keep [out, in] bool (True = kept), groups (K, G) or None -> keep-mask of the same counts a row or group.
-    Source: Yi and Richtárik 2025, section on training-free fine-tuning; the scale of R is ours.
+    Source: Yi and Richtárik 2025, R²-DSnoT, put together from descriptions of it rather than from its formula. The scale of R and
+    the default of `reg_axis` are ours.
     """
     require(0, steps=steps, epsilon=epsilon, variance_power=variance_power, alpha=alpha)
     require(0, gamma_grow=gamma_grow, gamma_prune=gamma_prune)
