@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
 from typing import Any
@@ -21,7 +22,7 @@ from .model.stream import Walk, Windows, batch_size
 from .progress import Progress, Silent
 from .recipe import Pattern, Recipe
 from .sparsify.linear import Sparsifier
-from .sparsify.walk import SparsifyWalk, parts_of, windows_needed
+from .sparsify.walk import SparsifyWalk, parts_of, stored_place, windows_needed
 
 _TRIED = 3  # batches that are sent through the first block
 
@@ -168,7 +169,7 @@ class _Trial:
         fastest = [float("inf")] * 3
         for _ in range(3):  # the first one warms up
             trial.seconds.forward = trial.seconds.prune = 0.0
-            trial.prune_block(block, module, lambda linear: stored[source.key_of[f"{linear.full_name}.weight"]])
+            trial.prune_block(block, module, partial(stored_place, source))
             measured = trial.seconds.forward
             trial.pass_on(0, module)
             taken = (measured, trial.seconds.forward - measured, trial.seconds.prune)

@@ -47,7 +47,7 @@ from .distributed import Ranks, find_ranks
 from .errors import InputError, PrunekitError, StorageError, VerificationError
 from .estimate import Needs, hidden_width, needs_of, refuse_disk, refuse_memory
 from .keeper import Keeper, saved_blocks
-from .model.anatomy import Block, Linear, weight_of
+from .model.anatomy import Block
 from .model.hidden import HiddenStates, InFiles, Place
 from .model.source import ResidentModel, StreamedModel, evaluating
 from .model.stream import Walk, Windows, batch_size
@@ -55,7 +55,16 @@ from .progress import Progress, Silent
 from .recipe import Recipe
 from .report.card import model_card
 from .sparsify.budget import Budget
-from .sparsify.walk import LinearReport, Seconds, SparsifyWalk, parts_of, resolved_parts, windows_needed
+from .sparsify.walk import (
+    LinearReport,
+    Seconds,
+    SparsifyWalk,
+    parts_of,
+    resident_place,
+    resolved_parts,
+    stored_place,
+    windows_needed,
+)
 from .verify import Verification, compared_tokens, verify
 
 if TYPE_CHECKING:
@@ -218,14 +227,14 @@ def prune_in_memory(
         if budget.part.measure is not None:
             walk.prepare()
             progress.start(budget.part.name, len(source.anatomy.blocks))
-            profile = sparsify.profile(budget, in_module(model), progress.step)
+            profile = sparsify.profile(budget, partial(resident_place, model), progress.step)
             sparsify.patterns = budget.allot(source.anatomy, recipe.target, profile)
         sparsify.start()
         reports: list[LinearReport] = []
         progress.start(recipe.method, len(source.anatomy.blocks))
         for block in source.anatomy.blocks:
             module = source.load_block(block.index)
-            reports += sparsify.prune_block(block, module, in_module(model))
+            reports += sparsify.prune_block(block, module, partial(resident_place, model))
             sparsify.pass_on(block.index, module)
             progress.step()
         progress.stop()
@@ -481,7 +490,7 @@ def _allot(run_: _Run, journal: Journal) -> None:
     profile = run_.ranks.share(lambda: journal.profile)
     if profile is None:
         run_.progress.start(budget.part.name, len(anatomy.blocks))
-        profile = sparsify.profile(budget, partial(_stored, run_.source), run_.progress.step)
+        profile = sparsify.profile(budget, partial(stored_place, run_.source), run_.progress.step)
         journal.profile = profile
         run_.ranks.share(journal.save)
     sparsify.patterns = budget.allot(anatomy, run_.recipe.target, profile)
@@ -513,7 +522,7 @@ def _walk(run_: _Run, keeper: Keeper, writer: Writer, journal: Journal) -> Tenso
                 module = source.load_block(block.index)
             if block.index + 2 not in whole:
                 source.prefetch(block.index + 1)
-            reports = sparsify.prune_block(block, module, partial(_stored, source))
+            reports = sparsify.prune_block(block, module, partial(stored_place, source))
         with seconds.timed("write"):
             keeper.settle()
             if not done:
@@ -578,13 +587,6 @@ def _finished_block(run_: _Run, writer: Writer, block: Block) -> nn.Module:
         except InputError as problem:  # it was whole when we began; as wrong input it would have everything removed
             raise StorageError(f"'{path}' cannot be read again: {problem}") from problem
         return source.load_block(block.index, tensors)
-
-
-def _stored(source: StreamedModel, linear: Linear) -> tuple[Tensor, Tensor | None]:
-    """A linear's weight and bias as the checkpoint holds them."""
-    tensors = source.stored[linear.index]
-    bias = source.key_of.get(f"{linear.full_name}.bias")
-    return tensors[source.key_of[f"{linear.full_name}.weight"]], None if bias is None else tensors[bias]
 
 
 def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: float) -> Result:

@@ -22,6 +22,7 @@ from prunekit.model.source import ResidentModel
 from prunekit.model.stream import Walk, Windows
 from prunekit.progress import Silent
 from prunekit.recipe import Pattern
+from prunekit.sparsify.folding import in_module
 from prunekit.sparsify.linear import Sparsifier
 from prunekit.sparsify.walk import SparsifyWalk
 
@@ -302,9 +303,7 @@ def test_check_is_what_the_pruned_model_computes(dense: bool) -> None:
     sparsify.start()
     for block in source.anatomy.blocks:
         module = source.load_block(block.index)
-        sparsify.prune_block(
-            block, module, lambda linear, module=module: module.get_submodule(linear.name).weight.detach()
-        )
+        sparsify.prune_block(block, module, in_module(module))
         sparsify.pass_on(block.index, module)
     assert sparsify.check is not None
     with torch.no_grad():

@@ -21,6 +21,7 @@ from ..catalogue import find_method
 from ..distributed import Ranks
 from ..model.anatomy import Anatomy, Block, Linear, weight_of
 from ..model.hidden import HiddenStates, InMemory, Place, room_for
+from ..model.source import StreamedModel
 from ..model.stream import Walk
 from ..recipe import Pattern, Recipe
 from ..statistics import Collector, Statistics
@@ -210,7 +211,9 @@ class SparsifyWalk:
             order = self.ranks.share(partial(space.order, scores, pattern.keep, pattern.group))
             fold(space, order, in_module(module), stored)
             permute_statistics(space, order, statistics)
-            samples[consumer.name] = samples[consumer.name][:, space.input_order(order).to(samples[consumer.name].device)]
+            samples[consumer.name] = samples[consumer.name][
+                :, space.input_order(order).to(samples[consumer.name].device)
+            ]
             moved.add(consumer.name)
         return moved
 
@@ -324,6 +327,20 @@ class SparsifyWalk:
             if goes_on:
                 self.walk.hidden.turn()
         return collector
+
+
+def stored_place(source: StreamedModel, linear: Linear) -> tuple[Tensor, Tensor | None]:
+    """A linear's weight and bias as the checkpoint holds them."""
+    tensors = source.stored[linear.index]
+    bias = source.key_of.get(f"{linear.full_name}.bias")
+    return tensors[source.key_of[f"{linear.full_name}.weight"]], None if bias is None else tensors[bias]
+
+
+def resident_place(model: nn.Module, linear: Linear) -> tuple[Tensor, Tensor | None]:
+    """A linear's weight and bias in a model that lies in memory."""
+    module = model.get_submodule(linear.full_name)
+    bias = module.bias
+    return weight_of(module), bias.detach() if isinstance(bias, Tensor) else None
 
 
 def error_squares(weight: Tensor, change: Callable[[slice], Tensor], inputs: Tensor, rows: slice) -> Tensor:
