@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Comparison": "comparing",
     "Evaluation": "api",
     "InputError": "errors",
     "Inspection": "api",
@@ -30,6 +31,7 @@ _HOMES = {
     "Sweep": "sweeping",
     "VerificationError": "errors",
     "Windows": "model.stream",
+    "compare": "api",
     "evaluate": "api",
     "inspect": "api",
     "methods": "api",
@@ -40,6 +42,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Comparison",
     "Evaluation",
     "InputError",
     "Inspection",
@@ -51,6 +54,7 @@ __all__ = [
     "Sweep",
     "VerificationError",
     "Windows",
+    "compare",
     "evaluate",
     "inspect",
     "methods",

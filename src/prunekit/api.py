@@ -6,7 +6,7 @@ Each takes plain arguments, builds a `Recipe`, and calls the room that does the 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ from .sparsify.linear import Sparsifier
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .comparing import Comparison
     from .sweeping import Sweep
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Inspection",
     "Plan",
     "Result",
+    "compare",
     "evaluate",
     "inspect",
     "methods",
@@ -220,6 +222,45 @@ def plan(
 ) -> Plan:
     """What pruning by this recipe would take: memory, disk, time. Starts nothing. Raises `InputError`."""
     return make_plan(recipe, Path(out), progress or Silent(), memory_budget)
+
+
+def compare(
+    model: str | Path,
+    methods: Sequence[str],
+    *,
+    out: str | Path,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    calibration: str | Mapping[str, Any] = "builtin",
+    text: str = "builtin:eval",
+    text_samples: int | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Comparison:
+    """Several methods on one model, measured once: perplexity, zeros, time, and how far their masks agree.
+
+    Statistics are those of the dense model, so that all methods share them; figures differ from those of `prune`, where each block's
+    inputs come from the pruned blocks before it.
+
+    Args:
+        model: a folder, a hub id, or `smollm2-135m`.
+        methods: rows of `methods()`, with parts added by `+`.
+        out: folder for `compare.json`, `compare.md` and `compare.svg`; needs `prunekit[plots]`.
+        sparsity, pattern, calibration: as for `prune`.
+        text, text_samples: what perplexity is measured on, in windows as long as those of the calibration, and how many.
+        progress: told what is going on; silent by default.
+        **settings: the recipe's other fields.
+
+    Raises:
+        InputError: something in the input is wrong; nothing was written.
+    """
+    from .comparing import compare as compare_recipes
+
+    if not methods:
+        raise InputError("no method is named: --methods magnitude,wanda,ria")
+    shared = {"model": str(model), "sparsity": sparsity, "pattern": pattern, "calibration": _calibration(calibration)}
+    recipes = [Recipe.build({**shared, **settings, "method": method}) for method in methods]
+    return compare_recipes(recipes, Path(out), text=text, samples=text_samples, progress=progress)
 
 
 def sweep(

@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
@@ -108,9 +108,9 @@ def _recipe(
     return Recipe.build(values)
 
 
-def _takes_recipe(verb: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb the recipe's options; its parameter `recipe` receives what they make."""
-    shared = list(signature(_recipe, eval_str=True).parameters.values())
+def _takes_recipe(verb: Callable[..., None], without: Sequence[str] = ()) -> Callable[..., None]:
+    """Give a verb the recipe's options, `without` some; its parameter `recipe` receives what they make."""
+    shared = [p for name, p in signature(_recipe, eval_str=True).parameters.items() if name not in without]
     own = [parameter for name, parameter in signature(verb, eval_str=True).parameters.items() if name != "recipe"]
 
     @functools.wraps(verb)
@@ -239,6 +239,58 @@ def plan(
         f"  time        about {seconds['total']:.0f} s: start {seconds['start']:.0f}, forward {seconds['forward']:.0f}, "
         f"prune {seconds['prune']:.0f}, write {seconds['write']:.0f}, reload check {seconds['verify']:.0f}",
     )
+
+
+def _compare(
+    recipe: Any,
+    methods: Annotated[
+        str, typer.Option(help="Rows of `prunekit methods`, like wanda,ria,wanda+dsnot.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the table and the figure.", show_default=False)],
+    text: Annotated[str, typer.Option(help="Text perplexity is measured on.")] = "builtin:eval",
+    text_samples: Annotated[int | None, typer.Option(help="Use only the first so many windows of it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare methods on one model, measured once: perplexity, zeros, time, mask overlap."""
+    from .comparing import compare as compare_recipes
+    from .progress import for_terminal
+    from .recipe import Recipe
+
+    values = recipe.model_dump(exclude={"method"})
+    recipes = [Recipe.build({**values, "method": name.strip()}) for name in methods.split(",")]
+    progress = for_terminal()
+    try:
+        found = compare_recipes(recipes, out, text=text, samples=text_samples, progress=progress)
+    finally:
+        progress.stop()
+    if as_json:
+        _emit(True, found.summary(), "")
+    else:
+        _print_comparison(found, out)
+
+
+app.command("compare")(_takes_recipe(_compare, without=("method",)))
+
+
+def _print_comparison(found: Any, out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    names = [row.method for row in found.rows]
+    table = Table(
+        "method", "perplexity", "sparsity", "output error", "prune s", *names, title="last columns: mask overlap"
+    )
+    for row, overlap in zip(found.rows, found.overlap, strict=True):
+        figures = [f"{row.perplexity:.4f}", f"{row.sparsity:.4f}", f"{row.output_error:.4f}", f"{row.seconds:.1f}"]
+        table.add_row(row.method, *figures, *[f"{value:.3f}" for value in overlap])
+    Console(width=None if sys.stdout.isatty() else 80 + 12 * len(names)).print(table, markup=False)
+    seconds = found.seconds
+    typer.echo(f"dense       {found.dense:.4f}")
+    typer.echo(
+        f"time        {seconds['total']:.1f} s: measure {seconds['measure']:.1f} (once), prune {seconds['prune']:.1f}, "
+        f"evaluate {seconds['evaluate']:.1f}"
+    )
+    typer.echo(f"written     {out}/compare.md, compare.json, compare.svg")
 
 
 @app.command()

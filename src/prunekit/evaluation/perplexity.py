@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..model.hidden import room_for
+from ..model.hidden import HiddenStates, room_for
 from ..model.source import Source
 from ..model.stream import Walk, Windows
 
@@ -47,15 +47,23 @@ def perplexity(
     with room_for(walk.shape, walk.dtype, source.device) as hidden:
         walk.start(hidden)
         walk.run_all(step)
-        total, predictions = _through_the_head(walk)
+        found = perplexity_behind(walk, hidden)
     step()
+    return found
+
+
+@torch.inference_mode()
+def perplexity_behind(walk: Walk, hidden: HiddenStates) -> tuple[float, int]:
+    """The same from hidden states behind the last block, [windows, length, hidden]. Raises `InputError`."""
+    source = walk.source
+    total, predictions = _through_the_head(walk, hidden)
     if not math.isfinite(total):
         raise InputError(f"the model's logits are NaN or infinite in {source.dtype}: try --dtype float32")
     mean = total / predictions
     return (math.exp(mean) if mean < 700 else math.inf), predictions
 
 
-def _through_the_head(walk: Walk) -> tuple[float, int]:
+def _through_the_head(walk: Walk, states: HiddenStates) -> tuple[float, int]:
     """Sum of the negative log-likelihoods, and the number of predictions."""
     source, windows = walk.source, walk.windows
     source.load_outer(windows.ids, "whole")
@@ -63,7 +71,7 @@ def _through_the_head(walk: Walk) -> tuple[float, int]:
     size = chunk_tokens(head.weight.shape[0])
     total, predictions = 0.0, 0
     for number, ids in enumerate(windows.ids):
-        hidden = walk.hidden[number : number + 1][0]
+        hidden = states[number : number + 1][0]
         for start in range(0, windows.length - 1, size):
             end = min(start + size, windows.length - 1)
             logits = walk.logits(hidden[start:end], ids[start:end])

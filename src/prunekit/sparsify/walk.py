@@ -78,6 +78,14 @@ class LinearReport:
         return cls(**{**line, "shape": tuple(line["shape"])})
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Of every linear of a block, by its name there: statistics, and inputs sampled for its output error, [tokens, in]."""
+
+    statistics: dict[str, Statistics]
+    samples: dict[str, Tensor]
+
+
 @dataclass
 class Seconds:
     """Where the time went. `start` is all before the walk; `write` is what the walk waited for: writing goes on meanwhile."""
@@ -164,16 +172,26 @@ class SparsifyWalk:
             self.check.close()
         self.walk.release()
 
-    @torch.inference_mode()
     def prune_block(self, block: Block, module: nn.Module, stored: Stored) -> list[LinearReport]:
         """Measure and prune one block in place; `pass_on` then sends the windows through it.
 
         `stored(linear)` is weight and bias as the checkpoint holds them: they are what scores see and change along with the module's.
         """
-        collector = self._measure(block, module, self.sparsifier.needs, goes_on=self.dense)
+        return self.prune_measured(block, module, stored, self.measure(block, module, self.sparsifier.needs))
+
+    @torch.inference_mode()
+    def measure(self, block: Block, module: nn.Module, needs: frozenset[str]) -> Measured:
+        """What the linears of a block are fed, over all windows; in dense mode the windows go on to the next block."""
+        collector = self._measure(block, module, needs, goes_on=self.dense)
         with self.seconds.timed("prune"):
             statistics = collector.statistics(self.ranks.sum_up)
-            samples = {linear.name: collector.sample(linear.name) for linear in block.linears}
+        return Measured(statistics, {linear.name: collector.sample(linear.name) for linear in block.linears})
+
+    @torch.inference_mode()
+    def prune_measured(self, block: Block, module: nn.Module, stored: Stored, measured: Measured) -> list[LinearReport]:
+        """Prune one block in place by what was measured of it, which is left as it is."""
+        statistics, samples = dict(measured.statistics), dict(measured.samples)
+        with self.seconds.timed("prune"):
             permuted = self._permute(block, module, stored, statistics, samples) if self.sparsifier.permute else None
             return [
                 self._prune_linear(

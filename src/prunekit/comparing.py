@@ -1,0 +1,261 @@
+"""`compare`: several methods on one model, the dense model measured once for all of them.
+
+One walk in dense mode gathers what any of the methods reads. Behind each block's measuring pass every method prunes the block in turn,
+sends its own copy of the evaluation windows through it, and the block is put back. So N methods cost one measuring pass, N times
+choosing, and N evaluations; no model is written, and memory is that of one block and N times the evaluation's hidden states.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import machine
+from .calibration.text import documents
+from .calibration.windows import (
+    calibration_windows,
+    check_vocabulary,
+    evaluation_windows,
+    load_tokenizer,
+    window_length,
+)
+from .checkpoint.locate import locate
+from .checkpoint.storage import make_folder, write_json, write_text
+from .errors import InputError
+from .evaluation.perplexity import perplexity_behind
+from .model.anatomy import Block
+from .model.hidden import HiddenStates, room_for
+from .model.source import StreamedModel
+from .model.stream import Walk
+from .progress import Progress, Silent
+from .recipe import Recipe
+from .report.comparison import as_markdown, draw, require_matplotlib
+from .sparsify.walk import LinearReport, SparsifyWalk, parts_of, stored_place
+
+RESULT_NAME, TABLE_NAME, FIGURE_NAME = "compare.json", "compare.md", "compare.svg"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One method's line. `output_error` is the mean over linears; `seconds` is choosing and refitting, `evaluation` its own pass."""
+
+    method: str
+    sparsity: float
+    zeros: int
+    perplexity: float
+    output_error: float
+    seconds: float
+    evaluation: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was found.
+
+    Attributes:
+        dense: perplexity of the model as it is.
+        rows: one per method, in the order asked for.
+        overlap: for every two methods, the weights both remove divided by those either removes.
+        seconds: `measure` (once for all), `prune` and `evaluate` (over all methods), `total`.
+    """
+
+    model: str
+    pattern: str
+    windows: int
+    length: int
+    calibration: str
+    text: str
+    predictions: int
+    dense: float
+    rows: list[Compared]
+    overlap: list[list[float]]
+    seconds: dict[str, float]
+    peak_rss_bytes: int
+
+    def summary(self) -> dict[str, Any]:
+        """The figures `--json` prints and `compare.json` holds."""
+        return asdict(self)
+
+
+def compare(
+    recipes: Sequence[Recipe],
+    out: Path,
+    *,
+    text: str = "builtin:eval",
+    samples: int | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare recipes that differ in their method alone.
+
+    Args:
+        recipes: at least one; all on the same model and calibration. Statistics are those of the dense model, whatever they say.
+        out: folder for `compare.json`, `compare.md` and `compare.svg`.
+        text: what perplexity is measured on.
+        samples: use only the first so many windows of it.
+        progress: told what is going on.
+
+    Raises:
+        InputError: the input is wrong; nothing was written.
+    """
+    begun = time.perf_counter()
+    progress = progress or Silent()
+    first = recipes[0]
+    names = [recipe.method for recipe in recipes]
+    if len(set(names)) < len(names):
+        raise InputError(f"method '{max(names, key=names.count)}' is named twice: name each once")
+    require_matplotlib()
+    out = out.expanduser()
+    if out.exists() and not out.is_dir():
+        raise InputError(f"output '{out}' is a file: choose another --out")
+    folder = locate(first.model, revision=first.revision, trust_remote_code=first.trust_remote_code, progress=progress)
+    source = StreamedModel.open(
+        folder, dtype=first.dtype, device=first.device, trust_remote_code=first.trust_remote_code
+    )
+    tokenizer = load_tokenizer(folder, trust_remote_code=first.trust_remote_code)
+    length = window_length(source.module.config, first.calibration.length, progress)
+    bound = [parts_of(recipe, source.anatomy) for recipe in recipes]
+    windows = calibration_windows(
+        documents(first.calibration.source, "calibration"),
+        tokenizer,
+        samples=first.calibration.samples,
+        length=length,
+        seed=first.seed,
+        sampling=first.calibration.sampling,
+    )
+    held_out = evaluation_windows(documents(text, "evaluation"), tokenizer, length=length, samples=samples)
+    for tokens in (windows, held_out):
+        check_vocabulary(tokens, source.module)
+    machine.return_memory()
+
+    walk = Walk(source, windows, first.calibration.batch)
+    walk.prepare()
+    pruners = [SparsifyWalk(walk, sparsifier, patterns, dense=True) for sparsifier, _, patterns in bound]
+    for recipe, pruner, (_, budget, _) in zip(recipes, pruners, bound, strict=True):
+        if budget.part.measure is not None:
+            progress.start(f"{recipe.method}: {budget.part.name}", len(source.anatomy.blocks))
+            profile = pruner.profile(budget, partial(stored_place, source), progress.step)
+            pruner.patterns = budget.allot(source.anatomy, recipe.target, profile)
+    needs = frozenset().union(*(pruner.sparsifier.needs for pruner in pruners))
+    pruners[0].start()
+
+    evaluation = Walk(source, held_out)
+    with ExitStack() as stack:
+        evaluation.prepare()
+        streams = _streams(evaluation, 1 + len(recipes), stack)
+        evaluation.start(streams[0])
+        for stream in streams[1:]:
+            for batch in evaluation.batches:
+                stream[batch] = streams[0][batch]
+            stream.turn()
+        spent = [0.0] * len(recipes)
+        reports: list[list[LinearReport]] = [[] for _ in recipes]
+        both = torch.zeros(len(recipes), len(recipes), dtype=torch.float64)
+        progress.start(f"comparing {len(recipes)} methods", len(source.anatomy.blocks))
+        for block in source.anatomy.blocks:
+            module = source.load_block(block.index)
+            source.prefetch(block.index + 1)
+            measured = pruners[0].measure(block, module, needs)
+            _pass_on(evaluation, streams[0], block, module)
+            zeros = []
+            for number, pruner in enumerate(pruners):
+                with _as_it_was(source, block, module):
+                    reports[number] += pruner.prune_measured(block, module, partial(stored_place, source), measured)
+                    zeros.append(_zeros(source, block))
+                    started = time.perf_counter()
+                    _pass_on(evaluation, streams[1 + number], block, module)
+                    spent[number] += time.perf_counter() - started
+            both += _common(zeros)
+            source.free_block(block.index)
+            machine.return_memory()
+            progress.step(f"block {block.index}")
+        scored = []
+        for number, stream in enumerate(streams):
+            started = time.perf_counter()
+            scored.append(perplexity_behind(evaluation, stream))
+            if number:
+                spent[number - 1] += time.perf_counter() - started
+    progress.stop()
+    rows = [
+        _row(name, lines, value, pruner.seconds.prune, taken)
+        for name, lines, (value, _), pruner, taken in zip(names, reports, scored[1:], pruners, spent, strict=True)
+    ]
+    own = both.diagonal()
+    either = own[:, None] + own[None, :] - both
+    comparison = Comparison(
+        model=first.model,
+        pattern=str(first.target),
+        windows=len(windows),
+        length=length,
+        calibration=first.calibration.source,
+        text=text,
+        predictions=scored[0][1],
+        dense=scored[0][0],
+        rows=rows,
+        overlap=torch.where(either > 0, both / either, 1.0).tolist(),
+        seconds={
+            "measure": sum(pruner.seconds.forward for pruner in pruners),
+            "prune": sum(row.seconds for row in rows),
+            "evaluate": sum(spent),
+            "total": time.perf_counter() - begun,
+        },
+        peak_rss_bytes=machine.peak_rss_bytes(),
+    )
+    make_folder(out)
+    write_json(out / RESULT_NAME, comparison.summary())
+    write_text(out / TABLE_NAME, as_markdown(comparison.summary()))
+    draw(comparison.summary(), out / FIGURE_NAME)
+    return comparison
+
+
+def _streams(walk: Walk, count: int, stack: ExitStack) -> list[HiddenStates]:
+    return [stack.enter_context(room_for(walk.shape, walk.dtype, walk.source.device)) for _ in range(count)]
+
+
+@torch.inference_mode()
+def _pass_on(walk: Walk, hidden: HiddenStates, block: Block, module: nn.Module) -> None:
+    for position, batch in enumerate(walk.batches):
+        hidden[batch] = walk.run_batch(block.index, module, position, hidden[batch])
+    hidden.turn()
+
+
+@contextmanager
+def _as_it_was(source: StreamedModel, block: Block, module: nn.Module) -> Iterator[None]:
+    """Put a block's tensors, in the module and as the checkpoint holds them, back to what they were."""
+    places = [*module.parameters(), *source.stored[block.index].values()]
+    tensors = {tensor.data_ptr(): tensor.detach() for tensor in places}
+    before = {place: tensor.clone() for place, tensor in tensors.items()}
+    try:
+        yield
+    finally:
+        with torch.inference_mode():
+            for place, tensor in tensors.items():
+                tensor.copy_(before[place])
+
+
+def _zeros(source: StreamedModel, block: Block) -> list[Tensor]:
+    """Where a block's linears, as they would be written, hold zeros: flat, one per linear."""
+    return [linear.matrix(stored_place(source, linear)[0]).eq(0).flatten() for linear in block.linears]
+
+
+def _common(zeros: list[list[Tensor]]) -> Tensor:
+    """How many weights every two methods both remove, over the linears of a block: [methods, methods]."""
+    total = torch.zeros(len(zeros), len(zeros), dtype=torch.float64)
+    for of_linear in zip(*zeros, strict=True):
+        for left, mine in enumerate(of_linear):
+            for right in range(left + 1):
+                total[left, right] += int((mine & of_linear[right]).sum())
+    return torch.maximum(total, total.t())
+
+
+def _row(name: str, lines: list[LinearReport], value: float, seconds: float, taken: float) -> Compared:
+    errors = [line.output_error for line in lines if line.output_error is not None]
+    zeros, weights = sum(line.zeros for line in lines), sum(line.weights for line in lines)
+    return Compared(name, zeros / weights, zeros, value, sum(errors) / max(1, len(errors)), seconds, taken)
