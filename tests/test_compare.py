@@ -72,7 +72,9 @@ def removed(folder: Path, names: list[str]) -> torch.Tensor:
 
 def test_order_and_company_change_nothing(model: Path, text_file: Path, tmp_path: Path) -> None:
     def rows(methods: list[str]) -> dict[str, tuple[int, float]]:
-        found = prunekit.compare(model, methods, out=tmp_path, text=str(text_file), text_samples=2, **options(text_file))
+        found = prunekit.compare(
+            model, methods, out=tmp_path, text=str(text_file), text_samples=2, **options(text_file)
+        )
         return {row.method: (row.zeros, row.perplexity) for row in found.rows}
 
     together = rows(["sparsegpt", "wanda", "owl", "stochastic-ria"])
