@@ -21,6 +21,7 @@ PARTS: dict[str, str] = {
     "sparsegpt": "reconstruct",
     "alps": "reconstruct",
     "least-squares": "reconstruct",
+    "blockwise": "tune",
     "owl": "budget",
 }
 
@@ -43,6 +44,7 @@ class Method:
     budget: str = "uniform"
     refine: str | None = None
     reconstruct: str | None = None
+    tune: str | None = None
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 

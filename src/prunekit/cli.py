@@ -163,7 +163,8 @@ def prune(
         f"  parameters  {result.parameters:,}, none removed\n"
         f"  calibration {result.windows} windows, {result.tokens:,} tokens\n"
         f"  time        {seconds['total']:.1f} s: forward {seconds['forward']:.1f}, prune {seconds['prune']:.1f}, "
-        f"write {seconds['write']:.1f}, reload check {seconds['verify']:.1f}\n"
+        + (f"tune {seconds['tune']:.1f}, " if seconds["tune"] else "")
+        + f"write {seconds['write']:.1f}, reload check {seconds['verify']:.1f}\n"
         f"  memory      {result.peak_rss_bytes / 1e9:.2f} GB at most\n"
         f"  reloaded    logits differ by {summary['verification']['difference']:.1e} of their norm "
         f"(through {summary['verification']['through']})",
@@ -237,7 +238,8 @@ def plan(
         f"  disk        {made.disk['weights'] / 1e9:.2f} GB, {made.disk['peak'] / 1e9:.2f} GB while it runs; "
         f"{made.disk_available / 1e9:.1f} GB are free\n"
         f"  time        about {seconds['total']:.0f} s: start {seconds['start']:.0f}, forward {seconds['forward']:.0f}, "
-        f"prune {seconds['prune']:.0f}, write {seconds['write']:.0f}, reload check {seconds['verify']:.0f}",
+        f"prune {seconds['prune']:.0f}, tune {seconds['tune']:.0f}, write {seconds['write']:.0f}, "
+        f"reload check {seconds['verify']:.0f}",
     )
 
 

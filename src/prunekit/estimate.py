@@ -70,6 +70,7 @@ def needs_of(
         converted = max(converted, sum(counts[key] * size for key in other))
     linears = list(anatomy.linears())
     largest = max(linear.count for linear in linears)
+    block_weights = max(sum(linear.count for linear in each.linears) for each in anatomy.blocks)
     widest = max(max(linear.out_features, linear.in_features) for linear in linears)
     activations = batch * length * (_WIDE * widest + _NARROW * width) * size
     hidden = windows * length * width * size
@@ -80,10 +81,17 @@ def needs_of(
         for block_ in anatomy.blocks
     )
     choosing = largest + _CHUNKS  # a mask, and chunks of weights in float32, scores, and what they are made of
-    if not all(bound.part.rowwise for bound in sparsifier.parts) or sparsifier.group == "layer":
+    if (
+        not all(bound.part.rowwise for bound in sparsifier.parts if bound is not sparsifier.tune)
+        or sparsifier.group == "layer"
+    ):
         choosing += 3 * largest * 4  # the same of a whole linear
     if "gram" in sparsifier.needs:
         choosing += 4 * largest * 4 + 3 * max(linear.in_features for linear in linears) ** 2 * 4
+    if sparsifier.tune is not None:
+        # the dense block's outputs beside its inputs; gradients, moments and copies of a block; a window's activations kept for them
+        in_memory *= 1 if in_files else 2
+        choosing = max(choosing, 8 * block_weights * 4 + 3 * activations)
     outer = source.outer_bytes(all_windows * length)
     start = base + outer + in_memory + block + converted + activations
     walk = base + in_memory + 2 * block + converted + sums + max(activations, choosing)

@@ -25,6 +25,7 @@ _HOMES = {
     "budget": "prunekit.sparsify.budget",
     "refine": "prunekit.sparsify.refine",
     "reconstruct": "prunekit.sparsify.reconstruct",
+    "tune": "prunekit.sparsify.tune",
 }
 _REGISTERED: dict[str, dict[str, Part]] = {kind: {} for kind in _HOMES}
 
@@ -64,7 +65,7 @@ class Part:
     """A pure function on tensors, with what it declares about itself.
 
     Attributes:
-        kind: `score`, `refine`, `reconstruct` or `budget`.
+        kind: `score`, `refine`, `reconstruct`, `tune` or `budget`.
         needs: names of the `Statistics` sums it reads; nothing else is measured.
         rowwise: the result for some rows depends on those rows alone (and on `Statistics`, which know the norms of the whole weight's
             columns), so they may be computed in chunks.
@@ -128,6 +129,14 @@ def reconstruct(
     `selection` (see `sparsify/patterns.py`) would allow.
     """
     return _register("reconstruct", needs, paper, rowwise=rowwise, chooses=chooses)
+
+
+def tune(*, paper: str) -> Callable[[Function], Function]:
+    """Register `function(weights, batches, steps_an_epoch, sum_up, *, options...) -> (first loss, last loss)`.
+
+    It changes the kept weights of a pruned block's linears all together, in place; see `sparsify/tune/blockwise.py`.
+    """
+    return _register("tune", set(), paper)
 
 
 def budget(

@@ -37,7 +37,8 @@ class Plan:
         memory_available: what this machine could give now.
         hidden_states: the buffer of windows × length × hidden, part of `walk`; in files beyond the memory budget.
         disk: `weights` of the output folder, `hidden` while the run lasts, `peak` both; `disk_available` is what is free.
-        seconds: by phase, as a run's own figures: `start`, `forward`, `prune`, `write` (what is waited for), `read`, `verify`; `total`.
+        seconds: by phase, as a run's own figures: `start`, `forward`, `prune`, `tune`, `write` (what is waited for), `read`, `verify`;
+            and `total`.
     """
 
     model: str
@@ -166,15 +167,15 @@ class _Trial:
         module = source.load_block(0)
         self._read = time.perf_counter() - begun
         stored = source.stored[0]
-        fastest = [float("inf")] * 3
+        fastest = [float("inf")] * 4
         for _ in range(3):  # the first one warms up
-            trial.seconds.forward = trial.seconds.prune = 0.0
+            trial.seconds.forward = trial.seconds.prune = trial.seconds.tune = 0.0
             trial.prune_block(block, module, partial(stored_place, source))
             measured = trial.seconds.forward
             trial.pass_on(0, module)
-            taken = (measured, trial.seconds.forward - measured, trial.seconds.prune)
+            taken = (measured, trial.seconds.forward - measured, trial.seconds.prune, trial.seconds.tune)
             fastest = [min(pair) for pair in zip(fastest, taken, strict=True)]
-        self._measure, self._pass_on, self._prune = fastest
+        self._measure, self._pass_on, self._prune, self._tune = fastest
         self._pruned_weights = sum(linear.count for linear in block.linears)
         self._shard_bytes = sum(tensor.nbytes for tensor in stored.values())
         begun = time.perf_counter()
@@ -205,6 +206,7 @@ class _Trial:
             "start": stored * self._hash,
             "forward": self._start * more + self._blocks * measure + (self._blocks - 1) * pass_on,
             "prune": self._prune * weights / self._pruned_weights,
+            "tune": self._tune * more * self._blocks,
             "write": max(0, stored - blocks_bytes) * per_byte
             + self._blocks * (max(0.0, shard - pass_on) + max(0.0, saving - measure)),
             "read": self._read,

@@ -39,7 +39,7 @@ else:
     import tomli as tomllib
 
 DEFAULT_LENGTH = 2048
-KINDS = ("score", "pattern", "refine", "reconstruct", "budget")
+KINDS = ("score", "pattern", "refine", "reconstruct", "tune", "budget")
 
 
 class _Yaml(yaml.SafeLoader):

@@ -216,7 +216,7 @@ class Walk:
         self.shape = (len(self.windows), self.windows.length, first.shape[-1])
         self.dtype = first.dtype
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: what is recorded here must serve where gradients are wanted
     def start(self, hidden: HiddenStates | None = None, *, keep: bool = True) -> None:
         """Run the model around its blocks: note what each block is called with, and the first hidden states.
 
@@ -243,15 +243,19 @@ class Walk:
 
         Must be called in inference mode. Raises `InputError` where the result is not finite.
         """
-        hidden = hidden.to(self.source.device, non_blocking=True)
-        output = self._calls[position][index].replay(block, hidden)
-        result = output[0] if isinstance(output, tuple) else output
-        assert isinstance(result, Tensor)
+        result = self.replay(index, block, position, hidden)
         if not all_finite(result):
             raise InputError(
                 f"activations behind block {index} ('{self.source.anatomy.blocks[index].name}') hold NaN or infinite values "
                 f"in {self.source.dtype}: try --dtype float32; if that fails too, the checkpoint is damaged"
             )
+        return result
+
+    def replay(self, index: int, block: nn.Module, position: int, hidden: Tensor) -> Tensor:
+        """The same in whatever mode of gradients holds, its result not looked at."""
+        output = self._calls[position][index].replay(block, hidden.to(self.source.device, non_blocking=True))
+        result = output[0] if isinstance(output, tuple) else output
+        assert isinstance(result, Tensor)
         return result
 
     @torch.inference_mode()

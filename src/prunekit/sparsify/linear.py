@@ -54,13 +54,14 @@ class Sparsifier:
     group: Group
     refine: Bound | None = None
     reconstruct: Bound | None = None
+    tune: Bound | None = None
     seed: int = 0
     permute: bool = False
 
     @classmethod
     def of(cls, method: Method, options: Mapping[str, Mapping[str, Any]], seed: int = 0) -> Sparsifier:
         """The method's parts with a recipe's options laid over their defaults. Raises `InputError`."""
-        bound = {kind: _bind(kind, method, options) for kind in ("score", "refine", "reconstruct")}
+        bound = {kind: _bind(kind, method, options) for kind in ("score", "refine", "reconstruct", "tune")}
         pattern = {"group": method.group, "permute": False, **options.get("pattern", {})}
         group, permute = pattern.pop("group"), pattern.pop("permute")
         if group not in ("row", "layer"):
@@ -84,22 +85,17 @@ class Sparsifier:
                     f"refine '{bound['refine'].part.name}' moves a mask and '{method.name}' makes its own while it solves: "
                     "give it a score first, like --set score.name=wanda"
                 )
-        return cls(bound["score"], cast(Group, group), bound["refine"], last, seed, permute)
+        return cls(bound["score"], cast(Group, group), bound["refine"], last, bound["tune"], seed, permute)
 
     @property
     def parts(self) -> list[Bound]:
         """The parts it has, in the order they work."""
-        return [part for part in (self.score, self.refine, self.reconstruct) if part is not None]
+        return [part for part in (self.score, self.refine, self.reconstruct, self.tune) if part is not None]
 
     @property
     def needs(self) -> frozenset[str]:
         """Statistics its parts read."""
         return frozenset().union(*(bound.part.needs for bound in self.parts))
-
-    @property
-    def refits(self) -> bool:
-        """Whether kept weights are changed."""
-        return self.reconstruct is not None
 
     def resolved(self, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """A recipe's part options with the names and defaults that hold today filled in."""
@@ -108,7 +104,9 @@ class Sparsifier:
 
     def works_by_rows(self, pattern: Pattern) -> bool:
         """Whether some rows' result depends on those rows alone."""
-        return Selection(pattern, self.group).by_rows and all(bound.part.rowwise for bound in self.parts)
+        return Selection(pattern, self.group).by_rows and all(
+            bound.part.rowwise for bound in self.parts if bound is not self.tune
+        )
 
     def prune(
         self, weight: Tensor, stats: Statistics, pattern: Pattern, name: str, rows: slice | None = None

@@ -7,8 +7,9 @@ measure and once, pruned, for the next block's inputs; in dense mode the first p
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ..bits import apply_mask, count_zeros, removed_part, row_chunks
 from ..catalogue import find_method
 from ..distributed import Ranks
+from ..errors import InputError
 from ..model.anatomy import Anatomy, Block, Linear, weight_of
 from ..model.hidden import HiddenStates, InMemory, Place, room_for
 from ..model.source import StreamedModel
@@ -40,7 +42,12 @@ def parts_of(recipe: Recipe, anatomy: Anatomy) -> tuple[Sparsifier, Budget, dict
     """
     method = find_method(recipe.method)
     budget = Budget.of(method, recipe.parts.get("budget"))
-    return Sparsifier.of(method, recipe.parts, recipe.seed), budget, budget.allot(anatomy, recipe.target)
+    sparsifier = Sparsifier.of(method, recipe.parts, recipe.seed)
+    if sparsifier.tune is not None and recipe.calibration.mode == "dense":
+        raise InputError(
+            f"tune '{sparsifier.tune.part.name}' goes from block to pruned block: leave out --set calibration.mode=dense"
+        )
+    return sparsifier, budget, budget.allot(anatomy, recipe.target)
 
 
 def windows_needed(sparsifier: Sparsifier, budget: Budget, asked: int) -> int:
@@ -92,6 +99,7 @@ class Seconds:
 
     forward: float = 0.0
     prune: float = 0.0
+    tune: float = 0.0
     write: float = 0.0
     read: float = 0.0
     verify: float = 0.0
@@ -177,12 +185,30 @@ class SparsifyWalk:
 
         `stored(linear)` is weight and bias as the checkpoint holds them: they are what scores see and change along with the module's.
         """
-        return self.prune_measured(block, module, stored, self.measure(block, module, self.sparsifier.needs))
+        if self.sparsifier.tune is None:
+            return self.prune_measured(block, module, stored, self.measure(block, module, self.sparsifier.needs))
+        with ExitStack() as stack:
+            walk = self.walk
+            wanted = stack.enter_context(room_for(walk.shape, walk.dtype, walk.source.device))
+            measured = self.measure(block, module, self.sparsifier.needs, outputs=wanted)
+            dense = {linear.name: linear.matrix(stored(linear)[0]).clone() for linear in block.linears}
+            reports = self.prune_measured(block, module, stored, measured)
+            with self.seconds.timed("tune"):
+                self._tune(block, module, stored, wanted)
+            return [
+                self._reported_again(report, linear, module, stored, dense[linear.name], measured.samples[linear.name])
+                for report, linear in zip(reports, block.linears, strict=True)
+            ]
 
     @torch.inference_mode()
-    def measure(self, block: Block, module: nn.Module, needs: frozenset[str]) -> Measured:
-        """What the linears of a block are fed, over all windows; in dense mode the windows go on to the next block."""
-        collector = self._measure(block, module, needs, goes_on=self.dense)
+    def measure(
+        self, block: Block, module: nn.Module, needs: frozenset[str], outputs: HiddenStates | None = None
+    ) -> Measured:
+        """What the linears of a block are fed, over all windows; in dense mode the windows go on to the next block.
+
+        `outputs` is where the dense block's outputs are wanted.
+        """
+        collector = self._measure(block, module, needs, self.walk.hidden if self.dense else outputs)
         with self.seconds.timed("prune"):
             statistics = collector.statistics(self.ranks.sum_up)
         return Measured(statistics, {linear.name: collector.sample(linear.name) for linear in block.linears})
@@ -234,6 +260,47 @@ class SparsifyWalk:
             ]
             moved.add(consumer.name)
         return moved
+
+    def _tune(self, block: Block, module: nn.Module, stored: Stored, wanted: HiddenStates) -> None:
+        """Tune the block's kept weights on all windows; `wanted` are the dense block's outputs."""
+        part, walk = self.sparsifier.tune, self.walk
+        assert part is not None
+        pruned = {f"{linear.name}.weight": linear for linear in block.linears if self.patterns[linear.full_name]}
+        # gradients need tensors that were not made in inference mode
+        with torch.inference_mode(False), torch.enable_grad():
+            copies = {
+                name: nn.Parameter(old.detach().clone(), name in pruned) for name, old in module.named_parameters()
+            }
+            weights = {name: (copies[name], copies[name].detach() != 0) for name in pruned}
+            buffers = {name: old.clone() for name, old in module.named_buffers()}
+
+            def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+                for position, batch in enumerate(walk.batches):
+                    inputs = walk.hidden[batch].clone()
+                    outputs = walk.replay(block.index, module, position, inputs)
+                    yield inputs, outputs, wanted[batch].to(outputs.device).clone()
+
+            with exchanged(module, {**copies, **buffers}), self.ranks.together():
+                part(weights, batches, len(walk.batches), self.ranks.sum_up)
+        with torch.inference_mode():
+            for name, linear in pruned.items():
+                tuned, keep = weights[name]
+                weight = stored(linear)[0]
+                weight.copy_(tuned)
+                apply_mask(linear.matrix(weight), linear.matrix(keep).to(weight.device))
+                weight_of(module.get_submodule(linear.name)).copy_(weight)
+
+    def _reported_again(
+        self, report: LinearReport, linear: Linear, module: nn.Module, stored: Stored, dense: Tensor, sample: Tensor
+    ) -> LinearReport:
+        """A linear's report with the zeros and the output error it has now."""
+        if report.pattern is None:
+            return report
+        live = linear.matrix(weight_of(module.get_submodule(linear.name)))
+        dense = dense.to(live)
+        error = self._output_error(dense, lambda rows: dense[rows] - live[rows], self.ranks.from_last(sample))
+        zeros = count_zeros(linear.matrix(stored(linear)[0]))
+        return replace(report, zeros=zeros, output_error=error)
 
     def _prune_linear(
         self,
@@ -316,7 +383,7 @@ class SparsifyWalk:
                 with self.seconds.timed("read"):
                     module = walk.source.load_block(block.index)
                 walk.source.prefetch(block.index + 1)
-                collector = self._measure(block, module, budget.part.needs, goes_on=True)
+                collector = self._measure(block, module, budget.part.needs, walk.hidden)
                 with self.seconds.timed("prune"):
                     measured = collector.statistics(self.ranks.sum_up)
                     weights = [linear.matrix(stored(linear)[0]) for linear in block.linears]
@@ -328,10 +395,12 @@ class SparsifyWalk:
         walk.prepare()
         return found
 
-    def _measure(self, block: Block, module: nn.Module, needs: frozenset[str], *, goes_on: bool) -> Collector:
-        """Statistics of a block's linears; where the walk `goes_on`, the block's outputs take the place of its inputs."""
+    def _measure(
+        self, block: Block, module: nn.Module, needs: frozenset[str], outputs: HiddenStates | None
+    ) -> Collector:
+        """Statistics of a block's linears, and its outputs where they are wanted, be it in the place of its inputs."""
         linears = {linear.name: module.get_submodule(linear.name) for linear in block.linears}
-        collector = Collector(linears, needs, result_used=goes_on)
+        collector = Collector(linears, needs, result_used=outputs is not None)
         last = len(self.walk.batches) - 1
         with self.seconds.timed("forward"), self.ranks.together(), collector:
             for position, batch in enumerate(self.walk.batches):
@@ -340,10 +409,10 @@ class SparsifyWalk:
                 collector.sample_tokens = ERROR_TOKENS if position == last else 0
                 output = self.walk.run_batch(block.index, module, position, self.walk.hidden[batch])
                 collector.end_batch()
-                if goes_on:
-                    self.walk.hidden[batch] = output
-            if goes_on:
-                self.walk.hidden.turn()
+                if outputs is not None:
+                    outputs[batch] = output
+            if outputs is not None:
+                outputs.turn()
         return collector
 
 
@@ -359,6 +428,23 @@ def resident_place(model: nn.Module, linear: Linear) -> tuple[Tensor, Tensor | N
     module = model.get_submodule(linear.full_name)
     bias = module.bias
     return weight_of(module), bias.detach() if isinstance(bias, Tensor) else None
+
+
+@contextmanager
+def exchanged(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a module compute with other parameters and buffers for the time being."""
+    before = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    _set(module, tensors)
+    try:
+        yield
+    finally:
+        _set(module, before)
+
+
+def _set(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for path, tensor in tensors.items():
+        home, _, name = path.rpartition(".")
+        setattr(module.get_submodule(home), name, tensor)
 
 
 def error_squares(weight: Tensor, change: Callable[[slice], Tensor], inputs: Tensor, rows: slice) -> Tensor:

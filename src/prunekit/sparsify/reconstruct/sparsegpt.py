@@ -43,7 +43,11 @@ def sparsegpt(
     factor = inverse_factor(gram, damping).to(weight.dtype)
     scale = factor.diagonal()
     work = weight.t().clone(memory_format=torch.contiguous_format)  # [in, out]: a column is then contiguous
-    kept = torch.ones_like(work, dtype=torch.bool) if keep is None else keep.t().clone(memory_format=torch.contiguous_format)
+    kept = (
+        torch.ones_like(work, dtype=torch.bool)
+        if keep is None
+        else keep.t().clone(memory_format=torch.contiguous_format)
+    )
     done = 0  # zeros chosen so far, of a row or of all rows
     for start in range(0, columns, block):
         end = min(start + block, columns)

@@ -1,0 +1,96 @@
+"""Block-wise reconstruction: the kept weights of a whole block, tuned to give the dense block's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import InputError
+from ...parts import tune
+
+# of Adam: decay of the squared gradients for a few dozen steps, and what keeps a gradient of 0 from being divided by
+_DECAY, _SQUARED_DECAY, _TINY = 0.9, 0.95, 1e-12
+
+
+@tune(paper="https://arxiv.org/abs/2402.12419")
+def blockwise(
+    weights: Mapping[str, tuple[nn.Parameter, Tensor]],
+    batches: Callable[[], Iterable[tuple[Tensor, Tensor, Tensor]]],
+    steps_an_epoch: int,
+    sum_up: Callable[[list[Tensor]], None],
+    *,
+    epochs: int = 1,
+    rate: float = 0.01,
+    warmup: float = 0.1,
+) -> tuple[float, float]:
+    """Descend the mean square between a block's outputs and those of the dense block, on the same inputs, masks held.
+
+    Unlike the reconstructions of single linears this sees the block's attention, activation and residual, so that linears make up for
+    each other. Adam on float32 copies, one step a batch; the step's length rises over the first `warmup` of the steps and falls to 0
+    behind them; it is given as a share of the root mean square of each linear's kept weights, so that it means the same in every model.
+
+    Args:
+        weights: by linear, the parameter that runs, as stored [out, in] or transposed, and its keep-mask of the same shape.
+        batches: every time it is called, the batches of an epoch: inputs, the block's outputs on them with the present weights
+            (with gradients), the outputs wanted; each [windows, length, hidden].
+        steps_an_epoch: how many they are.
+        sum_up: adds up tensors over processes, in place.
+        epochs, rate, warmup: see above.
+
+    Returns:
+        The loss in the first and in the last batch, as a share of what the dense block changes its inputs by.
+
+    Source: Guo et al. 2024 (EBFT), which this is a short form of. Raises `InputError` for options that make no sense.
+    """
+    if epochs < 1 or rate <= 0 or not 0 <= warmup <= 1:
+        raise InputError(
+            f"tune.epochs={epochs}, tune.rate={rate}, tune.warmup={warmup}: 1 epoch or more, a rate above 0, warmup in [0, 1]"
+        )
+    states = [_Adam(parameter, keep, rate) for parameter, keep in weights.values()]
+    total = epochs * steps_an_epoch
+    losses: list[float] = []
+    for epoch in range(epochs):
+        for number, (inputs, outputs, wanted) in enumerate(batches()):
+            step = epoch * steps_an_epoch + number + 1
+            change = (wanted - inputs).float().square().sum().clamp_min(1e-30)
+            loss = (outputs.float() - wanted.float()).square().sum() / change
+            loss.backward()  # type: ignore[no-untyped-call]
+            sum_up([state.gradient for state in states])
+            share = min(step / max(1.0, warmup * total), 1.0) * (1 - (step - 1) / total)
+            for state in states:
+                state.step(step, share)
+            losses.append(float(loss.detach()))
+    return losses[0], losses[-1]
+
+
+class _Adam:
+    """One weight's float32 copy and moments; what is removed has no gradient and stays 0."""
+
+    def __init__(self, parameter: nn.Parameter, keep: Tensor, rate: float) -> None:
+        self._parameter = parameter
+        self._keep = keep
+        self._exact = parameter.detach().float().clone()
+        kept = max(1, int(keep.sum()))
+        self._rate = rate * float(torch.linalg.vector_norm(self._exact)) / kept**0.5
+        self._mean = torch.zeros_like(self._exact)
+        self._square = torch.zeros_like(self._exact)
+
+    @property
+    def gradient(self) -> Tensor:
+        """Of the last loss; zeros where the weight took no part in it."""
+        if self._parameter.grad is None:
+            self._parameter.grad = torch.zeros_like(self._parameter)
+        return self._parameter.grad
+
+    @torch.no_grad()
+    def step(self, number: int, share: float) -> None:
+        """Move by `share` of the rate."""
+        gradient = self.gradient.float().mul_(self._keep)
+        self._parameter.grad = None
+        self._mean.lerp_(gradient, 1 - _DECAY)
+        self._square.lerp_(gradient.square_(), 1 - _SQUARED_DECAY)
+        scale = self._square.div(1 - _SQUARED_DECAY**number).sqrt_().add_(_TINY)
+        self._exact.addcdiv_(self._mean, scale, value=-self._rate * share / (1 - _DECAY**number))
+        self._parameter.copy_(self._exact)

@@ -1,0 +1,168 @@
+"""Tuning a block as a whole: what it descends, what it must not touch, and what it is good for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import prunekit
+import tiny
+from prunekit import InputError
+from prunekit.sparsify.tune.blockwise import blockwise
+
+
+def block() -> tuple[nn.Module, nn.Module, dict[str, Tensor], list[Tensor]]:
+    """A dense block of two linears and a bend, the same with half of its weights gone, the masks, and batches of inputs."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(8, 16, bias=False), nn.GELU(), nn.Linear(16, 8, bias=False))
+    pruned = copy.deepcopy(dense)
+    keeps = {}
+    for name in ("0", "2"):
+        weight = pruned.get_submodule(name).weight
+        keeps[name] = weight.abs() >= weight.abs().median()
+        with torch.no_grad():
+            weight.mul_(keeps[name])
+    return dense, pruned, keeps, [torch.randn(4, 6, 8) for _ in range(8)]
+
+
+def tune(dense: nn.Module, pruned: nn.Module, keeps: dict[str, Tensor], inputs: list[Tensor], **options: Any) -> Any:
+    def batches() -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+        for values in inputs:
+            with torch.no_grad():
+                wanted = values + dense(values)
+            yield values, values + pruned(values), wanted
+
+    weights = {name: (pruned.get_submodule(name).weight, keep) for name, keep in keeps.items()}
+    return blockwise(weights, batches, len(inputs), lambda tensors: None, **options)
+
+
+def error(dense: nn.Module, pruned: nn.Module) -> float:
+    held_out = torch.randn(64, 8, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        return float((pruned(held_out) - dense(held_out)).norm() / dense(held_out).norm())
+
+
+def test_the_block_comes_nearer_to_the_dense_one_and_its_mask_holds() -> None:
+    dense, pruned, keeps, inputs = block()
+    before = error(dense, pruned)
+    first, last = tune(dense, pruned, keeps, inputs, epochs=20)
+    assert last < 0.6 * first
+    assert error(dense, pruned) < 0.8 * before
+    for name, keep in keeps.items():
+        weight = pruned.get_submodule(name).weight
+        assert not weight[~keep].any()
+        assert weight.grad is None
+
+
+def test_a_step_is_adam_with_a_rate_that_rises_and_falls() -> None:
+    dense, pruned, keeps, inputs = block()
+    mine = copy.deepcopy(pruned)
+    scales = {
+        name: float(mine.get_submodule(name).weight.detach()[keep].square().mean().sqrt())
+        for name, keep in keeps.items()
+    }
+    tune(dense, pruned, keeps, inputs, rate=0.02, warmup=0.25)
+    groups = [{"params": [mine.get_submodule(name).weight], "lr": 0.02 * scale} for name, scale in scales.items()]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12)
+    for number, values in enumerate(inputs):
+        wanted = (values + dense(values)).detach()
+        loss = (values + mine(values) - wanted).square().sum() / (wanted - values).square().sum()
+        adam.zero_grad()
+        loss.backward()
+        share = min((number + 1) / 2, 1) * (1 - number / 8)  # two of the eight steps warm up
+        for group, scale in zip(adam.param_groups, scales.values(), strict=True):
+            group["lr"] = 0.02 * scale * share
+            group["params"][0].grad.mul_(keeps["0"] if scale == scales["0"] else keeps["2"])
+        adam.step()
+    for name in keeps:
+        torch.testing.assert_close(
+            pruned.get_submodule(name).weight, mine.get_submodule(name).weight, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_processes_add_up_their_gradients() -> None:
+    seen: list[int] = []
+    dense, pruned, keeps, inputs = block()
+    weights = {name: (pruned.get_submodule(name).weight, keep) for name, keep in keeps.items()}
+    wanted = [(values + dense(values)).detach() for values in inputs]
+    blockwise(
+        weights,
+        lambda: ((x, x + pruned(x), y) for x, y in zip(inputs, wanted, strict=True)),
+        len(inputs),
+        lambda tensors: seen.append(len(tensors)),
+    )
+    assert seen == [2] * 8
+
+
+@pytest.mark.parametrize("options", [{"epochs": 0}, {"rate": 0.0}, {"warmup": 1.5}])
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="1 epoch or more, a rate above 0, warmup in"):
+        tune(*block(), **options)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3"])
+def test_a_model_in_memory_comes_nearer_to_the_dense_one(family: str) -> None:
+    ids = torch.randint(0, tiny.VOCABULARY, (16, 32), generator=torch.Generator().manual_seed(0))
+    dense = tiny.make_model(family)
+    far = {}
+    for method in ("wanda+least-squares", "wanda+least-squares+blockwise"):
+        model = tiny.make_model(family)
+        flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        result = prunekit.prune_(model, ids[:8], method=method, pattern="2:4", calibration={"batch": 1})
+        assert result.sparsity == pytest.approx(0.5)
+        assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+        with torch.no_grad():
+            far[method] = float((model(ids[8:]).logits - dense(ids[8:]).logits).norm())
+    assert far["wanda+least-squares+blockwise"] < far["wanda+least-squares"]
+
+
+def test_a_folder_is_tuned_to_the_bits_of_the_model_in_memory(tmp_path: Path, text_file: Path) -> None:
+    tiny.save_model(tmp_path / "model", "llama")
+    asked: dict[str, Any] = {
+        "method": "wanda+blockwise",
+        "sparsity": 0.5,
+        "calibration": {"source": str(text_file), "samples": 4, "length": 32, "batch": 2},
+    }
+    result = prunekit.prune(tmp_path / "model", out=tmp_path / "out", dtype="float32", **asked)
+    assert result.verification is not None
+    assert result.seconds.tune > 0
+    model = tiny.make_model("llama")
+    again = prunekit.prune_(model, tiny.make_tokenizer(), **asked)
+    written: dict[str, Tensor] = {}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        written |= load_file(path)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(written[name], parameter), name
+    assert [line.zeros for line in again.linears] == [line.zeros for line in result.linears]
+    assert [line.output_error for line in again.linears] == [line.output_error for line in result.linears]
+    assert prunekit.inspect(tmp_path / "out").sound
+
+
+def test_what_is_left_dense_is_not_tuned() -> None:
+    model, before = tiny.make_model("llama"), tiny.make_model("llama")
+    ids = torch.randint(0, tiny.VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(0))
+    parts = {"budget": {"ignore": ["*.down_proj"]}}
+    prunekit.prune_(model, ids, method="wanda+blockwise", parts=parts)
+    moved = {
+        name.rsplit(".", 2)[-2]
+        for (name, new), old in zip(model.named_parameters(), before.parameters(), strict=True)
+        if not torch.equal(new, old)
+    }
+    assert moved == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
+
+
+def test_dense_statistics_are_refused() -> None:
+    with pytest.raises(InputError, match="tune 'blockwise' goes from block to pruned block"):
+        prunekit.prune_(
+            tiny.make_model("llama"),
+            torch.zeros(2, 8, dtype=torch.long),
+            method="wanda+blockwise",
+            calibration={"mode": "dense"},
+        )
