@@ -23,7 +23,7 @@ from .calibration.windows import (
     load_tokenizer,
     window_length,
 )
-from .catalogue import METHODS, find_method
+from .catalogue import METHODS, PARTS, find_method
 from .checkpoint.locate import locate
 from .errors import InputError
 from .evaluation.perplexity import perplexity
@@ -338,6 +338,7 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
                 "score": row.score,
                 "refine": row.refine,
                 "reconstruct": row.reconstruct,
+                "tune": row.tune,
                 "formulas": {bound.part.kind: bound.part.summary for bound in sparsifier.parts},
                 "notes": [bound.part.note for bound in sparsifier.parts if bound.part.note],
                 "group": row.group,
@@ -348,6 +349,12 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
             }
         )
     return listed
+
+
+def addable() -> list[dict[str, str]]:
+    """The parts that can be added to a method by name, as in `wanda+dsnot`: name, kind, what they do, paper."""
+    found = [find_part(kind, name) for name, kind in PARTS.items()]
+    return [{"name": part.name, "kind": part.kind, "summary": part.summary, "paper": part.paper} for part in found]
 
 
 def _calibration(given: str | Mapping[str, Any]) -> dict[str, Any]:

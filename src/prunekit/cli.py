@@ -298,18 +298,28 @@ def _print_comparison(found: Any, out: Path) -> None:
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="A method, for its details.", show_default=False)] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print everything as one Markdown page.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the methods, or describe one."""
+    """List the methods, or describe one; parts are added to a method by name, like wanda+dsnot."""
     if name is not None:
         find_method(name)  # refused before anything heavy is imported
+    from .api import addable
     from .api import methods as list_methods
 
     rows = list_methods(name)
+    if markdown:
+        from .report.methods import as_markdown
+
+        typer.echo(as_markdown(rows, addable()), nl=False)
+        return
     if name is None:
         width = max(len(row["name"]) for row in rows)
         text = "\n".join(
             f"{row['name']:<{width}}  {row['kind']}  per {row['group']:<5}  {row['summary']}" for row in rows
+        )
+        text += "\n\nparts that can be added to any, like wanda+dsnot:\n" + "\n".join(
+            f"{part['name']:<{width}}  {part['kind']:<11}  {part['summary']}" for part in addable()
         )
         _emit(as_json, rows, text)
         return
