@@ -9,17 +9,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import Evaluation, Inspection, Plan, evaluate, inspect, methods, plan, prune, prune_, sweep
+    from .api import (
+        Evaluation,
+        Inspection,
+        Plan,
+        draw_weight,
+        evaluate,
+        inspect,
+        methods,
+        plan,
+        prune,
+        prune_,
+        study,
+        sweep,
+    )
     from .errors import InputError, PrunekitError, StorageError, VerificationError
     from .model.stream import Windows
     from .pruning import Result
     from .recipe import Recipe
+    from .studying import Findings
     from .sweeping import Sweep
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Evaluation": "api",
+    "Findings": "studying",
     "InputError": "errors",
     "Inspection": "api",
     "Plan": "api",
@@ -30,17 +45,20 @@ _HOMES = {
     "Sweep": "sweeping",
     "VerificationError": "errors",
     "Windows": "model.stream",
+    "draw_weight": "api",
     "evaluate": "api",
     "inspect": "api",
     "methods": "api",
     "plan": "api",
     "prune": "api",
     "prune_": "api",
+    "study": "api",
     "sweep": "api",
 }
 
 __all__ = [
     "Evaluation",
+    "Findings",
     "InputError",
     "Inspection",
     "Plan",
@@ -51,12 +69,14 @@ __all__ = [
     "Sweep",
     "VerificationError",
     "Windows",
+    "draw_weight",
     "evaluate",
     "inspect",
     "methods",
     "plan",
     "prune",
     "prune_",
+    "study",
     "sweep",
 ]
 

@@ -157,7 +157,7 @@ class Grid(BaseModel):
     def _recipe(self, axes: dict[str, Any]) -> Recipe:
         values = copy.deepcopy(self.base)
         values.setdefault("method", "wanda")
-        for name, value in (setting for axis, value in axes.items() for setting in _settings(axis, value).items()):
+        for name, value in (setting for axis in axes for setting in _settings(axis, axes[axis]).items()):
             if name in ("sparsity", "pattern"):  # one of them as an axis replaces either in the base
                 values.pop("sparsity", None)
                 values.pop("pattern", None)

@@ -216,7 +216,7 @@ def _discard(run: Run) -> Run:
     """Remove the model of a run that is done. Its record is written first: what it says needs the model no more."""
     manifest = read_manifest(run.folder)
     assert manifest is not None
-    made = {name: manifest.get(name) for name in ("machine", "versions")}
+    made = {name: manifest[name] for name in ("machine", "versions")}
     run = replace(run, record=replace(run.record, discarded=made))
     write_json(run.record_path, asdict(run.record))
     remove(run.folder)

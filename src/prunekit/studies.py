@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +45,7 @@ from .recipe import Recipe, assign, first_sentence
 
 DENSE = "dense"
 
-Label = str | float
+Label = str | int | float
 Place = tuple[Label, Label]
 
 
@@ -130,21 +130,20 @@ class Study:
     """A study file, understood and checked.
 
     Attributes:
-        values: of the whole file, the command line's laid over them.
+        grid: the command line's words are in it.
         rows, columns: labels, in the file's order.
     """
 
     name: str
     options: StudyOptions
     grid: Grid
-    values: dict[str, Any]
     rows: tuple[str, ...]
     columns: tuple[str, ...]
 
     @property
     def model(self) -> str:
         """The model it is of."""
-        return str(self.values["model"])
+        return str(self.grid.base["model"])
 
     def cells(self, measured: Iterable[tuple[Mapping[str, Any], float | None]]) -> dict[tuple[str, str], Cell]:
         """The table: (row, column) -> cell, from each run's axes and its perplexity, None where it failed."""
@@ -169,7 +168,7 @@ def read_study(
     model: str | None = None,
     calibration: Iterable[str] = (),
     text: str | None = None,
-    settings: Iterable[str] = (),
+    settings: Sequence[str] = (),
 ) -> Study:
     """The study in a file, with the command line's words laid over it.
 
@@ -207,9 +206,15 @@ def read_study(
         else:
             assign(values, setting)
     grid = _with_sources(Grid.build(values), list(calibration))
+    for setting in settings:
+        name = setting.partition("=")[0].strip()
+        if name in grid.axes or f"parts.{name}" in grid.axes:
+            raise InputError(
+                f"--set '{setting}': '{name}' is an axis of the study, which takes its values from the file"
+            )
     _check_axes(options, grid)
     rows, columns = (tuple(label_of(value) for value in grid.axes[axis]) for axis in (options.rows, options.columns))
-    study = Study(path.stem, options, grid, {**values, **grid.base}, rows, columns)
+    study = Study(path.stem, options, grid, rows, columns)
     _check_places(study)
     for combination in grid.combinations():
         source = combination.recipe.calibration.source
@@ -229,7 +234,7 @@ def assign_evaluation(values: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _with_sources(grid: Grid, given: list[str]) -> Grid:
-    """The grid with the command line's calibration texts in it; where the file compares texts, they keep the file's names for labels."""
+    """The grid with the command line's calibration texts in it; texts that the file compares keep its names for labels."""
     axis = "calibration.source"
     named = [label_of(value) for value in grid.axes.get(axis, [])]
     places: dict[str, str] = {}
@@ -247,7 +252,12 @@ def _with_sources(grid: Grid, given: list[str]) -> Grid:
                 f"--calibration {named[-1]}={word}"
             )
         else:
-            base = {**base, "calibration": {**base.get("calibration", {}), "source": word}}
+            section = base.get("calibration", {})
+            if not isinstance(section, dict):
+                raise InputError(
+                    f"'calibration' is {section!r} in the study file, not a section that could hold 'source'"
+                )
+            base = {**base, "calibration": {**section, "source": word}}
     axes = dict(grid.axes)
     if places:
         axes[axis] = [
@@ -262,7 +272,9 @@ def _check_axes(options: StudyOptions, grid: Grid) -> None:
     used = [axis for axis in roles.values() if axis is not None]
     for role, axis in roles.items():
         if axis is not None and axis not in grid.axes:
-            raise InputError(f"{role} of the study is '{axis}', which is no axis of its grid: {nearest(axis, grid.axes)}")
+            raise InputError(
+                f"{role} of the study is '{axis}', which is no axis of its grid: {nearest(axis, grid.axes)}"
+            )
         if axis is not None and used.count(axis) > 1:
             raise InputError(f"axis '{axis}' is named twice in [study]: rows, columns and over are different axes")
     if "model" in grid.axes:
@@ -293,7 +305,9 @@ def _check_places(study: Study) -> None:
     for row, column in places:
         for label, known, what in ((row, study.rows, "row"), (column, study.columns, "column")):
             if label not in known:
-                raise InputError(f"[study] speaks of {what} '{label}', which its table does not have: {nearest(label, known)}")
+                raise InputError(
+                    f"[study] speaks of {what} '{label}', which its table does not have: {nearest(label, known)}"
+                )
 
 
 def _place(place: Place) -> tuple[str, str]:
