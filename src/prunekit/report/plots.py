@@ -27,7 +27,7 @@ SUFFIXES = (".svg", ".png")
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
 _MARKERS = "osD^vPX*"
 _GREY = "#666666"
-_FINEST = 512  # cells along a side of a heat map: more than a page can show
+_FINEST = 640  # cells along a side of a heat map: more than a page can show
 
 
 def check_drawable(path: Path) -> None:
@@ -40,8 +40,8 @@ def check_drawable(path: Path) -> None:
 
 def draw_study(study: Study, cells: Mapping[tuple[str, str], Cell], dense: float, path: Path) -> None:
     """Draw a study's table: bars, a group a row, or lines along the columns, a line a row. Raises `InputError`, `StorageError`."""
-    height = 1.6 + 0.19 * len(study.rows) * (len(study.columns) + 1)
-    with _figure(path, (8.0, max(3.4, height) if study.options.plot == "bars" else 4.6)) as figure:
+    height = 1.4 + 0.15 * len(study.rows) * (len(study.columns) + 1)
+    with _figure(path, (8.0, max(2.8, height) if study.options.plot == "bars" else 4.6)) as figure:
         axes = figure.subplots()
         draw: Callable[..., None] = _bars if study.options.plot == "bars" else _lines
         draw(axes, study, cells, dense)
@@ -55,7 +55,9 @@ def draw_weight(weight: Tensor, name: str, path: Path) -> None:
     """
     size = weight.abs().float()
     rows, columns = size.shape
-    shown = functional.adaptive_avg_pool2d(size[None, None], (min(rows, _FINEST), min(columns, _FINEST)))[0, 0]
+    down, across = math.ceil(rows / _FINEST), math.ceil(columns / _FINEST)
+    # blocks at the edge may be smaller: their mean is over what is there
+    shown = functional.avg_pool2d(size[None, None], (down, across), ceil_mode=True)[0, 0]
     # a few weights are many times larger than the rest, and would leave it all one colour
     top = float(shown.flatten().kthvalue(math.ceil(0.995 * shown.numel())).values) or 1.0
     wide = min(2.2, max(0.45, columns / rows))
@@ -63,18 +65,21 @@ def draw_weight(weight: Tensor, name: str, path: Path) -> None:
         places = figure.subplot_mosaic(
             [["columns", "."], ["map", "rows"]], width_ratios=[5, 1], height_ratios=[1, 5], empty_sentinel="."
         )
-        extent = (0.0, float(columns), float(rows), 0.0)
+        extent = (0.0, float(across * shown.shape[1]), float(down * shown.shape[0]), 0.0)
         image = places["map"].imshow(
             shown.numpy(), cmap="magma", vmin=0, vmax=top, aspect="auto", interpolation="nearest", extent=extent
         )
-        places["map"].set(xlabel=f"input channel ({columns:,})", ylabel=f"output channel ({rows:,})")
+        places["map"].set(
+            xlim=(0, columns),
+            ylim=(rows, 0),
+            xlabel=f"input channel ({columns:,})",
+            ylabel=f"output channel ({rows:,})",
+        )
         places["columns"].plot(size.norm(dim=0).numpy(), color=_COLOURS[0], linewidth=0.6)
-        places["columns"].set(xlim=(0, columns), ylabel="column norm", xticklabels=[])
+        places["columns"].set(xlim=(0, columns), ylabel="column\nnorm", xticklabels=[])
         places["rows"].plot(size.norm(dim=1).numpy(), range(rows), color=_COLOURS[3], linewidth=0.6)
         places["rows"].set(ylim=(rows, 0), xlabel="row norm", yticklabels=[])
-        averaged = (
-            "" if shown.shape == size.shape else f", mean of {rows / len(shown):.3g} × {columns / shown.shape[1]:.3g}"
-        )
+        averaged = "" if shown.shape == size.shape else f", mean of {down} × {across} entries"
         figure.colorbar(image, ax=places["map"], location="left", extend="max", label=f"|W|{averaged}", pad=0.02)
         zeros = int((weight == 0).sum())
         figure.suptitle(f"{name}   [{rows:,} × {columns:,}], {zeros / weight.numel():.1%} zeros", fontsize=10)
@@ -100,12 +105,17 @@ def _bars(axes: Axes, study: Study, cells: Mapping[tuple[str, str], Cell], dense
         )
         for place, cell, width in zip(places, found, widths, strict=True):
             end = width + (cell.deviation or 0.0)
+            if cell.mean == math.inf:  # the bar goes on beyond the page
+                axes.annotate(
+                    "∞ ", (right, place), (-4, 0), textcoords="offset points", ha="right", va="center", color="white"
+                )
+                continue
             axes.annotate(
                 spelt(cell.mean), (end, place), (3, 0), textcoords="offset points", va="center", fontsize=7, color=_GREY
             )
     axes.axvline(dense, color=_GREY, linestyle="--", linewidth=1, label=f"dense ({spelt(dense)})")
     axes.set_yticks(range(len(study.rows)), study.rows)
-    axes.invert_yaxis()
+    axes.set_ylim(len(study.rows) - 0.4, -0.6)
     if study.options.log:
         axes.set_xscale("log")
         _plain_ticks(axes.xaxis)
