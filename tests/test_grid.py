@@ -218,7 +218,7 @@ BAD = {
     'model = "M"\nsampels = 1\n[grid]\nseed = [1]\n': "'sampels' is not a name a recipe has",
     'model = "M"\ncalibration = 5\n[grid]\ncalibration.samples = [1]\n': "'calibration' is 5 in the grid file",
     'model = "M"\n[grid]\nparts.score.power = [2]\n': "combination (parts.score.power=2): 'score.power'",
-    'model = "M"\n[grid]\nparts.refine.steps = [2]\n': "'refine' is no part",
+    'model = "M"\n[grid]\nparts.refine.steps = [2]\n': "'refine.steps' is an option of a refine",
     'model = "M"\n[grid]\nparts.pattern.group = ["column"]\n': "combination (parts.pattern.group=column)",
     'model = "M"\n[grid]\nseed = [1, 2, 1]\n': "combinations (seed=1) and (seed=1) are the same recipe",
     'model = "M"\n[grid]\npattern = [0.5, "0.50"]\n': "combinations (pattern=0.5) and (pattern=0.50) are the same recipe",
