@@ -306,8 +306,8 @@ def test_published_figures_stand_beside_ours(done: Setting) -> None:
     cells = [[word.strip() for word in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
     ours = found.cells["α = 1", "0.5"].mean
     assert ours is not None
-    assert cells[2] == ["dense", "", spelt(found.dense), "1.00", "5.00", "1.00", "L", "[1]"]
-    assert cells[3] == ["α = 1", "0.5", spelt(ours), spelt(ours / found.dense), "10.00", "2.00", "L", "[1]"]
+    assert cells[2] == ["dense", "", spelt(found.dense), "1.00", "5", "1.00", "L", "[1]"]
+    assert cells[3] == ["α = 1", "0.5", spelt(ours), spelt(ours / found.dense), "10", "2.00", "L", "[1]"]
     assert cells[4][4:] == ["42.13", "", "M", "[2]"]
     assert f"- [1] {source}" in lines
 
@@ -330,6 +330,15 @@ def test_the_page(done: Setting) -> None:
     assert f"prunekit study {done.file} --out {done.out}" in page
     assert "![T](tiny.svg)" in page
     assert f"torch {prunekit.machine.versions()['torch']}" in page
+
+
+def test_the_best_is_marked_among_what_is_compared(done: Setting) -> None:
+    done.run(study={"compare": "columns", "columns": "pattern"})
+    page = done.read(".md")
+    table = [line for line in page.partition("## Perplexity")[2].splitlines() if line.startswith("|")]
+    assert [line.count("**") for line in table[2:]] == [2, 2]
+    assert "Rows: variant; columns: pattern." in page
+    assert "the best of each row is bold" in page
 
 
 def bold(found: prunekit.Findings, row: str, column: str) -> str:

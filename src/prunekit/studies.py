@@ -8,6 +8,7 @@ A study file is a grid file with a section more:
     rows = "method"                    # an axis of the grid: its points are the table's rows
     columns = "pattern"                # another one
     over = "seed"                      # optional: the axis that figures are the mean ± standard deviation over
+    compare = "rows"                   # whose best figure is marked: among rows, the default, or among "columns"
     plot = "bars"                      # or "lines": along the columns, a line a row
     log = true                         # the plot's scale
 
@@ -81,10 +82,16 @@ class StudyOptions(_Section):
     columns: str
     value: Literal["perplexity"] = "perplexity"
     over: str | None = None
+    compare: Literal["rows", "columns"] = "rows"
     plot: Literal["bars", "lines"] = "bars"
     log: bool = False
     claims: tuple[Claim, ...] = ()
     published: tuple[Published, ...] = ()
+
+    @property
+    def titles(self) -> tuple[str, str]:
+        """What rows and columns are called: `beta` for the axis `parts.score.beta`."""
+        return self.rows.rsplit(".", 1)[-1], self.columns.rsplit(".", 1)[-1]
 
 
 @dataclass(frozen=True)

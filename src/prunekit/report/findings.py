@@ -83,23 +83,17 @@ def _conditions(study: Study) -> str:
 
 
 def _table(study: Study, cells: Mapping[tuple[str, str], Cell]) -> str:
-    # the best figure of a column is the one a reader looks for
-    best = {
-        column: min((m for row in study.rows if (m := cells[row, column].mean) is not None), default=None)
-        for column in study.columns
-    }
-    lines = [[study.options.rows, *study.columns]]
+    by_rows = study.options.compare == "rows"
+    lines = [[study.options.titles[0], *study.columns]]
     for row in study.rows:
-        found = [cells[row, column] for column in study.columns]
-        lines.append(
-            [
-                row,
-                *(
-                    f"**{_figure(c)}**" if c.mean is not None and c.mean == best[c.column] else _figure(c)
-                    for c in found
-                ),
-            ]
-        )
+        line = [row]
+        for column in study.columns:
+            # the best figure among those that are compared is the one a reader looks for
+            others = [cells[r, column] for r in study.rows] if by_rows else [cells[row, c] for c in study.columns]
+            best = min((cell.mean for cell in others if cell.mean is not None), default=None)
+            cell = cells[row, column]
+            line.append(f"**{_figure(cell)}**" if cell.mean is not None and cell.mean == best else _figure(cell))
+        lines.append(line)
     return _markdown(lines, figures=set(range(1, len(study.columns) + 1)))
 
 
@@ -116,13 +110,15 @@ def _footnote(study: Study, dense: float) -> str:
     if over is not None:
         points = [label_of(value) for value in study.grid.axes[over]]
         mean = f" Figures are the mean ± standard deviation over {over} {', '.join(points)}."
-    return f"Dense model: {spelt(dense)}. Less is better; the best of each column is bold.{mean}"
+    rows, columns = study.options.titles
+    best = "column" if study.options.compare == "rows" else "row"
+    return f"Rows: {rows}; columns: {columns}. Dense model: {spelt(dense)}. Less is better; the best of each {best} is bold.{mean}"
 
 
 def _sentence(verdict: Verdict) -> str:
     less, than, slack = verdict.less, verdict.than, verdict.claim.slack
     bound = f", which may be larger by {100 * slack:g} %" if slack else ""
-    what = f"{less.row} at {less.column}: {_figure(less)}; {than.row} at {than.column}: {_figure(than)}{bound}"
+    what = f"{less.row}, {less.column}: {_figure(less)}; {than.row}, {than.column}: {_figure(than)}{bound}"
     if verdict.holds is None:
         return f"- *Not known*, because runs failed: {verdict.claim.claim} ({what})"
     noise = "; the difference is smaller than the spread of the runs" if verdict.noisy else ""
@@ -134,23 +130,13 @@ def _beside(study: Study, cells: Mapping[tuple[str, str], Cell], dense: float) -
     published = study.options.published
     of_dense = {entry.model: entry.value for entry in published if label_of(entry.row) == DENSE}
     sources = list(dict.fromkeys(entry.source for entry in published))
-    lines = [
-        [
-            study.options.rows,
-            study.options.columns,
-            f"here: {study.model}",
-            "× dense",
-            "published",
-            "× dense",
-            "of",
-            "source",
-        ]
-    ]
+    head = [f"here: {study.model}", "× dense", "published", "× dense", "of", "source"]
+    lines = [[*study.options.titles, *head]]
     for entry in published:
         row, column = label_of(entry.row), "" if entry.column is None else label_of(entry.column)
         ours = dense if entry.column is None else cells[row, column].mean
         here = [spelt(ours), _ratio(ours, dense)]
-        there = [spelt(entry.value), _ratio(entry.value, of_dense.get(entry.model))]
+        there = [f"{entry.value:g}", _ratio(entry.value, of_dense.get(entry.model))]
         lines.append([row, column, *here, *there, entry.model, f"[{sources.index(entry.source) + 1}]"])
     notes = "\n".join(f"- [{number}] {source}" for number, source in enumerate(sources, 1))
     advice = "Models differ, so compare by what each loses against its dense self."
@@ -177,6 +163,4 @@ def _made(made: Mapping[str, Any]) -> str:
     machine, versions = made["machine"], made["versions"]
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     accelerator = "" if machine["accelerator"] == "none" else f", {machine['accelerator']}"
-    return (
-        f"- {machine['processor']}, {machine['threads']} threads of {machine['cores']} cores{accelerator}; {packages}"
-    )
+    return f"- {machine['processor']}, {machine['threads']} of {machine['cores']} threads{accelerator}; {packages}"

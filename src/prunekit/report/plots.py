@@ -121,7 +121,7 @@ def _bars(axes: Axes, study: Study, cells: Mapping[tuple[str, str], Cell], dense
         _plain_ticks(axes.xaxis)
     axes.set(xlim=(left, right), xlabel="perplexity")
     axes.tick_params(axis="y", length=0)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), title=study.options.columns)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), title=study.options.titles[1])
 
 
 def _lines(axes: Axes, study: Study, cells: Mapping[tuple[str, str], Cell], dense: float) -> None:
@@ -146,9 +146,9 @@ def _lines(axes: Axes, study: Study, cells: Mapping[tuple[str, str], Cell], dens
     if study.options.log:
         axes.set_yscale("log")
         _plain_ticks(axes.yaxis)
-    axes.set(xlabel=study.options.columns, ylabel="perplexity")
+    axes.set(xlabel=study.options.titles[1], ylabel="perplexity")
     axes.grid(axis="y", color=_GREY, alpha=0.15)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), title=study.options.rows)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), title=study.options.titles[0])
 
 
 def _range(study: Study, values: list[float]) -> tuple[float, float]:
