@@ -475,6 +475,52 @@ def test_inspect_of_a_folder_that_prunekit_did_not_write(llama_folder: Path) -> 
     assert (found["recipe"], found["zeros"], found["sound"]) == (None, 0, True)
 
 
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_inspect_draws_a_weight(suffix: str, pruned: Path, tmp_path: Path) -> None:
+    picture = tmp_path / f"weight{suffix}"
+    words = ["--weight", "model.layers.1.mlp.up_proj", "--plot", picture]
+    found = call("inspect", pruned, *words)
+    assert found.code == 0, found.err
+    assert str(picture) in found.out
+    first = picture.read_bytes()
+    assert first.startswith(b"<?xml" if suffix == ".svg" else b"\x89PNG")
+    assert call("inspect", pruned, *words, "--json").json["plot"] == str(picture)
+    assert picture.read_bytes() == first
+    assert call("inspect", pruned, "--weight", "model.layers.1.mlp.up_proj.weight", "--plot", picture).code == 0
+    assert call("inspect", pruned, "--weight", "model.layers.2.mlp.up_proj", "--plot", picture).code == 0
+    assert picture.read_bytes() != first
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--weight", "model.layers.1.mlp.up_prj", "--plot", "w.svg"], "did you mean 'model.layers.1.mlp.up_proj'?"),
+        (["--weight", "model.embed_tokens", "--plot", "w.svg"], "has no linear 'model.embed_tokens' in its blocks"),
+        (["--weight", "model.layers.1.mlp.up_proj", "--plot", "w.jpg"], "must end in .svg or .png"),
+        (["--weight", "model.layers.1.mlp.up_proj"], "go together"),
+        (["--plot", "w.svg"], "go together"),
+    ],
+)
+def test_inspect_refuses_what_it_cannot_draw(
+    words: list[str], sentence: str, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = call("inspect", llama_folder, *words)
+    assert (found.code, found.out) == (2, "")
+    assert sentence in found.err
+    assert len(found.err.splitlines()) == 1
+    assert not list(tmp_path.glob("w.*"))
+
+
+def test_inspect_draws_nothing_without_matplotlib(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prunekit.report.plots.find_spec", lambda _: None)
+    found = call("inspect", llama_folder, "--weight", "model.layers.1.mlp.up_proj", "--plot", tmp_path / "w.svg")
+    assert found.code == 2
+    assert "pip install 'prunekit[plots]'" in found.err
+
+
 def test_inspect_reads_transposed_linears_too(tmp_path: Path, few: list[str]) -> None:
     tiny.save_model(tmp_path / "in", "gpt2")
     assert call("prune", tmp_path / "in", "--out", tmp_path / "out", "--pattern", "2:4", *few).code == 0

@@ -146,6 +146,53 @@ def test_the_embedded_hash_tells_long_names_apart() -> None:
     assert one.name != two.name
 
 
+# Cases
+
+
+def test_a_case_sets_several_names_at_once_and_is_known_by_its_label() -> None:
+    variants = [
+        {"label": "plain"},
+        {"label": "α = 1, per row", "method": "ria", "parts": {"score": {"alpha": 1.0}, "pattern": {"group": "row"}}},
+        {"label": "half kept", "pattern": "2:4", "parts.budget.overrides.*.o_proj": 0.1},
+    ]
+    found = made({"variant": variants, "seed": [1, 2]}, sparsity=0.3)
+    assert [list(c.axes.items()) for c in found[:3]] == [
+        [("variant", "plain"), ("seed", 1)],
+        [("variant", "plain"), ("seed", 2)],
+        [("variant", "α = 1, per row"), ("seed", 1)],
+    ]
+    expected: list[dict[str, Any]] = [
+        {"sparsity": 0.3},
+        {"sparsity": 0.3, "method": "ria", "parts": {"score": {"alpha": 1.0}, "pattern": {"group": "row"}}},
+        {"pattern": "2:4", "parts": {"budget": {"overrides": {"*.o_proj": 0.1}}}},
+    ]
+    assert [c.recipe for c in found[::2]] == [Recipe.build({**BASE, "seed": 1, **values}) for values in expected]
+    assert len({c.name for c in found}) == 6
+
+
+def test_cases_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "g.toml").write_text(
+        'model = "M"\n[[grid.variant]]\nlabel = "a"\nmethod = "ria"\nparts.score.alpha = 0.7\n'
+        '[[grid.variant]]\nlabel = "b"\nmethod = "wanda"\n'
+    )
+    one, two = Grid.read(tmp_path / "g.toml").combinations()
+    assert (one.recipe.parts, one.axes, two.recipe.method) == ({"score": {"alpha": 0.7}}, {"variant": "a"}, "wanda")
+
+
+def test_a_case_is_named_after_what_it_sets_and_not_after_its_label() -> None:
+    def names(*labels: str) -> list[str]:
+        return [c.name for c in made({"v": [{"label": label, "seed": at} for at, label in enumerate(labels)]})]
+
+    assert names("a", "b") == names("ä | ?", "something else")
+    assert names("a", "b")[1] == names("a", "b", "c")[1]
+
+
+def test_a_label_may_stand_for_a_value_of_a_name() -> None:
+    (one, two) = made({"calibration.source": ["builtin", {"label": "c4", "calibration.source": "/a/long/path.jsonl"}]})
+    assert (one.axes["calibration.source"], two.axes["calibration.source"]) == ("builtin", "c4")
+    assert two.recipe.calibration.source == "/a/long/path.jsonl"
+
+
 # Refused
 
 
@@ -171,10 +218,16 @@ BAD = {
     'model = "M"\nsampels = 1\n[grid]\nseed = [1]\n': "'sampels' is not a name a recipe has",
     'model = "M"\ncalibration = 5\n[grid]\ncalibration.samples = [1]\n': "'calibration' is 5 in the grid file",
     'model = "M"\n[grid]\nparts.score.power = [2]\n': "combination (parts.score.power=2): 'score.power'",
-    'model = "M"\n[grid]\nparts.refine.steps = [2]\n': "'refine' is no part",
+    'model = "M"\n[grid]\nparts.refine.steps = [2]\n': "'refine.steps' is an option of a refine",
     'model = "M"\n[grid]\nparts.pattern.group = ["column"]\n': "combination (parts.pattern.group=column)",
     'model = "M"\n[grid]\nseed = [1, 2, 1]\n': "combinations (seed=1) and (seed=1) are the same recipe",
     'model = "M"\n[grid]\npattern = [0.5, "0.50"]\n': "combinations (pattern=0.5) and (pattern=0.50) are the same recipe",
+    'model = "M"\n[[grid.v]]\nlabel = "a"\nsampels = 1\n': "'sampels' of case 'a' is not a name of a recipe",
+    'model = "M"\n[[grid.v]]\nmethod = "ria"\n': "axis 'v' is not a name of a recipe",
+    'model = "M"\n[[grid.v]]\nlabel = ""\n': "a label is text",
+    'model = "M"\n[[grid.v]]\nlabel = "a"\n[[grid.v]]\nlabel = "a"\nseed = 1\n': "more than one case labelled 'a'",
+    'model = "M"\n[[grid.v]]\nlabel = "a"\n[[grid.v]]\nlabel = "b"\n': "combinations (v=a) and (v=b) are the same recipe",
+    'model = "M"\n[[grid.status]]\nlabel = "a"\n': "has the name of a column of every table",
     'model = "M"\n[grid]\nseed = [1]\n[evaluate]\ntxt = "c4"\n': "'evaluate.txt' is not a name a grid has",
     'model = "M"\n[grid]\nseed = [1]\n[evaluate]\nsamples = 0\n': "evaluate.samples cannot be 0",
     'model = "M"\nevaluate = "c4"\n[grid]\nseed = [1]\n': "evaluate cannot be",

@@ -9,11 +9,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import Evaluation, Inspection, Plan, evaluate, inspect, methods, plan, prune, prune_, sweep
+    from .api import (
+        Evaluation,
+        Inspection,
+        Plan,
+        draw_weight,
+        evaluate,
+        inspect,
+        methods,
+        plan,
+        prune,
+        prune_,
+        study,
+        sweep,
+    )
     from .errors import InputError, PrunekitError, StorageError, VerificationError
     from .model.stream import Windows
     from .pruning import Result
     from .recipe import Recipe
+    from .studying import Findings
     from .sweeping import Sweep
 
 __version__ = "0.1.0"
@@ -21,6 +35,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Comparison": "comparing",
     "Evaluation": "api",
+    "Findings": "studying",
     "InputError": "errors",
     "Inspection": "api",
     "Plan": "api",
@@ -32,18 +47,21 @@ _HOMES = {
     "VerificationError": "errors",
     "Windows": "model.stream",
     "compare": "api",
+    "draw_weight": "api",
     "evaluate": "api",
     "inspect": "api",
     "methods": "api",
     "plan": "api",
     "prune": "api",
     "prune_": "api",
+    "study": "api",
     "sweep": "api",
 }
 
 __all__ = [
     "Comparison",
     "Evaluation",
+    "Findings",
     "InputError",
     "Inspection",
     "Plan",
@@ -55,12 +73,14 @@ __all__ = [
     "VerificationError",
     "Windows",
     "compare",
+    "draw_weight",
     "evaluate",
     "inspect",
     "methods",
     "plan",
     "prune",
     "prune_",
+    "study",
     "sweep",
 ]
 

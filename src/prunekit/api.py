@@ -27,7 +27,7 @@ from .catalogue import METHODS, PARTS, find_method
 from .checkpoint.locate import locate
 from .errors import InputError
 from .evaluation.perplexity import perplexity
-from .inspection import Inspection, inspect_folder
+from .inspection import Inspection, inspect_folder, read_weight
 from .model.source import ResidentModel, StreamedModel, evaluating
 from .model.stream import Windows
 from .parts import find_part
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .comparing import Comparison
+    from .studying import Findings
     from .sweeping import Sweep
 
 __all__ = [
@@ -49,12 +50,14 @@ __all__ = [
     "Plan",
     "Result",
     "compare",
+    "draw_weight",
     "evaluate",
     "inspect",
     "methods",
     "plan",
     "prune",
     "prune_",
+    "study",
     "sweep",
 ]
 
@@ -308,6 +311,78 @@ def sweep(
         raise InputError("--cpus-per-run and --gpus-per-run are what a Ray task declares: give --ray ADDRESS too")
     made = Grid.build(grid) if isinstance(grid, Mapping) else Grid.read(Path(grid).expanduser())
     return run_grid(made, Path(out), retry=retry, executor=executor, progress=progress)
+
+
+def study(
+    file: str | Path,
+    *,
+    model: str | Path | None = None,
+    out: str | Path = "docs/results",
+    work: str | Path | None = None,
+    calibration: Sequence[str] = (),
+    text: str | None = None,
+    settings: Sequence[str] = (),
+    retry: bool = False,
+    keep_models: bool = False,
+    progress: Progress | None = None,
+) -> Findings:
+    """Run a study: a grid whose perplexities make one table, written as JSON, Markdown and a picture, with the paper's claims checked.
+
+    An interrupted study is continued by the same call, and a finished one runs nothing again.
+
+    Args:
+        file: a grid file (TOML, YAML, JSON) with a section `study`; see `prunekit.studies`.
+        model: takes the place of the file's.
+        out: the folder of the results, which are named after the file.
+        work: the folder of runs and records; by default `.work/NAME` in `out`.
+        calibration: a text source takes the place of the file's; `NAME=SOURCE` says where a text lies that the file calls NAME.
+        text: takes the place of the evaluation text.
+        settings: `part.option=value` as of `--set`, or `evaluate.option=value`.
+        retry: run again what failed before.
+        keep_models: leave the pruned models in `work`; otherwise each is removed once it is evaluated.
+        progress: told what is going on; silent by default.
+
+    Raises:
+        InputError: the study is wrong (nothing was run), or there is no matplotlib.
+        StorageError: the disk refused a record or a result.
+    """
+    from .studies import read_study
+    from .studying import run_study
+
+    options = {"model": None if model is None else str(model), "text": text}
+    made = read_study(Path(file), calibration=calibration, settings=settings, **options)
+    words = ["prunekit", "study", str(file)]
+    given = [("--model", [model] if model is not None else []), ("--calibration", calibration)]
+    given += [("--text", [text] if text is not None else []), ("--set", settings)]
+    words += [str(part) for name, values in given for value in values for part in (name, value)]
+    words += [] if str(out) == "docs/results" else ["--out", str(out)]
+    return run_study(
+        made,
+        Path(out),
+        work=None if work is None else Path(work),
+        retry=retry,
+        keep_models=keep_models,
+        words=words,
+        progress=progress or Silent(),
+    )
+
+
+def draw_weight(folder: str | Path, weight: str, path: str | Path) -> None:
+    """Draw a linear's weight as a heat map with the norms of its rows and columns, to a `.svg` or `.png` file.
+
+    Args:
+        folder: a model folder, a hub id, or `smollm2-135m`.
+        weight: the linear's name, like `model.layers.0.self_attn.q_proj`.
+        path: the picture.
+
+    Raises:
+        InputError: there is no such linear, or no matplotlib.
+        StorageError: the disk refused the picture.
+    """
+    from .report.plots import check_drawable, draw_weight
+
+    check_drawable(Path(path))
+    draw_weight(read_weight(locate(str(folder)), weight), weight, Path(path))
 
 
 def inspect(folder: str | Path) -> Inspection:

@@ -20,7 +20,7 @@ import typer
 
 from . import __version__
 from .catalogue import find_method
-from .errors import PrunekitError
+from .errors import InputError, PrunekitError
 from .progress import is_quiet
 
 app = typer.Typer(
@@ -342,12 +342,24 @@ def methods(
 @app.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(help="A model folder.")],
+    weight: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With --plot: the linear to draw, like model.layers.0.mlp.up_proj."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a weight to this .svg or .png file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a folder really holds: zeros by block, recipe, whether pattern and hashes are right."""
+    """Show what a folder really holds: zeros by block, recipe, whether pattern and hashes are right. Or draw one of its weights."""
     _quiet()
+    from .api import draw_weight
     from .api import inspect as inspect_model
 
+    if weight is not None and plot is not None:
+        draw_weight(folder, weight, plot)
+        _emit(as_json, {"folder": str(folder), "weight": weight, "plot": str(plot)}, f"{weight} of {folder} -> {plot}")
+        return
+    if weight is not None or plot is not None:
+        raise InputError("--weight NAME and --plot FILE go together: which weight is drawn, and where to")
     found = inspect_model(folder)
     if as_json:
         _emit(True, found.summary(), "")
@@ -444,6 +456,57 @@ def _print_sweep(found: Any) -> None:
     done, failed = len(found.rows) - len(found.failed), len(found.failed)
     typer.echo(f"runs        {done} done, {failed} failed; {found.skipped} of them before{again}")
     typer.echo(f"table       {found.results}")
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="Study file (.toml, .yaml, .json): a grid and a section [study].")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder, hub id, or smollm2-135m, in the place of the file's.", show_default=False),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results: NAME.json, NAME.md, NAME.svg.")] = Path(
+        "docs/results"
+    ),
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of runs and records. Default: .work/NAME in the folder of the results.")
+    ] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]SRC",
+            help="Calibration text in the place of the file's, or of the one that the file calls NAME. Repeatable.",
+        ),
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Evaluation text in the place of the file's.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="PART.OPTION=VALUE", help="As for prune; also evaluate.OPTION=VALUE. Repeatable."
+        ),
+    ] = None,
+    keep_models: Annotated[
+        bool, typer.Option("--keep-models", help="Leave the pruned models in the folder of runs.")
+    ] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Run again what failed before.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the table of a study, check what its paper claims, and write JSON, Markdown and a picture."""
+    _quiet()
+    from .api import study as run
+    from .progress import for_terminal
+
+    progress = for_terminal()
+    places: dict[str, Any] = {"model": model, "out": out, "work": work, "text": text}
+    lists: dict[str, Any] = {"calibration": calibration or [], "settings": settings or []}
+    try:
+        found = run(file, **places, **lists, keep_models=keep_models, retry=retry, progress=progress)
+    finally:
+        progress.stop()
+    page = found.files[1].read_text(encoding="utf-8")
+    _emit(as_json, found.summary(), page + "".join(f"\nwritten     {path}" for path in found.files))
+    if found.sweep.failed:
+        raise typer.Exit(1)
 
 
 def _emit(as_json: bool, summary: Any, text: str) -> None:

@@ -37,7 +37,8 @@ from .model.source import StreamedModel
 from .model.stream import Walk
 from .progress import Progress, Silent
 from .recipe import Recipe
-from .report.comparison import as_markdown, draw, require_matplotlib
+from .report.comparison import as_markdown
+from .report.plots import check_drawable, draw_comparison
 from .sparsify.walk import LinearReport, SparsifyWalk, parts_of, stored_place
 
 RESULT_NAME, TABLE_NAME, FIGURE_NAME = "compare.json", "compare.md", "compare.svg"
@@ -111,7 +112,7 @@ def compare(
     names = [recipe.method for recipe in recipes]
     if len(set(names)) < len(names):
         raise InputError(f"method '{max(names, key=names.count)}' is named twice: name each once")
-    require_matplotlib()
+    check_drawable(out / FIGURE_NAME)
     out = out.expanduser()
     if out.exists() and not out.is_dir():
         raise InputError(f"output '{out}' is a file: choose another --out")
@@ -211,7 +212,7 @@ def compare(
     make_folder(out)
     write_json(out / RESULT_NAME, comparison.summary())
     write_text(out / TABLE_NAME, as_markdown(comparison.summary()))
-    draw(comparison.summary(), out / FIGURE_NAME)
+    draw_comparison(comparison.summary(), out / FIGURE_NAME)
     return comparison
 
 

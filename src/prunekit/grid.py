@@ -16,8 +16,19 @@ A grid file is a recipe file with a section more, or two:
     [evaluate]                         # optional: measure each result's perplexity
     text = "wikitext2"
 
+Where the points of an axis differ in more than one name, or need a name of their own, they are cases: a `label` and what it sets.
+
+    [[grid.variant]]                   # `variant` is any word that is no name of a recipe
+    label = "Wanda"
+    method = "wanda"
+
+    [[grid.variant]]
+    label = "R²-DSnoT, pruning reweighted"
+    method = "r2-dsnot"
+    parts.refine.relative = "prune"
+
 An axis takes the place of the value beside it, and `pattern` also that of `sparsity`. A combination that is no valid recipe, or the
-same recipe as another, is refused before anything runs.
+same recipe as another, is refused before anything runs. A section [study] is for `prunekit study`, and no concern of the grid.
 """
 
 from __future__ import annotations
@@ -38,6 +49,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .catalogue import find_method
 from .errors import InputError, nearest
 from .recipe import Calibration, Recipe, first_sentence
+from .report.table import COLUMNS
 from .sparsify.linear import Sparsifier
 
 _SECTIONS = ("calibration", "parts")
@@ -62,7 +74,7 @@ class Combination:
 
     Attributes:
         name: of its folder: readable, safe on any file system, unique within the grid.
-        axes: dotted recipe name -> the value it has here, in the file's order.
+        axes: name of the axis -> the value it has here, of a case its label, in the file's order.
     """
 
     name: str
@@ -75,7 +87,7 @@ class Grid(BaseModel):
 
     Attributes:
         base: unvalidated values that all recipes share.
-        axes: dotted recipe name -> the values it takes.
+        axes: dotted recipe name -> the values it takes; or any name -> cases, mappings with a `label` and recipe names.
         evaluate: how to evaluate what comes out; None = not at all.
     """
 
@@ -93,7 +105,7 @@ class Grid(BaseModel):
     @classmethod
     def build(cls, values: Mapping[str, Any]) -> Grid:
         """A grid from the values of a file. Raises `InputError` with the first thing that is wrong."""
-        base = {name: value for name, value in values.items() if name not in ("grid", "evaluate")}
+        base = {name: value for name, value in values.items() if name not in ("grid", "evaluate", "study")}
         section = values.get("grid")
         axes = dict(_flat(section)) if isinstance(section, Mapping) else {}
         if not axes:
@@ -118,33 +130,34 @@ class Grid(BaseModel):
 
         Raises `InputError`, naming the combination, if one is no valid recipe or says the same as another.
         """
-        found: list[tuple[dict[str, Any], Recipe]] = []
+        found: list[tuple[dict[str, Any], dict[str, Any], Recipe]] = []
         known: dict[str, dict[str, Any]] = {}
         for values in itertools.product(*self.axes.values()):
             axes = dict(zip(self.axes, values, strict=True))
+            labels = {name: label_of(value) if is_case(value) else value for name, value in axes.items()}
             try:
                 recipe = self._recipe(axes)
             except InputError as problem:
-                raise InputError(f"combination {_spelt(axes)}: {problem}") from None
-            twin = known.setdefault(recipe_hash(recipe), axes)
-            if twin is not axes:
+                raise InputError(f"combination {_spelt(labels)}: {problem}") from None
+            twin = known.setdefault(recipe_hash(recipe), labels)
+            if twin is not labels:
                 raise InputError(
-                    f"combinations {_spelt(twin)} and {_spelt(axes)} are the same recipe: take one of them out of the grid"
+                    f"combinations {_spelt(twin)} and {_spelt(labels)} are the same recipe: take one of them out of the grid"
                 )
-            found.append((axes, recipe))
-        names = [_name(recipe, axes) for axes, recipe in found]
+            found.append((axes, labels, recipe))
+        names = [_name(recipe, axes) for axes, _, recipe in found]
         times = Counter(name.casefold() for name in names)  # some file systems do not tell A from a
         return [
             Combination(
-                name if times[name.casefold()] == 1 else f"{name}_{recipe_hash(recipe)[:8]}", axes=axes, recipe=recipe
+                name if times[name.casefold()] == 1 else f"{name}_{recipe_hash(recipe)[:8]}", axes=labels, recipe=recipe
             )
-            for name, (axes, recipe) in zip(names, found, strict=True)
+            for name, (_, labels, recipe) in zip(names, found, strict=True)
         ]
 
     def _recipe(self, axes: dict[str, Any]) -> Recipe:
         values = copy.deepcopy(self.base)
         values.setdefault("method", "wanda")
-        for name, value in axes.items():
+        for name, value in (setting for axis in axes for setting in _settings(axis, axes[axis]).items()):
             if name in ("sparsity", "pattern"):  # one of them as an axis replaces either in the base
                 values.pop("sparsity", None)
                 values.pop("pattern", None)
@@ -160,6 +173,18 @@ class Grid(BaseModel):
         recipe = Recipe.build(values)
         Sparsifier.of(find_method(recipe.method), recipe.parts, recipe.seed)  # options its parts do not have
         return _plain(recipe)
+
+
+def is_case(value: Any) -> bool:
+    """Whether a value of an axis is a case: a label, and what it sets."""
+    return isinstance(value, Mapping) and "label" in value
+
+
+def label_of(value: Any) -> str:
+    """How a table names a value of an axis."""
+    if is_case(value):
+        value = value["label"]
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def recipe_hash(recipe: Recipe) -> str:
@@ -195,20 +220,41 @@ def _steps(name: str) -> list[str]:
     return name.split(".")
 
 
+def _settings(axis: str, value: Any) -> dict[str, Any]:
+    """What a value of an axis sets: dotted recipe name -> value."""
+    if not is_case(value):
+        return {axis: value}
+    return dict(_flat({name: setting for name, setting in value.items() if name != "label"}))
+
+
 def _check_axis(name: str, given: Any) -> None:
-    fields = [field for field in Recipe.model_fields if field not in _SECTIONS]
-    known = [*fields, *(f"calibration.{field}" for field in Calibration.model_fields)]
-    steps = _steps(name)
-    is_part = steps[0] == "parts" and len(steps) > 2 and all(steps)
-    if name not in known and not is_part:
-        hint = (
-            "it is written parts.PART.OPTION" if steps[0] == "parts" else nearest(name, [*known, "parts.PART.OPTION"])
-        )
-        raise InputError(f"axis '{name}' is not a name of a recipe: {hint}")
+    if isinstance(given, list) and given and all(is_case(value) for value in given):
+        if name in COLUMNS:
+            raise InputError(f"axis '{name}' of cases has the name of a column of every table: call it something else")
+        for case in given:
+            if not isinstance(case["label"], str) or not case["label"].strip():
+                raise InputError(f"a case of axis '{name}' is labelled {case['label']!r}: a label is text")
+            for setting in _settings(name, case):
+                _check_name(setting, f"'{setting}' of case '{case['label']}'")
+        twins = [label for label, times in Counter(case["label"] for case in given).items() if times > 1]
+        if twins:
+            raise InputError(f"axis '{name}' has more than one case labelled '{twins[0]}': labels tell cases apart")
+        return
+    _check_name(name, f"axis '{name}'")
     if not isinstance(given, list):
         raise InputError(f"axis '{name}' is {given!r}, not a list: write [{given!r}], or put it above [grid]")
     if not given:
         raise InputError(f"axis '{name}' is an empty list: give it at least one value, or take it out")
+
+
+def _check_name(name: str, what: str) -> None:
+    fields = [field for field in Recipe.model_fields if field not in _SECTIONS]
+    known = [*fields, *(f"calibration.{field}" for field in Calibration.model_fields)]
+    steps = _steps(name)
+    if name in known or (steps[0] == "parts" and len(steps) > 2 and all(steps)):
+        return
+    hint = "it is written parts.PART.OPTION" if steps[0] == "parts" else nearest(name, [*known, "parts.PART.OPTION"])
+    raise InputError(f"{what} is not a name of a recipe: {hint}")
 
 
 def _spelt(axes: dict[str, Any]) -> str:
@@ -221,7 +267,8 @@ def _name(recipe: Recipe, axes: dict[str, Any]) -> str:
     words = [model, recipe.method, str(recipe.target)]
     for axis, value in axes.items():
         if axis not in ("model", "method", "sparsity", "pattern", "seed"):
-            words.append(_word(_steps(axis)[-1], value))
+            # of what a case sets, not of its label, which may be reworded without running anything again
+            words.append(_word(_steps(axis)[-1], _settings(axis, value) if is_case(value) else value))
     name = "_".join(_slug(word) for word in [*words, f"seed{recipe.seed}"])
     if len(name) > _LONGEST_NAME:
         name = f"{name[:_LONGEST_NAME]}_{recipe_hash(recipe)[:8]}"

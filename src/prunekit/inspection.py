@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,20 @@ def inspect_folder(folder: Path) -> Inspection:
             linears.append(_count(linear, weight, pattern, group))
     changed = changed_files(folder, manifest) if manifest else []
     return Inspection(folder, manifest, linears, changed, source.parameter_count)
+
+
+def read_weight(folder: Path, name: str) -> Tensor:
+    """The stored weight [out, in] of the block linear called `name`, with or without `.weight`. Raises `InputError`."""
+    manifest = read_manifest(folder)
+    trusted = bool(manifest and manifest["recipe"]["trust_remote_code"])
+    source = StreamedModel(Reader(folder), torch.float32, torch.device("cpu"), trust_remote_code=trusted)
+    linears = {linear.full_name: linear for linear in source.anatomy.linears()}
+    wanted = name.removesuffix(".weight")
+    if wanted not in linears:
+        close = difflib.get_close_matches(wanted, linears, n=1, cutoff=0.0)  # a model has hundreds: the nearest will do
+        raise InputError(f"'{folder}' has no linear '{name}' in its blocks: did you mean '{close[0]}'?")
+    key = source.key_of[f"{wanted}.weight"]
+    return linears[wanted].matrix(source.reader.read([key])[key])
 
 
 def pattern_holds(weight: Tensor, pattern: Pattern, group: str) -> bool:

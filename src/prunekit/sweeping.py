@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from . import machine, pruning
 from .checkpoint.manifest import read_manifest
-from .checkpoint.storage import is_temporary, write_json
+from .checkpoint.storage import is_temporary, remove, write_json
 from .checkpoint.writer import MANIFEST_NAME, difference, holds_model
 from .errors import InputError, PrunekitError
 from .grid import Combination, EvaluationOptions, Grid, recipe_hash
@@ -47,6 +47,7 @@ class Record:
         pruned: once it is: `summary` as `prune --json` gives it, the `recipe` of the manifest, whether the peak of memory is its own.
         evaluated: once it is: the options `asked` for and the `summary`.
         failed: `kind` and `sentence` of the error, the `stage` it came in, `asked` if that was the evaluation.
+        discarded: once the model was removed, because only its figures were wanted: the `machine` and `versions` it was made with.
     """
 
     recipe: dict[str, Any]
@@ -54,6 +55,7 @@ class Record:
     pruned: dict[str, Any] | None = None
     evaluated: dict[str, Any] | None = None
     failed: dict[str, Any] | None = None
+    discarded: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, path: Path) -> Record | None:
@@ -139,7 +141,9 @@ class Sweep:
         }
 
 
-def run_grid(grid: Grid, out: Path, *, retry: bool, executor: Executor | None, progress: Progress) -> Sweep:
+def run_grid(
+    grid: Grid, out: Path, *, retry: bool, executor: Executor | None, progress: Progress, keep_models: bool = True
+) -> Sweep:
     """Carry out every run of `grid` that is open, and those that failed if `retry`; keep records and table up to date.
 
     Args:
@@ -148,6 +152,7 @@ def run_grid(grid: Grid, out: Path, *, retry: bool, executor: Executor | None, p
         retry: run again what failed before; what cannot be continued is begun again.
         executor: carries out runs and gives each with its new record as it ends; by default one after the other in this process.
         progress: told what is going on.
+        keep_models: leave the pruned models; otherwise each is removed once it is evaluated, and its record stands for it.
 
     Raises:
         InputError: the grid is wrong, or `out` holds finished runs of other recipes; nothing was run.
@@ -165,6 +170,9 @@ def run_grid(grid: Grid, out: Path, *, retry: bool, executor: Executor | None, p
     table = Table(grid.axes, evaluated=grid.evaluate is not None)
     todo = [run for run in runs.values() if run.status == "open" or (retry and run.status == "failed")]
     skipped = len(runs) - len(todo)
+    for run in runs.values():
+        if run.status == "done" and run.record.discarded is not None:
+            remove(run.folder)  # a kill came between the record and the removal
     if skipped:
         progress.say(f"{skipped} of {len(runs)} runs are {'done' if retry else 'done or failed'} already")
     for position, run in enumerate(todo):
@@ -178,8 +186,11 @@ def run_grid(grid: Grid, out: Path, *, retry: bool, executor: Executor | None, p
         table.write_lines(out / RESULTS, rows())
         with closing((executor or _one_by_one(progress))(todo)) as ended:
             for run, record in ended:
-                runs[run.name] = replace(run, record=record)
-                write_json(run.record_path, asdict(record))
+                run = runs[run.name] = replace(run, record=record)
+                if run.status == "done" and not keep_models and record.owned:
+                    run = runs[run.name] = _discard(run)
+                else:
+                    write_json(run.record_path, asdict(record))
                 table.write_lines(out / RESULTS, rows())
                 if record.failed is not None:
                     progress.say(f"{run.name} failed: {record.failed['sentence']}")
@@ -199,6 +210,17 @@ def run_grid(grid: Grid, out: Path, *, retry: bool, executor: Executor | None, p
         results=out / RESULTS,
         parquet=out / PARQUET if has_parquet else None,
     )
+
+
+def _discard(run: Run) -> Run:
+    """Remove the model of a run that is done. Its record is written first: what it says needs the model no more."""
+    manifest = read_manifest(run.folder)
+    assert manifest is not None
+    made = {name: manifest[name] for name in ("machine", "versions")}
+    run = replace(run, record=replace(run.record, discarded=made))
+    write_json(run.record_path, asdict(run.record))
+    remove(run.folder)
+    return run
 
 
 def carry_out(run: Run, progress: Progress) -> Record:
@@ -306,6 +328,8 @@ def _stand(combination: Combination, folder: Path, evaluate: EvaluationOptions |
         return run
     fresh = replace(record, owned=record.owned or found.owned)
     if found.recipe == asked:
+        if found.discarded is not None:  # its figures stand, but nothing else can be measured of it
+            return replace(run, record=found if found.status(evaluate) == "done" else fresh)
         finished = found.pruned is None or found.pruned["recipe"] == _finished_recipe(folder)
         return replace(run, record=replace(found, owned=fresh.owned) if finished else fresh)
     differing = difference(found.recipe | {"model": None}, asked | {"model": None})  # the model may lie elsewhere now

@@ -90,6 +90,12 @@ def documents(source: str, purpose: Purpose) -> list[Document]:
     )
 
 
+def is_source(source: str) -> bool:
+    """Whether `documents` would know where to look; nothing is read."""
+    known = source in ("builtin", "builtin:eval", *_PRESETS) or source.startswith("hf:")
+    return known or Path(source).expanduser().exists()
+
+
 def _file(path: Path) -> list[Document]:
     if path.suffix == ".txt":
         return [Document(str(path), lambda: _read_text(path))]

@@ -36,13 +36,14 @@ _EVALUATED: dict[str, type] = {
     "evaluation.peak_rss_bytes": int,
 }
 _TAIL = {"peak_rss_reset": bool, "error_kind": str, "error": str, "out": str, "recipe_sha256": str}
+COLUMNS = frozenset({*_HEAD, *_PRUNED, *_EVALUATED, *_TAIL, "sparsity", "pattern"})
 
 
 class Table:
     """The columns of a sweep's table, with one type each.
 
-    Beside the figures there is a column for every axis, under its dotted recipe name. `target` is what was asked for (`0.5`, `2:4`),
-    `sparsity` what came out. An axis whose values are of several kinds is text throughout.
+    Beside the figures there is a column for every axis, under its dotted recipe name; of cases it holds the label. `target` is what was
+    asked for (`0.5`, `2:4`), `sparsity` what came out. An axis whose values are of several kinds is text throughout.
     """
 
     def __init__(self, axes: Mapping[str, list[Any]], *, evaluated: bool) -> None:
