@@ -86,7 +86,7 @@ def draw_weight(weight: Tensor, name: str, path: Path) -> None:
 
 
 def draw_comparison(found: Mapping[str, Any], path: Path) -> None:
-    """Draw what `compare` found: perplexities as bars, best on top, and how far the masks agree. Raises `InputError`, `StorageError`."""
+    """Draw what `compare` found: perplexities as bars, and how far the masks agree. Raises `InputError`, `StorageError`."""
     rows = sorted(found["rows"], key=lambda row: -row["perplexity"])
     names = [row["method"] for row in found["rows"]]
     with _figure(path, (5.5 + 0.45 * len(names), 1.8 + 0.4 * len(names))) as figure:
