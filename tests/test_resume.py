@@ -22,6 +22,7 @@ from prunekit.checkpoint import writer
 from prunekit.checkpoint.shard import Piece, write_shard
 from prunekit.checkpoint.writer import JOURNAL_NAME, Journal, Writer
 from prunekit.progress import Silent
+from prunekit.sparsify.walk import SparsifyWalk
 
 BLOCKS = 3
 SHARDS = BLOCKS + 1  # the first holds what is outside the blocks
@@ -73,7 +74,9 @@ def shards(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
-def interrupt(setting: Setting, out: Path, call: int, owner: Any = Writer, name: str = "write_shard") -> None:
+def interrupt(
+    setting: Setting, out: Path, call: int, owner: Any = Writer, name: str = "write_shard", **options: Any
+) -> None:
     """Run until `owner.name` is called for the time `call` (from 0), and be interrupted there."""
     with pytest.MonkeyPatch.context() as patch:
         real = getattr(owner, name)
@@ -86,7 +89,7 @@ def interrupt(setting: Setting, out: Path, call: int, owner: Any = Writer, name:
 
         patch.setattr(owner, name, stop)
         with pytest.raises(KeyboardInterrupt):
-            setting.run(out)
+            setting.run(out, **options)
 
 
 def loads(folder: Path) -> bool:
@@ -420,3 +423,24 @@ def test_a_run_goes_on_with_the_threads_it_began_with(setting: Setting, out: Pat
     finally:
         torch.set_num_threads(threads)
     assert shards(out) == setting.whole
+
+
+@pytest.mark.parametrize("method", ["owl", "wanda+least-squares+blockwise", "sparsegpt+owl"])
+def test_methods_that_measure_first_or_refit_resume_to_the_same_bits(
+    method: str, setting: Setting, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tmp_path / "whole"
+    setting.run(whole, method=method)
+    with monkeypatch.context() as patch:
+        walks: list[int] = []
+
+        def count(self: Any, *arguments: Any) -> Any:
+            walks.append(1)
+            return profile(self, *arguments)
+
+        profile = SparsifyWalk.profile
+        patch.setattr(SparsifyWalk, "profile", count)
+        interrupt(setting, out, 2, method=method)
+        setting.run(out, method=method, resume=True)
+        assert len(walks) == ("owl" in method), "the journal knows what the first walk found"
+    assert shards(out) == shards(whole)
