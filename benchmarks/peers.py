@@ -1,13 +1,14 @@
 """prunekit side by side with what a user would pick instead.
 
-    python benchmarks/peers.py [--patterns 0.5 2:4] [--peers llmcompressor hooks] [--rounds 3] [--samples 16] [--length 1024]
+    python benchmarks/peers.py [--methods wanda sparsegpt] [--patterns 0.5 2:4] [--peers llmcompressor hooks] [--rounds 3] [--samples 16] [--length 1024]
                                [--dtype bfloat16] [--model smollm2-135m] [--work DIR] [--keep FILE]
 
-Wanda, the same model, the same windows of token ids, the same dtype, all threads, for
+Wanda and SparseGPT, the same model, the same windows of token ids, the same dtype, all threads, for
 
     prunekit        `prunekit prune`, which draws the windows itself: the hash in its manifest must be that of the others' windows
-    llmcompressor   the newest llm-compressor: `oneshot` with its WandaPruningModifier, the head ignored, everything else its default
-    hooks           hooks on a Hugging Face model, as research code does it; ours, in `sides.py`, and as fast as plain torch makes it
+    llmcompressor   the newest llm-compressor: `oneshot` with its WandaPruningModifier or SparseGPTModifier, the head ignored, everything
+                    else its default
+    hooks           (Wanda only) hooks on a Hugging Face model, as research code does it; ours, in `sides.py`, and as fast as plain torch makes it
 
 Every run is a process of its own, and they take turns: prunekit, llmcompressor, hooks, prunekit, ... Ratios are taken round by round.
 
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -37,6 +39,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,7 @@ from prunekit.model.source import StreamedModel
 from prunekit.model.stream import batch_size
 from prunekit.recipe import Pattern
 
+METHODS = ("wanda", "sparsegpt")
 PEERS = ("llmcompressor", "hooks")
 SIDES = Path(__file__).with_name("sides.py")
 EVALUATION_WINDOWS = 8
@@ -83,6 +87,7 @@ class Bench:
 def main() -> None:
     """Measure, print, and keep the figures as JSON where `--keep` says."""
     parser = parser_of(__doc__)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--patterns", nargs="+", default=["0.5", "2:4"], help="fractions of zeros, or K:G")
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
     parser.add_argument(
@@ -99,15 +104,14 @@ def main() -> None:
     bench = prepare(asked, peer_python)
     versions = peer_versions(bench)
     dense = perplexity(bench, bench.folder)
-    results = {}
-    for pattern in asked.patterns:
-        results[pattern] = compare(bench, pattern, asked)
-        print_table(bench, pattern, results[pattern], dense, versions)
+    results: dict[str, dict[str, Any]] = {method: {} for method in asked.methods}
+    for method, pattern in itertools.product(asked.methods, asked.patterns):
+        results[method][pattern] = compare(bench, method, pattern, asked)
+        print_table(bench, f"{method} {pattern}", results[method][pattern], dense, versions)
     if asked.keep:
         figures = {
             "benchmark": "peers",
             "model": asked.model,
-            "method": "wanda",
             "windows": [asked.samples, asked.length],
             "calibration_tokens": bench.tokens,
             "dtype": asked.dtype,
@@ -117,7 +121,7 @@ def main() -> None:
                 "windows": [EVALUATION_WINDOWS, asked.length],
                 "dense": dense,
             },
-            "patterns": results,
+            "methods": results,
             "llmcompressor_versions": versions,
         }
         keep(asked.keep, figures)
@@ -164,21 +168,21 @@ def peer_versions(bench: Bench) -> dict[str, str] | None:
     return found
 
 
-def compare(bench: Bench, pattern: str, asked: argparse.Namespace) -> dict[str, Any]:
-    """All rounds of one pattern, and what the last one's models are like."""
-    sides = ["prunekit", *asked.peers]
+def compare(bench: Bench, method: str, pattern: str, asked: argparse.Namespace) -> dict[str, Any]:
+    """All rounds of one method and pattern, and what the last one's models are like."""
+    sides = ["prunekit", *(peer for peer in asked.peers if peer != "hooks" or method == "wanda")]
     rounds = []
     for number in range(1, asked.rounds + 1):
         line = {}
         for side in sides:
-            line[side] = run = one_run(bench, side, pattern)
+            line[side] = run = one_run(bench, side, method, pattern)
             print(
-                f"{pattern} round {number} {side:<14} counted {run['counted']:7.2f} s  whole process {run['wall']:7.2f} s  "
+                f"{method} {pattern} round {number} {side:<14} counted {run['counted']:7.2f} s  whole process {run['wall']:7.2f} s  "
                 f"user + system {run['cpu']:7.2f} s  memory {run['peak_rss_bytes'] / 1e9:.3f} GB",
                 flush=True,
             )
         rounds.append(line)
-    found = models(bench, pattern, sides)
+    found = models(bench, method, pattern, sides)
     for side in sides:
         found[side]["perplexity"] = perplexity(bench, bench.out(side))
         found[side]["same_in_every_round"] = len({line[side]["weights_sha256"] for line in rounds}) == 1
@@ -192,19 +196,20 @@ def compare(bench: Bench, pattern: str, asked: argparse.Namespace) -> dict[str, 
     return {"median_ratios": ratios, "models": found, "rounds": rounds}
 
 
-def one_run(bench: Bench, side: str, pattern: str) -> dict[str, Any]:
+def one_run(bench: Bench, side: str, method: str, pattern: str) -> dict[str, Any]:
     """Prune once, in a process of its own: what is counted, the whole process, and what the weights are."""
     out = bench.out(side)
     shutil.rmtree(out, ignore_errors=True)
-    run = prunekit_run(bench, pattern, out) if side == "prunekit" else peer_run(bench, side, pattern, out)
+    measure = prunekit_run if side == "prunekit" else partial(peer_run, side=side)
+    run = measure(bench, method, pattern, out)
     weights = "".join(sha256_file(path) for path in sorted(out.glob("*.safetensors")))
     return {**run, "weights_sha256": hashlib.sha256(weights.encode()).hexdigest()}
 
 
-def prunekit_run(bench: Bench, pattern: str, out: Path) -> dict[str, Any]:
+def prunekit_run(bench: Bench, method: str, pattern: str, out: Path) -> dict[str, Any]:
     """`prunekit prune`."""
     asked = options(samples=bench.samples, length=bench.length, dtype=bench.dtype, pattern=pattern, out=out)
-    command = prunekit_command("prune", bench.folder, "--method", "wanda", *asked)
+    command = prunekit_command("prune", bench.folder, "--method", method, *asked)
     stdout, whole = process(command, bench, "prunekit")
     told = last_json(stdout)
     manifest = json.loads((out / "prunekit.json").read_text(encoding="utf-8"))
@@ -215,13 +220,13 @@ def prunekit_run(bench: Bench, pattern: str, out: Path) -> dict[str, Any]:
     return {"counted": counted, **whole, "peak_rss_bytes": told["peak_rss_bytes"], "seconds": seconds}
 
 
-def peer_run(bench: Bench, side: str, pattern: str, out: Path) -> dict[str, Any]:
+def peer_run(bench: Bench, method: str, pattern: str, out: Path, *, side: str) -> dict[str, Any]:
     """A side of `sides.py`, in its environment."""
     report = bench.work / "report.json"
     report.unlink(missing_ok=True)
     python = bench.peer_python if side == "llmcompressor" else Path(sys.executable)
     asked = options(model=bench.folder, windows=bench.windows, pattern=pattern, dtype=bench.dtype, out=out)
-    asked += options(batch=peer_batch(bench, side), report=report)
+    asked += options(method=method, batch=peer_batch(bench, side), report=report)
     _, whole = process([str(python), str(SIDES), side, *asked], bench, side)
     told = json.loads(report.read_text(encoding="utf-8"))
     seconds = told["seconds"]
@@ -253,11 +258,11 @@ def process(command: list[str], bench: Bench, name: str) -> tuple[str, dict[str,
     return done.stdout, {"wall": wall, "cpu": cpu}
 
 
-def models(bench: Bench, pattern: str, sides: list[str]) -> dict[str, dict[str, Any]]:
+def models(bench: Bench, method: str, pattern: str, sides: list[str]) -> dict[str, dict[str, Any]]:
     """What stands on disk in the linears of all blocks, read by prunekit's own reader but counted here.
 
-    `zeros` of `weights`; `linears_right`: how many have at least the zeros the pattern asks for, in every row or group, and whose
-    other weights are those of the dense model to the last bit; `same_mask`: share of the weights that are zero, or not, as in
+    `zeros` of `weights`; `linears_right`: how many have at least the zeros the pattern asks for, in every row or group (SparseGPT's
+    fractions: in the linear), and, for Wanda, whose other weights are those of the dense model to the last bit; `same_mask`: share of the weights that are zero, or not, as in
     prunekit's model. Zeros of the dense model are why there may be a few more of them than asked for.
     """
     opened = {side: StreamedModel.open(bench.out(side), dtype="bfloat16", device="cpu") for side in sides}
@@ -274,9 +279,10 @@ def models(bench: Bench, pattern: str, sides: list[str]) -> dict[str, dict[str, 
                 weights[side] = linear.matrix(source.reader.read([key])[key]).float()
             for side, line in found.items():
                 zero = weights[side] == 0
-                kept = bool((zero | (weights[side] == weights["dense"])).all())
+                kept = method != "wanda" or bool((zero | (weights[side] == weights["dense"])).all())
                 line["linears"] += 1
-                line["linears_right"] += kept and pattern_holds(weights[side], wanted, "row")
+                group = "row" if method == "wanda" else "layer"
+                line["linears_right"] += kept and pattern_holds(weights[side], wanted, group)
                 line["weights"] += linear.count
                 line["zeros"] += int(zero.sum())
                 line["same_mask"] += int((zero == (weights["prunekit"] == 0)).sum())
@@ -292,12 +298,12 @@ def perplexity(bench: Bench, folder: Path) -> float:
 
 
 def print_table(
-    bench: Bench, pattern: str, result: dict[str, Any], dense: float, versions: dict[str, str] | None
+    bench: Bench, title: str, result: dict[str, Any], dense: float, versions: dict[str, str] | None
 ) -> None:
     """One pattern's figures: medians over the rounds, and ratios to prunekit taken round by round."""
     rounds, ratios = result["rounds"], result["median_ratios"]
     print(
-        f"\nwanda {pattern}, {bench.samples} windows of {bench.length} tokens in {bench.dtype}: "
+        f"\n{title}, {bench.samples} windows of {bench.length} tokens in {bench.dtype}: "
         f"medians of {len(rounds)} rounds, and how many times prunekit's\n"
         f"{'':<24}{'prune and save':>18}{'whole process':>18}{'user + system':>18}{'peak memory':>18}"
         f"{'zeros':>13}{'right':>10}{'same mask':>11}{'perplexity':>12}"

@@ -1,6 +1,6 @@
 """What `peers.py` compares prunekit with. Each run is a process of its own, in the environment of the library it uses:
 
-    python benchmarks/sides.py llmcompressor --model DIR --windows IDS.npy --pattern 2:4 --batch 1 --out DIR --report FILE
+    python benchmarks/sides.py llmcompressor --model DIR --windows IDS.npy --method wanda --pattern 2:4 --batch 1 --out DIR --report FILE
     python benchmarks/sides.py hooks         (the same options)
     python benchmarks/sides.py versions --report FILE
 
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("side", choices=["llmcompressor", "hooks", "versions"])
     parser.add_argument("--model", type=Path, help="folder of the dense model")
     parser.add_argument("--windows", type=Path, help="token ids [windows, length] as .npy")
+    parser.add_argument("--method", default="wanda", choices=["wanda", "sparsegpt"])
     parser.add_argument("--pattern", help="fraction of zeros, or K:G = keep K of every G consecutive inputs")
     parser.add_argument("--dtype", default="bfloat16", help="of the model while it is pruned and when it is saved")
     parser.add_argument("--batch", type=int, default=1, help="windows that go through a block together")
@@ -51,7 +52,7 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=getattr(torch, asked.dtype)).eval()
     windows = torch.from_numpy(np.load(asked.windows))
     if asked.side == "llmcompressor":
-        prune = _llmcompressor(model, tokenizer, windows, asked.batch, asked.pattern)
+        prune = _llmcompressor(model, tokenizer, windows, asked)
     else:
         prune = partial(prune_with_hooks, model, windows, asked.batch, asked.pattern)
     begun = time.perf_counter()
@@ -66,26 +67,25 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _llmcompressor(model: nn.Module, tokenizer: Any, windows: Tensor, batch: int, pattern: str) -> partial[Any]:
+def _llmcompressor(model: nn.Module, tokenizer: Any, windows: Tensor, asked: argparse.Namespace) -> partial[Any]:
     """Its `oneshot` with everything it takes made ready, so that neither imports nor tokenising are timed."""
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.pruning import WandaPruningModifier
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
     from torch.utils.data import DataLoader
 
-    kept, _, group = pattern.partition(":")
+    kept, _, group = asked.pattern.partition(":")
     if group:  # its N:M prunes N of every M, ours keeps K of every G
         structure, sparsity = f"{int(group) - int(kept)}:{group}", 1 - int(kept) / int(group)
     else:
-        structure, sparsity = "0:0", float(pattern)
+        structure, sparsity = "0:0", float(asked.pattern)
+    modifier = WandaPruningModifier if asked.method == "wanda" else SparseGPTModifier
     return partial(
         oneshot,
         model=model,
         processor=tokenizer,
         # no attention mask: none of the tokens is padding
-        dataset=DataLoader([{"input_ids": window} for window in windows], batch_size=batch),
-        recipe=WandaPruningModifier(
-            sparsity=sparsity, mask_structure=structure, targets=["Linear"], ignore=["re:.*lm_head"]
-        ),
+        dataset=DataLoader([{"input_ids": window} for window in windows], batch_size=asked.batch),
+        recipe=modifier(sparsity=sparsity, mask_structure=structure, targets=["Linear"], ignore=["re:.*lm_head"]),
     )
 
 
