@@ -1,14 +1,15 @@
 """prunekit side by side with what a user would pick instead.
 
-    python benchmarks/peers.py [--methods wanda sparsegpt] [--patterns 0.5 2:4] [--peers llmcompressor hooks] [--rounds 3] [--samples 16] [--length 1024]
-                               [--dtype bfloat16] [--model smollm2-135m] [--work DIR] [--keep FILE]
+    python benchmarks/peers.py [--methods wanda sparsegpt] [--patterns 0.5 2:4] [--peers llmcompressor hooks] [--rounds 3]
+                               [--samples 16] [--length 1024] [--dtype bfloat16] [--model smollm2-135m] [--work DIR] [--keep FILE]
 
 Wanda and SparseGPT, the same model, the same windows of token ids, the same dtype, all threads, for
 
-    prunekit        `prunekit prune`, which draws the windows itself: the hash in its manifest must be that of the others' windows
-    llmcompressor   the newest llm-compressor: `oneshot` with its WandaPruningModifier or SparseGPTModifier, the head ignored, everything
-                    else its default
-    hooks           (Wanda only) hooks on a Hugging Face model, as research code does it; ours, in `sides.py`, and as fast as plain torch makes it
+    prunekit        `prunekit prune`, which draws the windows itself: the hash in its manifest must be that of the others'
+    llmcompressor   the newest llm-compressor: `oneshot` with its WandaPruningModifier or SparseGPTModifier, the head ignored, all else
+                    its default
+    hooks           (Wanda only) hooks on a Hugging Face model, as research code does it; ours, in `sides.py`, and as fast as plain
+                    torch makes it
 
 Every run is a process of its own, and they take turns: prunekit, llmcompressor, hooks, prunekit, ... Ratios are taken round by round.
 
@@ -262,8 +263,9 @@ def models(bench: Bench, method: str, pattern: str, sides: list[str]) -> dict[st
     """What stands on disk in the linears of all blocks, read by prunekit's own reader but counted here.
 
     `zeros` of `weights`; `linears_right`: how many have at least the zeros the pattern asks for, in every row or group (SparseGPT's
-    fractions: in the linear), and, for Wanda, whose other weights are those of the dense model to the last bit; `same_mask`: share of the weights that are zero, or not, as in
-    prunekit's model. Zeros of the dense model are why there may be a few more of them than asked for.
+    fractions: in the linear), and, for Wanda, whose other weights are those of the dense model to the last bit; `same_mask`: share of
+    the weights that are zero, or not, as in prunekit's model. Zeros of the dense model are why there may be a few more of them than
+    asked for.
     """
     opened = {side: StreamedModel.open(bench.out(side), dtype="bfloat16", device="cpu") for side in sides}
     opened = {"dense": StreamedModel.open(bench.folder, dtype="bfloat16", device="cpu"), **opened}

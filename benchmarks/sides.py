@@ -1,6 +1,7 @@
 """What `peers.py` compares prunekit with. Each run is a process of its own, in the environment of the library it uses:
 
-    python benchmarks/sides.py llmcompressor --model DIR --windows IDS.npy --method wanda --pattern 2:4 --batch 1 --out DIR --report FILE
+    python benchmarks/sides.py llmcompressor --model DIR --windows IDS.npy --method wanda --pattern 2:4 --batch 1 --out DIR
+                                             --report FILE
     python benchmarks/sides.py hooks         (the same options)
     python benchmarks/sides.py versions --report FILE
 
