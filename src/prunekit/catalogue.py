@@ -54,6 +54,16 @@ METHODS: dict[str, Method] = {
     row.name: row
     for row in (
         Method(
+            name="auto",
+            summary="What served best here: mask and weights by a short ADMM, then each block tuned as a whole.",
+            score=None,
+            group="layer",
+            reconstruct="alps",
+            tune="blockwise",
+            paper="parts of https://arxiv.org/abs/2406.07831 and https://arxiv.org/abs/2402.12419; figures in the README",
+            options={"reconstruct": {"steps": 12, "rho": 0.3}, "tune": {"rate": 0.015}},
+        ),
+        Method(
             name="magnitude",
             summary="Remove the smallest weights of each linear; looks at no data.",
             score="magnitude",
