@@ -261,7 +261,7 @@ def test_the_model_may_come_from_the_file(tmp_path: Path, recorded: list[pruneki
     [
         ("recipe.toml", "sparsitty = 0.5\n", "sparsitty"),
         ("recipe.toml", "[calibration]\nsample = 5\n", "calibration.sample"),
-        ("recipe.toml", "[parts.refine]\nsteps = 5\n", "refine"),
+        ("recipe.toml", "[parts.refin]\nsteps = 5\n", "refin"),
         ("recipe.toml", "sparsity = \n", "not valid toml"),
         ("recipe.yaml", "a: [b\n", "not valid yaml"),
         ("recipe.json", "[1, 2]", "must hold names and values"),
@@ -315,7 +315,7 @@ def test_later_settings_win_and_overrides_add_up(recorded: list[prunekit.Recipe]
 
 @pytest.mark.parametrize(
     "setting",
-    ["sampling", "sampling=first", "=first", ".x=1", "calibration.=1", "refine.steps=3", "calibration.sampling=second",
+    ["sampling", "sampling=first", "=first", ".x=1", "calibration.=1", "refin.steps=3", "calibration.sampling=second",
      "calibration.samples=many", "calibration.length=1"],
 )  # fmt: skip
 def test_a_bad_setting_is_refused(setting: str, recorded: list[prunekit.Recipe]) -> None:

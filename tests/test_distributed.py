@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import prunekit
 import tiny
@@ -122,6 +123,37 @@ def test_two_processes_write_what_one_writes(folder: Path) -> None:
         assert rank["few"].startswith("InputError: 2 processes cannot share 1 calibration windows")
     assert not (folder / "two-broken").exists()
     assert not (folder / "two-few").exists()
+
+
+def test_two_processes_refit_and_measure_as_one_does(folder: Path) -> None:
+    kinds: dict[str, dict[str, Any]] = {
+        "sparsegpt": {"method": "sparsegpt", "pattern": "2:4"},
+        "ria-r2-dsnot": {"method": "ria+r2-dsnot"},
+        "dsnot-owl": {"method": "dsnot+owl"},
+        "stochastic": {"method": "stochastic-ria", "parts": {"pattern": {"group": "row"}}},
+        "permuted": {"method": "wanda+least-squares", "pattern": "2:4", "parts": {"pattern": {"permute": True}}},
+    }
+    scenarios = {name: options(folder, folder / f"pair-{name}", **changes) for name, changes in kinds.items()}
+    scenarios["tuned"] = options(folder, folder / "pair-tuned", method="wanda+blockwise")
+    told = together(folder, 2, scenarios)
+    for name, changes in kinds.items():
+        assert "zeros" in told[0][name], told[0][name]
+        alone(**options(folder, folder / f"single-{name}", **changes))
+        ours, theirs = (tensors(folder / f"{kind}-{name}") for kind in ("pair", "single"))
+        for key, value in ours.items():
+            assert torch.equal(value == 0, theirs[key] == 0), f"{name}: {key}"
+            # products of some of the rows may round otherwise than products of all
+            torch.testing.assert_close(value, theirs[key], rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
+    # a step of tuning sees a batch of either process: other weights than one process has, but the same everywhere
+    assert told[0]["tuned"] == told[1]["tuned"]
+    assert told[0]["tuned"]["verification"]["difference"] <= told[0]["tuned"]["verification"]["tolerance"]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
 
 
 def interrupted(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:

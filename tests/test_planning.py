@@ -28,11 +28,20 @@ def test_counts_and_sizes_are_those_of_the_model(tmp_path: Path) -> None:
     assert made.disk == {"weights": made.parameters * 4, "hidden": 2 * 8192, "peak": made.parameters * 4 + 2 * 8192}
     assert made.hidden_states == 4 * 16 * 32 * 4 == 8192
     assert made.memory["peak"] == max(made.memory.values()) > made.hidden_states
-    phases = ["start", "forward", "prune", "write", "read", "verify"]
+    phases = ["start", "forward", "prune", "tune", "write", "read", "verify"]
     assert list(made.seconds) == [*phases, "total"]
     assert made.seconds["total"] == pytest.approx(sum(made.seconds[phase] for phase in phases))
-    assert min(made.seconds[phase] for phase in phases if phase != "write") > 0
+    assert made.seconds["tune"] == 0
+    assert min(made.seconds[phase] for phase in phases if phase not in ("write", "tune")) > 0
     assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+
+
+@pytest.mark.parametrize("method", ["sparsegpt+owl", "wanda+least-squares+blockwise", "ria+swaps"])
+def test_methods_that_take_more_are_planned_to_take_more(llama_folder: Path, method: str) -> None:
+    plain, more = make(llama_folder), make(llama_folder, method=method)
+    assert more.memory["walk"] >= plain.memory["walk"]
+    assert (more.seconds["tune"] > 0) == ("blockwise" in method)
+    assert more.disk == plain.disk
 
 
 def test_hidden_states_grow_with_samples_and_magnitude_needs_one_window(llama_folder: Path) -> None:

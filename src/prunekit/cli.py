@@ -161,7 +161,13 @@ def prune(
         f"{recipe.model} pruned with {result.method} -> {result.out}\n"
         f"  sparsity    {result.sparsity:.4f}  ({result.zeros:,} zeros of {result.weights:,} weights in {result.blocks} blocks)\n"
         f"  parameters  {result.parameters:,}, none removed\n"
-        f"  calibration {result.windows} windows, {result.tokens:,} tokens\n"
+        + (
+            ""
+            if result.permuted is None
+            else f"  channels    {result.permuted} of {len(result.linears)} linears have their inputs in a new order; what the "
+            "others are fed (the residual stream) cannot be reordered for them alone\n"
+        )
+        + f"  calibration {result.windows} windows, {result.tokens:,} tokens\n"
         f"  time        {seconds['total']:.1f} s: forward {seconds['forward']:.1f}, prune {seconds['prune']:.1f}, "
         + (f"tune {seconds['tune']:.1f}, " if seconds["tune"] else "")
         + f"write {seconds['write']:.1f}, reload check {seconds['verify']:.1f}\n"

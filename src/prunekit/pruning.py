@@ -105,6 +105,12 @@ class Result:
         """Zeros divided by weights, over the block linears."""
         return self.zeros / self.weights
 
+    @property
+    def permuted(self) -> int | None:
+        """How many linears have their inputs in a new order; None where that was not asked for."""
+        asked = [linear.permuted for linear in self.linears if linear.permuted is not None]
+        return sum(asked) if asked else None
+
     def summary(self) -> dict[str, Any]:
         """The figures `--json` prints. Zeroing weights removes no parameters: `after` counts those still stored."""
         return {
@@ -113,6 +119,7 @@ class Result:
             "sparsity": self.sparsity,
             "weights": self.weights,
             "zeros": self.zeros,
+            "permuted": self.permuted,
             "parameters": {"before": self.parameters, "after": self.parameters},
             "blocks": self.blocks,
             "windows": self.windows,
@@ -466,6 +473,8 @@ def _orderly_end(out: Path, journal: Journal, run_: _Run) -> Iterator[None]:
     try:
         yield
     except InputError:  # NaN weights or overflowing activations would only be met again
+        with suppress(PrunekitError):
+            run_.ranks.gather(None)  # the others' keepers have come to rest too: nothing is written behind our back
         if run_.ranks.first:
             with suppress(StorageError):
                 clear(out)

@@ -197,6 +197,6 @@ def test_groups_beyond_the_limit_are_cut_into_parts(monkeypatch: pytest.MonkeyPa
         sizes.append(len(gains))  # type: ignore[arg-type]
         return linear_sum_assignment(gains, maximize=maximize)
 
-    monkeypatch.setattr(permutation, "_assignment", lambda: spy)
+    monkeypatch.setattr(permutation, "require_scipy", lambda: spy)
     channel_permutation(draw_scores(3, 40), 2, 4, at_once=4)
     assert sizes == [4] * 4 + [3] * 4 + [3] * 4

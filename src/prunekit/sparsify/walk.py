@@ -280,8 +280,9 @@ class SparsifyWalk:
                     outputs = walk.replay(block.index, module, position, inputs)
                     yield inputs, outputs, wanted[batch].to(outputs.device).clone()
 
-            with exchanged(module, {**copies, **buffers}), self.ranks.together():
-                part(weights, batches, len(walk.batches), self.ranks.sum_up)
+            steps = max(self.ranks.gather(len(walk.batches)))
+            with exchanged(module, {**copies, **buffers}):
+                part(weights, batches, steps, self.ranks.sum_up)
         with torch.inference_mode():
             for name, linear in pruned.items():
                 tuned, keep = weights[name]

@@ -35,7 +35,7 @@ def blockwise(
         weights: by linear, the parameter that runs, as stored [out, in] or transposed, and its keep-mask of the same shape.
         batches: every time it is called, the batches of an epoch: inputs, the block's outputs on them with the present weights
             (with gradients), the outputs wanted; each [windows, length, hidden].
-        steps_an_epoch: how many they are.
+        steps_an_epoch: how many they are, in the process that has the most.
         sum_up: adds up tensors over processes, in place.
         epochs, rate, warmup: see above.
 
@@ -52,16 +52,20 @@ def blockwise(
     total = epochs * steps_an_epoch
     losses: list[float] = []
     for epoch in range(epochs):
-        for number, (inputs, outputs, wanted) in enumerate(batches()):
-            step = epoch * steps_an_epoch + number + 1
-            change = (wanted - inputs).float().square().sum().clamp_min(1e-30)
-            loss = (outputs.float() - wanted.float()).square().sum() / change
-            loss.backward()  # type: ignore[no-untyped-call]
+        given = iter(batches())
+        for number in range(steps_an_epoch):
+            batch = next(given, None)
+            if batch is not None:  # else other processes have one more
+                inputs, outputs, wanted = batch
+                change = (wanted - inputs).float().square().sum().clamp_min(1e-30)
+                loss = (outputs.float() - wanted.float()).square().sum() / change
+                loss.backward()  # type: ignore[no-untyped-call]
+                losses.append(float(loss.detach()))
             sum_up([state.gradient for state in states])
+            step = epoch * steps_an_epoch + number + 1
             share = min(step / max(1.0, warmup * total), 1.0) * (1 - (step - 1) / total)
             for state in states:
                 state.step(step, share)
-            losses.append(float(loss.detach()))
     return losses[0], losses[-1]
 
 
