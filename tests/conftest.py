@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 from transformers.utils import logging
 
 import tiny
+
+# What is started in the background of a shell inherits that Ctrl-C is ignored; what the tests start and interrupt must not.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 logging.disable_progress_bar()
 

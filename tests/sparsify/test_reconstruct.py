@@ -254,8 +254,10 @@ def test_a_matrix_that_is_no_gram_matrix_is_damped_with_a_warning_or_refused() -
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         inverse_factor(stats.gram, 0.001)
-    with pytest.raises(InputError, match=r"not positive definite, with damping up to 10"):
+    with pytest.raises(InputError, match=r"not positive definite: .* \(tried up to 10\)"):
         inverse_factor(torch.full((4, 4), math.nan), 0.01)
+    with pytest.raises(InputError, match="not positive definite"):
+        alps(torch.ones(3, 4), None, Statistics(9, {"gram": torch.full((4, 4), math.nan)}), select(0.5))
 
 
 @pytest.mark.parametrize("name", SOLVERS)

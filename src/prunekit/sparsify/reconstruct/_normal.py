@@ -10,6 +10,10 @@ from torch import Tensor
 from ...errors import InputError, PrunekitWarning
 
 _RETRIES = 3
+INDEFINITE = (
+    "the gram matrix of a linear's inputs is not positive definite: its inputs hold NaN or huge values; try --dtype float32, or more "
+    "damping with --set reconstruct.damping=1"
+)
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
@@ -50,7 +54,4 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
             factor: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
             return factor.to(gram.dtype)
         tried = tried * 10 if tried > 0 else 1e-4
-    raise InputError(
-        f"the gram matrix of a linear's inputs is not positive definite, with damping up to {tried / 10:g}: its inputs hold "
-        "NaN or huge values; try --dtype float32, or more damping with --set reconstruct.damping=1"
-    )
+    raise InputError(f"{INDEFINITE} (tried up to {tried / 10:g})")

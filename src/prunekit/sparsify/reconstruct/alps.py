@@ -9,7 +9,7 @@ from ...errors import InputError
 from ...parts import reconstruct
 from ...statistics import Statistics
 from ..patterns import Selection
-from ._normal import damped
+from ._normal import INDEFINITE, damped
 from .least_squares import conjugate_gradients
 
 _PERIOD = 3  # iterations between two looks at how much of the mask still moves
@@ -34,7 +34,7 @@ def alps(
     conjugate gradients find the weights for it. Where `keep` is given, only they are done.
 
     Shapes: weight [out, in], stats.gram [in, in] -> weight and keep-mask [out, in].
-    Source: Meng et al. 2024, algorithm 1 and its appendix on penalty updates.
+    Source: Meng et al. 2024, algorithm 1 and its appendix on penalty updates. Raises `InputError` where nothing can be factorised.
     """
     if steps < 1 or rho <= 0:
         raise InputError(
@@ -69,7 +69,7 @@ def _admm(weight: Tensor, matrix: Tensor, selection: Selection, steps: int, rho:
         if step % _PERIOD == 0:
             moved = int((keep != before).sum()) / (2 * kept)
             before = keep
-            if moved == 0:
+            if moved == 0 or step == steps:
                 break
             rho *= 1.3 if moved > 0.1 else 1.2 if moved > 0.005 else 1.1
             inverse = _inverse(matrix, rho)
@@ -79,4 +79,7 @@ def _admm(weight: Tensor, matrix: Tensor, selection: Selection, steps: int, rho:
 def _inverse(matrix: Tensor, rho: float) -> Tensor:
     shifted = matrix.clone()
     shifted.diagonal().add_(rho)
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    lower, failed = torch.linalg.cholesky_ex(shifted)
+    if int(failed):
+        raise InputError(INDEFINITE)
+    return torch.cholesky_inverse(lower)

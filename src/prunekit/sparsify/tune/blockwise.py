@@ -95,6 +95,6 @@ class _Adam:
         self._parameter.grad = None
         self._mean.lerp_(gradient, 1 - _DECAY)
         self._square.lerp_(gradient.square_(), 1 - _SQUARED_DECAY)
-        scale = self._square.div(1 - _SQUARED_DECAY**number).sqrt_().add_(_TINY)
-        self._exact.addcdiv_(self._mean, scale, value=-self._rate * share / (1 - _DECAY**number))
+        length = self._rate * share * (1 - _SQUARED_DECAY**number) ** 0.5 / (1 - _DECAY**number)
+        self._exact.addcdiv_(self._mean, self._square.sqrt().add_(_TINY), value=-length)
         self._parameter.copy_(self._exact)
