@@ -117,6 +117,7 @@ def test_the_command_prints_a_table_and_writes_three_files(model: Path, text_fil
         (["wanda", "wanda"], "method 'wanda' is named twice"),
         (["wonda"], "method 'wonda' is unknown: did you mean 'wanda'"),
         (["wanda+dsnot+swaps"], "two parts of the kind refine: 'dsnot' and 'swaps'"),
+        (["wanda", "wanda+blockwise"], "tune 'blockwise' goes from block to pruned block"),
         (["wanda+ria"], "'ria' of method 'wanda\\+ria' is no part that can be added"),
     ],
 )

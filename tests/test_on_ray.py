@@ -38,6 +38,22 @@ GRID: dict[str, Any] = {
     "grid": {"seed": [0]},
 }
 
+SLOW_DISK = """
+import os
+import time
+
+replace = os.replace
+
+
+def slowly(source, target, **options):
+    if os.fspath(target).endswith(".safetensors"):
+        time.sleep(0.5)
+    replace(source, target, **options)
+
+
+os.replace = slowly
+"""
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -59,7 +75,10 @@ def one_thread() -> Iterator[None]:
 
 @dataclass
 class Sweeping:
-    """`prunekit sweep grid.json --out out --ray local` in a process of its own."""
+    """`prunekit sweep grid.json --out out --ray local` in a process of its own, with its workers on a slow disk.
+
+    The disk takes its time over every shard, so what is done to a run after its third shard is in time on any machine.
+    """
 
     folder: Path
     grid: dict[str, Any]
@@ -67,12 +86,17 @@ class Sweeping:
     def __enter__(self) -> Sweeping:
         (self.folder / "grid.json").write_text(json.dumps(GRID | self.grid))
         words = ["sweep", "grid.json", "--out", "out", "--ray", "local", "--cpus-per-run", "1", "--json"]
+        disk = self.folder / "disk"
+        disk.mkdir()
+        (disk / "sitecustomize.py").write_text(SLOW_DISK)
+        places = [disk, Path(prunekit.__file__).parents[1], *filter(None, [os.environ.get("PYTHONPATH")])]
         self.out, self.err = (self.folder / "stdout").open("w"), (self.folder / "stderr").open("w")
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error", "-m", "prunekit", *words],
             cwd=self.folder,
             stdout=self.out,
             stderr=self.err,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))},  # which Ray hands on to its workers
             start_new_session=True,  # so that it can be interrupted as a terminal does it, children and all
         )
         return self

@@ -93,15 +93,13 @@ def inspect_folder(folder: Path) -> Inspection:
             f"'{folder}' is the output of a run that was interrupted after {len(journal.shards)} shards: "
             "finish it with the same command and --resume"
         )
-    reader = Reader(folder)
-    trusted = bool(manifest and manifest["recipe"]["trust_remote_code"])
-    source = StreamedModel(reader, torch.float32, torch.device("cpu"), trust_remote_code=trusted)
+    source = _opened(folder, manifest)
     recorded = {line["name"]: line["pattern"] for line in manifest["linears"]} if manifest else {}
     group = _group(manifest)
     linears = []
     for block in source.anatomy.blocks:
         keys = {linear.name: source.key_of[f"{linear.full_name}.weight"] for linear in block.linears}
-        tensors = reader.read(keys.values())
+        tensors = source.reader.read(keys.values())
         for linear in block.linears:
             weight = linear.matrix(tensors[keys[linear.name]])
             pattern = recorded.get(linear.full_name)
@@ -110,11 +108,15 @@ def inspect_folder(folder: Path) -> Inspection:
     return Inspection(folder, manifest, linears, changed, source.parameter_count)
 
 
+def _opened(folder: Path, manifest: dict[str, Any] | None) -> StreamedModel:
+    """The model; code that the folder brings is run if the manifest says that it was allowed to."""
+    trusted = bool(manifest and manifest["recipe"]["trust_remote_code"])
+    return StreamedModel(Reader(folder), torch.float32, torch.device("cpu"), trust_remote_code=trusted)
+
+
 def read_weight(folder: Path, name: str) -> Tensor:
     """The stored weight [out, in] of the block linear called `name`, with or without `.weight`. Raises `InputError`."""
-    manifest = read_manifest(folder)
-    trusted = bool(manifest and manifest["recipe"]["trust_remote_code"])
-    source = StreamedModel(Reader(folder), torch.float32, torch.device("cpu"), trust_remote_code=trusted)
+    source = _opened(folder, read_manifest(folder))
     linears = {linear.full_name: linear for linear in source.anatomy.linears()}
     wanted = name.removesuffix(".weight")
     if wanted not in linears:

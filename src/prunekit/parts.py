@@ -202,8 +202,6 @@ def _fits(value: Any, wanted: Any) -> bool:
         return not isinstance(value, bool) and value in typing.get_args(wanted)
     if typing.get_origin(wanted) in (typing.Union, types.UnionType):
         return any(_fits(value, one) for one in typing.get_args(wanted))
-    if wanted is types.NoneType:
-        return value is None
     if wanted is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if wanted is int:
@@ -219,6 +217,4 @@ def _spell(wanted: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(wanted)))
     if typing.get_origin(wanted) in (typing.Union, types.UnionType):
         return " or ".join(map(_spell, typing.get_args(wanted)))
-    return {float: "a number", int: "a whole number", bool: "true or false", str: "text", types.NoneType: "null"}.get(
-        wanted, str(wanted)
-    )
+    return {float: "a number", int: "a whole number", bool: "true or false", str: "text"}.get(wanted, str(wanted))

@@ -128,26 +128,28 @@ class Statistics:
         """Where the sums lie; None where nothing was measured."""
         return next((value.device for value in self._sums.values()), None)
 
-    def to(self, dtype: torch.dtype) -> Statistics:
-        """The same sums, handed out in another dtype."""
-        found = Statistics(self.count, self._sums, weight=self._weight, dtype=dtype)
-        found._norms = self._norms
+    def _like(self, sums: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> Statistics:
+        """Other sums of the same linear, which know what is known of its weight; `dtype` where it is another."""
+        found = Statistics(self.count, sums, weight=self._weight, dtype=dtype or self._dtype)
+        found._norms = self._norms  # known to one, known to all
         found._whole_output_square = self._whole_output_square
         return found
 
+    def to(self, dtype: torch.dtype) -> Statistics:
+        """The same sums, handed out in another dtype."""
+        return self._like(self._sums, dtype=dtype)
+
     def of(self, weight: Tensor) -> Statistics:
         """The same sums, with the weight [out, in] they belong to."""
-        found = Statistics(self.count, self._sums, weight=weight, dtype=self._dtype)
-        found._whole_output_square = self._whole_output_square
+        found = self._like(self._sums)
+        found._weight, found._norms = weight, {}
         return found
 
     def rows(self, part: slice) -> Statistics:
         """The sums that belong to some rows of the weight: outputs are cut; inputs, column norms and means stay whole."""
-        cut = {name: value[part] if name in OUTPUT_SUMS else value for name, value in self._sums.items()}
-        found = Statistics(self.count, cut, weight=self._weight, dtype=self._dtype)
-        found._norms = self._norms  # known to one, known to all
-        whole = self._whole_output_square
-        found._whole_output_square = self._sums.get("output_square") if whole is None else whole
+        found = self._like({name: value[part] if name in OUTPUT_SUMS else value for name, value in self._sums.items()})
+        if found._whole_output_square is None:
+            found._whole_output_square = self._sums.get("output_square")
         return found
 
     def permuted(self, order: Tensor) -> Statistics:
@@ -159,10 +161,7 @@ class Statistics:
 
     def permuted_outputs(self, order: Tensor) -> Statistics:
         """The sums over outputs in another order: row `order[j]` of the weight becomes row j. Its column norms are the same."""
-        moved = {name: value[order] if name in OUTPUT_SUMS else value for name, value in self._sums.items()}
-        found = Statistics(self.count, moved, weight=self._weight, dtype=self._dtype)
-        found._norms = self._norms
-        return found
+        return self._like({name: value[order] if name in OUTPUT_SUMS else value for name, value in self._sums.items()})
 
 
 def column_norm(weight: Tensor, p: float) -> Tensor:
