@@ -300,7 +300,8 @@ def test_the_folder_evaluates_as_the_pruned_model_does(tmp_path: Path, llama_fol
     with torch.inference_mode():
         expected = torch.stack([model(row[None], labels=row[None]).loss for row in ids]).mean().exp()
     assert found.perplexity == pytest.approx(float(expected), rel=1e-5)
-    assert (found.windows, found.tokens, found.predictions) == (4, 256, 4 * 63)
+    (row,) = found.texts
+    assert (row.windows, row.tokens, row.predictions) == (4, 256, 4 * 63)
 
 
 def test_overwrite_replaces_the_model_and_leaves_other_files(

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import (
-        Evaluation,
         Inspection,
         Plan,
         draw_weight,
@@ -23,7 +22,9 @@ if TYPE_CHECKING:
         study,
         sweep,
     )
+    from .comparing import Comparison
     from .errors import InputError, PrunekitError, StorageError, VerificationError
+    from .evaluating import Evaluation
     from .model.stream import Windows
     from .pruning import Result
     from .recipe import Recipe
@@ -34,7 +35,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Comparison": "comparing",
-    "Evaluation": "api",
+    "Evaluation": "evaluating",
     "Findings": "studying",
     "InputError": "errors",
     "Inspection": "api",

@@ -5,30 +5,23 @@ Each takes plain arguments, builds a `Recipe`, and calls the room that does the 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import machine, pruning
+from . import pruning
 from .calibration.text import documents
-from .calibration.windows import (
-    calibration_windows,
-    check_vocabulary,
-    evaluation_windows,
-    load_tokenizer,
-    window_length,
-)
+from .calibration.windows import calibration_windows, window_length
 from .catalogue import METHODS, PARTS, find_method
 from .checkpoint.locate import locate
 from .errors import InputError
-from .evaluation.perplexity import perplexity
+from .evaluating import Evaluation, Opened
+from .evaluating import evaluate as run_evaluation
 from .inspection import Inspection, inspect_folder, read_weight
-from .model.source import ResidentModel, StreamedModel, evaluating
+from .model.source import ResidentModel
 from .model.stream import Windows
 from .parts import find_part
 from .planning import Plan, make_plan
@@ -140,30 +133,15 @@ def prune_(
     return pruning.prune_in_memory(model, recipe, _windows(model, tokens, recipe), progress)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation found. `predictions` is what the perplexity is the mean over: windows × (length − 1)."""
-
-    model: str
-    perplexity: float
-    windows: int
-    length: int
-    tokens: int
-    predictions: int
-    seconds: float
-    peak_rss_bytes: int
-
-    def summary(self) -> dict[str, Any]:
-        """The figures `--json` prints. No tasks are scored yet."""
-        return {**asdict(self), "tokens_per_second": self.tokens / self.seconds, "tasks": {}}
-
-
 def evaluate(
     model: str | Path | PreTrainedModel,
     *,
-    text: str = "builtin:eval",
+    text: str | Sequence[str] = "builtin:eval",
+    tasks: str | Sequence[str] = (),
+    against: str | Path | None = None,
     length: int | None = None,
     samples: int | None = None,
+    limit: int | None = None,
     tokenizer: Any = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -171,13 +149,17 @@ def evaluate(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Perplexity of a model on a text, a block in memory at a time.
+    """Perplexity of a model on texts, a block in memory at a time, and its accuracy on tasks, the whole model in memory.
 
     Args:
         model: a folder, a hub id, `smollm2-135m`, or a model in memory (then `tokenizer` is needed).
-        text: a text source.
+        text: a text source, or several; `none` for none.
+        tasks: multiple-choice files (`.jsonl`, see `prunekit.evaluation.tasks`) or folders of them; tasks of lm-evaluation-harness by
+            name, or its task files (`.yaml`), which need `prunekit[eval]`.
+        against: the model this one was made from: the same windows and questions are asked of both, and differences have intervals.
         length: tokens per window; 2048 or the model's maximum by default.
-        samples: use only the first so many windows.
+        samples: use only the first so many windows of each text.
+        limit: use only the first so many questions of each task.
         tokenizer: for a model in memory.
         dtype, device, revision, trust_remote_code: as for `prune`; a model in memory keeps its own dtype and device.
         progress: told what is going on; silent by default.
@@ -186,37 +168,26 @@ def evaluate(
         InputError: something in the input is wrong.
     """
     progress = progress or Silent()
+    opening: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if isinstance(model, (str, Path)):
-        folder = locate(str(model), revision=revision, trust_remote_code=trust_remote_code, progress=progress)
-        source: StreamedModel | ResidentModel = StreamedModel.open(
-            folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-        )
-        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        opened = Opened.folder_of(str(model), **opening, revision=revision, progress=progress)
+    elif tokenizer is None:
+        raise InputError("a model in memory is evaluated with tokenizer=...: give the one that belongs to it")
     else:
-        if tokenizer is None:
-            raise InputError("a model in memory is evaluated with tokenizer=...: give the one that belongs to it")
-        source = ResidentModel(model)
-    if samples is not None and samples < 1:
-        raise InputError(f"samples {samples} is no number of windows: give 1 or more")
-    width = window_length(source.module.config, length, progress)
-    windows = evaluation_windows(documents(text, "evaluation"), tokenizer, length=width, samples=samples)
-    check_vocabulary(windows, source.module)
-    machine.return_memory()
-    progress.start("perplexity", len(source.anatomy.blocks) + 1)
-    begun = time.perf_counter()
-    with evaluating(source.module):
-        value, predictions = perplexity(source, windows, step=progress.step)
-    seconds = time.perf_counter() - begun
-    progress.stop()
-    return Evaluation(
-        model=str(model) if isinstance(model, (str, Path)) else type(model).__name__,
-        perplexity=value,
-        windows=len(windows),
-        length=windows.length,
-        tokens=windows.tokens,
-        predictions=predictions,
-        seconds=seconds,
-        peak_rss_bytes=machine.peak_rss_bytes(),
+        opened = Opened(type(model).__name__, ResidentModel(model), tokenizer, None)
+    base = None
+    if against is not None:
+        base = Opened.folder_of(str(against), **opening, revision=None, progress=progress)
+    return run_evaluation(
+        opened,
+        base,
+        texts=[text] if isinstance(text, str) else list(text),
+        tasks=[tasks] if isinstance(tasks, str) else list(tasks),
+        length=length,
+        samples=samples,
+        limit=limit,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
     )
 
 

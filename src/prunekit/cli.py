@@ -180,27 +180,53 @@ def prune(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder, hub id, or smollm2-135m.")],
-    text: Annotated[str, typer.Option(help="Text: file, folder, preset or hf:ID[:split[:field]].")] = "builtin:eval",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SRC",
+            help="Text: file, folder, preset or hf:ID[:split[:field]]; none for no text. Repeatable. Default: builtin:eval.",
+        ),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK",
+            help="Multiple choice: a .jsonl file or a folder of them, or a task of lm-evaluation-harness. Repeatable.",
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="The model it was made from: differences, with 95 % intervals."),
+    ] = None,
     length: Length = None,
-    samples: Annotated[int | None, typer.Option(help="Use only the first so many windows.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Use only the first so many windows of each text.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first so many questions of each task.")] = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep the figures in the model's folder as evaluation.json.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a model's perplexity on a text."""
+    """Measure a model: perplexity on texts, accuracy on tasks, and what changed against the model it was made from."""
     _quiet()
     from .api import evaluate as evaluate_model
     from .progress import for_terminal
 
+    if save and not Path(model).is_dir():
+        raise InputError(f"--save keeps the figures in the model's folder, and '{model}' is none")
     progress = for_terminal()
     try:
         found = evaluate_model(
             model,
-            text=text,
+            text=text or "builtin:eval",
+            tasks=tasks or (),
+            against=against,
             length=length,
             samples=samples,
+            limit=limit,
             dtype=dtype,
             device=device,
             revision=revision,
@@ -209,12 +235,55 @@ def evaluate(
         )
     finally:
         progress.stop()
-    _emit(
-        as_json,
-        found.summary(),
-        f"{model}\n  perplexity  {found.perplexity:.4f}  on {text}: {found.windows} windows of {found.length} tokens, "
-        f"{found.predictions:,} predictions\n  time        {found.seconds:.1f} s, {found.tokens / found.seconds:,.0f} tokens/s",
-    )
+    written = [f"written     {found.save(Path(model))}"] if save else []
+    if as_json:
+        _emit(True, found.summary(), "")
+    else:
+        _print_evaluation(found)
+        for line in written:
+            typer.echo(line)
+
+
+def _print_evaluation(found: Any) -> None:
+    typer.echo(found.model + ("" if found.against is None else f"  against  {found.against}"))
+    for row in found.texts:
+        typer.echo(
+            f"  perplexity  {row.perplexity:.4f}  on {row.text}: {row.windows} windows of {row.length} tokens, "
+            f"{row.predictions:,} predictions"
+        )
+        if row.before is not None:
+            low, high = row.ratio_interval
+            typer.echo(
+                f"  before      {row.before:.4f}: {row.perplexity / row.before:.4f} times as much (95 %: {low:.4f} to {high:.4f}); "
+                f"KL {row.kl:.4f} nats per token, {row.top1_changed:.1%} of the likeliest tokens changed"
+            )
+    if found.tasks:
+        _print_tasks(found)
+    if found.texts:
+        tokens = sum(row.tokens for row in found.texts)
+        typer.echo(f"  time        {found.seconds:.1f} s, {tokens / found.seconds:,.0f} tokens/s")
+
+
+def _print_tasks(found: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    paired = found.against is not None
+    table = Table("task", "metric", "n", "value", "± stderr", *["before", "difference", "95 %"] * paired)
+    for row in found.tasks:
+        cells = [
+            row.task,
+            row.metric,
+            str(row.n),
+            f"{row.value:.4f}",
+            "" if row.stderr is None else f"{row.stderr:.4f}",
+        ]
+        if paired:
+            interval = row.difference_interval
+            cells += [f"{row.before:.4f}", f"{row.value - row.before:+.4f}"]
+            cells += ["" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"]
+        table.add_row(*cells)
+    Console(width=None if sys.stdout.isatty() else 120).print(table, markup=False)
 
 
 @app.command()

@@ -161,11 +161,12 @@ def test_a_text_is_tokenised_once_cut_and_its_tail_dropped(tmp_path: Path) -> No
     # one token a byte: four windows of 16, and 7 tokens are left over
     ids = torch.tensor(tokenizer.inner(text)["input_ids"])
     assert len(ids) == 71
-    assert (found.windows, found.length, found.tokens, found.predictions) == (4, 16, 64, 60)
+    (row,) = found.texts
+    assert (row.windows, row.length, row.tokens, row.predictions) == (4, 16, 64, 60)
     assert found.perplexity == pytest.approx(slow_perplexity(model, ids[:64].reshape(4, 16)), rel=1e-5)
 
     part = prunekit.evaluate(model, text=str(path), tokenizer=tokenizer, length=16, samples=3)
-    assert (part.windows, part.predictions) == (3, 45)
+    assert (part.texts[0].windows, part.texts[0].predictions) == (3, 45)
     assert part.perplexity == pytest.approx(slow_perplexity(model, ids[:48].reshape(3, 16)), rel=1e-5)
 
 
@@ -176,7 +177,7 @@ def test_a_folder_and_the_model_in_memory_agree(tmp_path: Path) -> None:
     folder = prunekit.evaluate(tmp_path / "model", dtype="float32", device="cpu", **options)
     memory = prunekit.evaluate(model, tokenizer=tiny.make_tokenizer(), **options)
     assert folder.perplexity == pytest.approx(memory.perplexity, rel=1e-6)
-    assert folder.predictions == memory.predictions == 5 * 31
+    assert folder.texts[0].predictions == memory.texts[0].predictions == 5 * 31
 
 
 def test_a_text_or_a_request_too_short_or_too_long_is_refused(tmp_path: Path) -> None:

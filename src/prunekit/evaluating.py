@@ -1,0 +1,332 @@
+"""`evaluate`: what a model does on texts and tasks, and what it did before it was pruned.
+
+Perplexity is streamed, a block in memory at a time; two models go one after the other over the same windows and meet at their heads.
+Tasks need a whole model in memory, one at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import machine
+from .calibration.text import documents
+from .calibration.windows import check_vocabulary, evaluation_windows, load_tokenizer, window_length
+from .checkpoint.locate import locate
+from .checkpoint.storage import write_json
+from .errors import InputError
+from .evaluation.interval import difference_interval, ratio_interval
+from .evaluation.perplexity import paired_losses, perplexity_of, window_losses
+from .evaluation.tasks import Scored, file_tasks, score_file
+from .model.hidden import HiddenStates, room_for
+from .model.source import ResidentModel, StreamedModel, evaluating
+from .model.stream import Walk, Windows
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EVALUATION_NAME = "evaluation.json"
+NO_TEXT = "none"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model to evaluate, and what it takes to open it again."""
+
+    name: str
+    source: StreamedModel | ResidentModel
+    tokenizer: Any
+    folder: Path | None
+
+    @classmethod
+    def folder_of(
+        cls, name: str, *, dtype: str, device: str, revision: str | None, trust_remote_code: bool, progress: Progress
+    ) -> Opened:
+        """A folder, a hub id, or `smollm2-135m`. Raises `InputError`."""
+        folder = locate(name, revision=revision, trust_remote_code=trust_remote_code, progress=progress)
+        source = StreamedModel.open(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return cls(name, source, load_tokenizer(folder, trust_remote_code=trust_remote_code), folder)
+
+    def whole(self, trust_remote_code: bool) -> PreTrainedModel:
+        """The model itself, all of it in memory. Raises `InputError` where it does not fit."""
+        if isinstance(self.source, ResidentModel):
+            return self.source.module
+        from transformers import AutoModelForCausalLM
+
+        needed, free = self.source.parameter_count * self.source.dtype.itemsize, machine.available_memory_bytes()
+        if self.source.device.type == "cpu" and needed > free:
+            raise InputError(
+                f"tasks need the whole model in memory, {needed / 1e9:.1f} GB in {self.source.dtype}, and {free / 1e9:.1f} GB are "
+                "free: evaluate it on texts only (perplexity is streamed), or take --dtype bfloat16"
+            )
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            self.folder, dtype=self.source.dtype, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        return model.to(self.source.device).eval()
+
+
+@dataclass(frozen=True)
+class TextFigures:
+    """A model on a text.
+
+    Attributes:
+        perplexity: exp of the mean over `predictions` = windows × (length − 1).
+        before: perplexity of the model it is held against; the rest is None without one.
+        ratio_interval: 95 % of perplexity / before, from windows drawn again in pairs.
+        kl: mean KL(before ‖ model) per prediction, in nats.
+        top1_changed: share of predictions whose likeliest token is another one.
+    """
+
+    text: str
+    perplexity: float
+    windows: int
+    length: int
+    tokens: int
+    predictions: int
+    before: float | None = None
+    ratio_interval: tuple[float, float] | None = None
+    kl: float | None = None
+    top1_changed: float | None = None
+
+
+@dataclass(frozen=True)
+class TaskFigures:
+    """One metric of a task.
+
+    Attributes:
+        n: questions.
+        stderr: standard error of `value`; None where the task's harness gives none.
+        before: value of the model it is held against, on the same questions.
+        difference_interval: 95 % of value − before, from questions drawn again in pairs; None where `value` is no mean over them.
+    """
+
+    task: str
+    metric: str
+    n: int
+    value: float
+    stderr: float | None
+    before: float | None = None
+    difference_interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found. `seconds` is that of the perplexities, `peak_rss_bytes` of everything."""
+
+    model: str
+    against: str | None
+    texts: list[TextFigures]
+    tasks: list[TaskFigures]
+    seconds: float
+    peak_rss_bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """Of the first text; NaN where there was none."""
+        return self.texts[0].perplexity if self.texts else math.nan
+
+    def summary(self) -> dict[str, Any]:
+        """The figures `--json` prints; those of the first text stand by themselves, too."""
+        first = self.texts[0] if self.texts else None
+        tasks: dict[str, dict[str, Any]] = {}
+        for row in self.tasks:
+            shown = tasks.setdefault(row.task, {"n": row.n, "metrics": {}})
+            shown["metrics"][row.metric] = {k: v for k, v in asdict(row).items() if k not in ("task", "metric", "n")}
+            if row.metric == "acc":
+                shown |= {"accuracy": row.value, "stderr": row.stderr}
+        tokens = sum(row.tokens for row in self.texts)
+        return {
+            "model": self.model,
+            "against": self.against,
+            "perplexity": None if first is None else first.perplexity,
+            "windows": None if first is None else first.windows,
+            "length": None if first is None else first.length,
+            "tokens": tokens,
+            "predictions": sum(row.predictions for row in self.texts),
+            "seconds": self.seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "tokens_per_second": tokens / self.seconds if tokens else None,
+            "texts": [asdict(row) for row in self.texts],
+            "tasks": tasks,
+        }
+
+    def save(self, folder: Path) -> Path:
+        """Keep the figures as `evaluation.json` in a model's folder, where its report finds them."""
+        path = folder / EVALUATION_NAME
+        figures = {"texts": [asdict(row) for row in self.texts], "tasks": [asdict(row) for row in self.tasks]}
+        write_json(path, {"model": self.model, "against": self.against, **figures, "versions": machine.versions()})
+        return path
+
+
+@torch.inference_mode()
+def on_texts(
+    model: Opened,
+    against: Opened | None,
+    texts: Sequence[str],
+    *,
+    length: int | None,
+    samples: int | None,
+    progress: Progress,
+) -> list[TextFigures]:
+    """Perplexity on every text, all of them in one walk over each model. Raises `InputError`."""
+    if samples is not None and samples < 1:
+        raise InputError(f"samples {samples} is no number of windows: give 1 or more")
+    width = window_length(model.source.module.config, length, progress)
+    cut = [_windows(text, model, against, width, samples) for text in texts]
+    windows = Windows(torch.cat([part.ids for part in cut]))
+    walks = [Walk(one.source, windows) for one in (model, against) if one is not None]
+    machine.return_memory()
+    progress.start("perplexity", sum(len(walk.source.anatomy.blocks) for walk in walks) + 1)
+    with ExitStack() as stack:
+        behind = []
+        for walk in walks:
+            stack.enter_context(evaluating(walk.source.module))
+            behind.append(_through(walk, stack, progress))
+        counts = [len(part) for part in cut]
+        if against is None:
+            losses = window_losses(walks[0], behind[0])
+            found = [_alone(text, part, width) for text, part in zip(texts, torch.split(losses, counts), strict=True)]
+        else:
+            sums = paired_losses(walks[0], behind[0], walks[1], behind[1])
+            parts = torch.split(torch.stack([sums.losses, sums.before, sums.divergence, sums.changed]), counts, dim=1)
+            found = [_paired(text, part, width) for text, part in zip(texts, parts, strict=True)]
+    progress.step()
+    progress.stop()
+    return found
+
+
+def _windows(text: str, model: Opened, against: Opened | None, length: int, samples: int | None) -> Windows:
+    read = documents(text, "evaluation")
+    windows = evaluation_windows(read, model.tokenizer, length=length, samples=samples)
+    check_vocabulary(windows, model.source.module)
+    if against is not None:
+        theirs = evaluation_windows(read, against.tokenizer, length=length, samples=samples)
+        if not torch.equal(windows.ids, theirs.ids):
+            raise InputError(
+                f"'{model.name}' and '{against.name}' cut '{text}' into different tokens: perplexities per token can be compared "
+                "only between models with the same tokenizer"
+            )
+        check_vocabulary(windows, against.source.module)
+    return windows
+
+
+def _through(walk: Walk, stack: ExitStack, progress: Progress) -> HiddenStates:
+    walk.prepare()
+    hidden = stack.enter_context(room_for(walk.shape, walk.dtype, walk.source.device))
+    walk.start(hidden)
+    walk.run_all(progress.step)
+    return hidden
+
+
+def _alone(text: str, losses: torch.Tensor, length: int) -> TextFigures:
+    windows = len(losses)
+    predictions = windows * (length - 1)
+    return TextFigures(text, perplexity_of(losses, predictions), windows, length, windows * length, predictions)
+
+
+def _paired(text: str, sums: torch.Tensor, length: int) -> TextFigures:
+    losses, before, divergence, changed = sums
+    alone = _alone(text, losses, length)
+    return replace(
+        alone,
+        before=perplexity_of(before, alone.predictions),
+        ratio_interval=ratio_interval(losses.numpy(), before.numpy(), length - 1),
+        kl=float(divergence.sum()) / alone.predictions,
+        top1_changed=float(changed.sum()) / alone.predictions,
+    )
+
+
+def on_tasks(
+    model: Opened,
+    against: Opened | None,
+    tasks: Sequence[str],
+    *,
+    limit: int | None,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> list[TaskFigures]:
+    """Every metric of every task: files by our own scoring, other names by lm-evaluation-harness. Raises `InputError`."""
+    if limit is not None and limit < 1:
+        raise InputError(f"limit {limit} is no number of questions: give 1 or more")
+    files, others = file_tasks(tasks)
+    if others:
+        from .evaluation.harness import check_installed
+
+        check_installed(others)
+    sides = [
+        _score_all(one, files, others, limit, trust_remote_code, progress)
+        for one in (model, against)
+        if one is not None
+    ]
+    before = sides[1] if against is not None else {}
+    return [row for name, scored in sides[0].items() for row in _task_rows(scored, before.get(name))]
+
+
+def _score_all(
+    opened: Opened,
+    files: Mapping[str, Path],
+    others: Sequence[str],
+    limit: int | None,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> dict[str, Scored]:
+    model = opened.whole(trust_remote_code)
+    found = {}
+    with evaluating(model):
+        for name, path in files.items():
+            found[name] = score_file(name, path, model, opened.tokenizer, limit=limit, progress=progress)
+        if others:
+            from .evaluation.harness import score_tasks
+
+            progress.say(f"{', '.join(others)}: by lm-evaluation-harness, on {opened.name}")
+            found |= score_tasks(model, opened.tokenizer, others, limit=limit)
+    return found
+
+
+def _task_rows(after: Scored, before: Scored | None) -> list[TaskFigures]:
+    rows = []
+    for metric, figure in after.metrics.items():
+        row = TaskFigures(after.task, metric, after.n, figure.value, figure.stderr)
+        if before is not None:
+            other = before.metrics[metric]
+            row = replace(row, before=other.value)
+            if figure.values is not None and other.values is not None:
+                row = replace(row, difference_interval=difference_interval(figure.values, other.values))
+        rows.append(row)
+    return rows
+
+
+def evaluate(
+    model: Opened,
+    against: Opened | None,
+    *,
+    texts: Sequence[str],
+    tasks: Sequence[str],
+    length: int | None,
+    samples: int | None,
+    limit: int | None,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> Evaluation:
+    """Texts, then tasks. Raises `InputError`."""
+    texts = [text for text in texts if text != NO_TEXT]
+    if not texts and not tasks:
+        raise InputError("there is nothing to evaluate: give --text, --tasks or both")
+    begun = time.perf_counter()
+    on = on_texts(model, against, texts, length=length, samples=samples, progress=progress) if texts else []
+    seconds = time.perf_counter() - begun
+    scored = (
+        on_tasks(model, against, tasks, limit=limit, trust_remote_code=trust_remote_code, progress=progress)
+        if tasks
+        else []
+    )
+    name = None if against is None else against.name
+    return Evaluation(model.name, name, on, scored, seconds, machine.peak_rss_bytes())
