@@ -1,0 +1,284 @@
+"""`export`: the same weights in another form, bit for bit: packed by their zeros, or plain again.
+
+A file of the source becomes a file of the output, read and written a few rows at a time. Then everything that was written is read
+again and compared with the source; the index, without which nothing loads the folder, is written before, and taken away again with
+all the rest if anything goes wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import machine
+from .bits import any_bit
+from .checkpoint.bitmask import VERSION, header_of, pack_mask, pack_values, packed_bytes
+from .checkpoint.manifest import changed_files, read_manifest
+from .checkpoint.output import check_output, take_output
+from .checkpoint.reader import Reader, bytes_of, sha256_file
+from .checkpoint.shard import Piece, shard_bytes
+from .checkpoint.storage import write_json, write_text
+from .checkpoint.writer import (
+    CARD_NAME,
+    MANIFEST_NAME,
+    Journal,
+    Writer,
+    clear,
+    drop_leftovers,
+    model_files,
+    refuse_unfinished,
+)
+from .errors import InputError, StorageError, VerificationError
+from .progress import Progress, Silent
+
+FORMATS = ("zip-free", "bitmask")
+
+_NOTE = (
+    "\n## Packed\n\nThe weights of this folder are packed: for every entry a bit, then the entries that are not zero. "
+    "`prunekit.load(folder)` loads it, and `prunekit export FOLDER --format zip-free --out PLAIN` makes of it, bit for bit, the "
+    "folder that transformers loads.\n"
+)
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export wrote. Bytes are those of the weight files; `packed_before` and `packed_after` those of the packed weights alone.
+
+    `dense` is what all tensors take unpacked.
+    """
+
+    model: str
+    out: Path
+    format: str
+    tensors: int
+    packed: int
+    dense: int
+    before: int
+    after: int
+    packed_before: int
+    packed_after: int
+    seconds: float
+    peak_rss_bytes: int
+
+    def summary(self) -> dict[str, Any]:
+        """The figures `--json` prints."""
+        return {
+            **asdict(self),
+            "out": str(self.out),
+            "ratio": self.after / self.dense,
+            "packed_ratio": self.packed_after / self.packed_before if self.packed else None,
+        }
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One file to be written: its pieces, and the weights that are packed in it, name -> rows, columns."""
+
+    names: list[str]
+    pieces: list[Piece]
+    packed: dict[str, tuple[int, int]]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What its header says besides."""
+        return header_of(self.packed) if self.packed else {}
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return shard_bytes(self.pieces, self.metadata)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Mask or values of a stored weight, made a few rows at a time."""
+
+    reader: Reader
+    name: str
+    make: Callable[[Tensor], Tensor]
+
+    def __iter__(self) -> Iterator[memoryview]:
+        for _, rows in self.reader.rows(self.name):
+            yield bytes_of(self.make(rows))
+
+
+def plain_sheets(reader: Reader) -> list[Sheet]:
+    """A folder's files as they are written plain."""
+    return [Sheet(names, [Piece.stored(name, reader) for name in names], {}) for names in _by_file(reader)]
+
+
+def packed_sheets(reader: Reader) -> list[Sheet]:
+    """A folder's files as they are written packed; what packing would not make smaller stays plain. Reads every matrix once."""
+    sheets = []
+    for names in _by_file(reader):
+        pieces: list[Piece] = []
+        packed: dict[str, tuple[int, int]] = {}
+        for name in names:
+            parts = _parts(reader, name)
+            if parts:
+                rows, columns = reader.entries[name].shape
+                packed[name] = (rows, columns)
+            pieces += parts or [Piece.stored(name, reader)]
+        sheets.append(Sheet(names, pieces, packed))
+    return sheets
+
+
+def _parts(reader: Reader, name: str) -> list[Piece]:
+    """Mask and values of a weight; nothing where it is no matrix, or packing does not pay."""
+    entry = reader.entries[name]
+    taken = f"{name}.mask" in reader.entries or f"{name}.values" in reader.entries
+    if len(entry.shape) != 2 or taken:
+        return []
+    rows, columns = entry.shape
+    kept = sum(int(torch.count_nonzero(any_bit(part))) for _, part in reader.rows(name))
+    if packed_bytes(rows, columns, kept, entry.dtype.itemsize) >= entry.bytes:
+        return []
+    return [
+        Piece(f"{name}.mask", (rows, -(-columns // 8)), torch.uint8, _Part(reader, name, pack_mask)),
+        Piece(f"{name}.values", (kept,), entry.dtype, _Part(reader, name, pack_values)),
+    ]
+
+
+def _by_file(reader: Reader) -> list[list[str]]:
+    return [sorted(name for name, entry in reader.entries.items() if entry.file == file) for file in reader.files]
+
+
+def export_folder(
+    folder: Path, out: Path, *, form: str, overwrite: bool = False, progress: Progress | None = None
+) -> Export:
+    """Write a model folder in another form.
+
+    Args:
+        folder: a model folder, plain or packed.
+        out: the folder to write.
+        form: `bitmask` (packed) or `zip-free` (plain).
+        overwrite: replace a model folder that stands in `out`. Files that do not belong to one are left alone.
+        progress: told what is going on.
+
+    Raises:
+        InputError: the input is wrong; nothing was written.
+        StorageError: the disk refused; what was written is removed.
+        VerificationError: what was written does not hold the source's bits; it is removed.
+    """
+    begun = time.perf_counter()
+    progress = progress or Silent()
+    out = out.expanduser()
+    refuse_unfinished(folder)
+    reader = Reader(folder)
+    manifest = read_manifest(folder)
+    if manifest is not None and (changed := changed_files(folder, manifest)):
+        raise InputError(
+            f"'{folder}' is not what was written: {', '.join(changed)} changed since; prune or export again"
+        )
+    check_output(folder, out, resume=None, overwrite=overwrite)
+    packs = form == "bitmask"
+    sheets = packed_sheets(reader) if packs else plain_sheets(reader)
+    after = sum(sheet.bytes for sheet in sheets)
+    _refuse_disk(out, after)
+    with ExitStack() as held:
+        take_output(folder, out, held, resume=None, overwrite=overwrite)
+        journal = Journal.fresh(out, {"export": form})
+        try:
+            journal.save()  # a killed export is known for what it is
+            clear(out, keep=journal.path)
+            writer = Writer(out, len(sheets), packed=packs)
+            outputs = _write(reader, writer, sheets, progress)
+            _compare(reader, out, progress)
+            _finish(reader, writer, form, manifest, outputs)
+        except BaseException:
+            with suppress(StorageError):
+                clear(out)
+            raise
+        finally:
+            progress.stop()
+    packed = {name for sheet in sheets for name in sheet.packed}
+    return Export(
+        model=str(folder),
+        out=out,
+        format=form,
+        tensors=len(reader.entries),
+        packed=len(packed),
+        dense=sum(entry.bytes for entry in reader.entries.values()),
+        before=sum((folder / file).stat().st_size for file in reader.files),
+        after=after,
+        packed_before=sum(reader.entries[name].bytes for name in packed),
+        packed_after=sum(
+            piece.bytes
+            for sheet in sheets
+            for piece in sheet.pieces
+            if piece.name.removesuffix(".mask").removesuffix(".values") in sheet.packed
+        ),
+        seconds=time.perf_counter() - begun,
+        peak_rss_bytes=machine.peak_rss_bytes(),
+    )
+
+
+def _refuse_disk(out: Path, needed: int) -> None:
+    replaced = sum(path.stat().st_size for path in model_files(out) if path.is_file()) if out.is_dir() else 0
+    free = machine.free_disk_bytes(out) + replaced
+    if needed * 1.02 > free:
+        raise InputError(
+            f"'{out}' needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free: make room or choose another --out"
+        )
+
+
+def _write(reader: Reader, writer: Writer, sheets: list[Sheet], progress: Progress) -> dict[str, str]:
+    """Write weights, index, config and tokenizer; returns file name -> sha256."""
+    progress.start("writing", len(sheets))
+    records = []
+    for position, sheet in enumerate(sheets):
+        record = writer.write_shard(position, sheet.pieces, sheet.metadata)
+        records.append({**record, "tensors": sheet.names})
+        progress.step(record["file"])
+    progress.stop()
+    carried = writer.carry_over(reader.folder, with_code=True)
+    writer.write_index(records)
+    hashes = {name: sha256_file(writer.folder / name) for name in (writer.index, *carried)}
+    return hashes | {record["file"]: record["sha256"] for record in records}
+
+
+def _compare(reader: Reader, out: Path, progress: Progress) -> None:
+    """Raise `VerificationError` where a tensor of the written folder has other bits than the source's."""
+    written = Reader(out)
+    progress.start("comparing", len(reader.entries))
+    for name, entry in reader.entries.items():
+        there = written.entries.get(name)
+        if (
+            there is None
+            or (there.shape, there.dtype) != (entry.shape, entry.dtype)
+            or _digest(written, name) != _digest(reader, name)
+        ):
+            raise VerificationError(
+                f"'{name}' in '{out}' is not what '{reader.folder}' holds: the output was removed; please report this"
+            )
+        progress.step()
+    progress.stop()
+
+
+def _digest(reader: Reader, name: str) -> bytes:
+    digest = hashlib.sha256()
+    for chunk in reader.chunks(name):
+        digest.update(chunk)
+    return digest.digest()
+
+
+def _finish(
+    reader: Reader, writer: Writer, form: str, manifest: dict[str, Any] | None, outputs: dict[str, str]
+) -> None:
+    """The card, and the manifest with the new files' hashes, where the source has them; then nothing is left to mark as unfinished."""
+    card = reader.folder / CARD_NAME
+    if card.is_file():
+        text = card.read_text(encoding="utf-8", errors="replace").removesuffix(_NOTE)
+        write_text(writer.folder / CARD_NAME, text + (_NOTE if form == "bitmask" else ""))
+    if manifest is not None:
+        export = {"format": form, "version": VERSION} if form == "bitmask" else None
+        write_json(writer.folder / MANIFEST_NAME, {**manifest, "outputs": outputs, "export": export})
+    drop_leftovers(writer.folder)
