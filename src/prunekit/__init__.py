@@ -13,9 +13,12 @@ if TYPE_CHECKING:
         Evaluation,
         Inspection,
         Plan,
+        bench,
         draw_weight,
         evaluate,
+        export,
         inspect,
+        load,
         methods,
         plan,
         prune,
@@ -23,7 +26,9 @@ if TYPE_CHECKING:
         study,
         sweep,
     )
+    from .benching import Bench
     from .errors import InputError, PrunekitError, StorageError, VerificationError
+    from .exporting import Export
     from .model.stream import Windows
     from .pruning import Result
     from .recipe import Recipe
@@ -33,8 +38,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Bench": "benching",
     "Comparison": "comparing",
     "Evaluation": "api",
+    "Export": "exporting",
     "Findings": "studying",
     "InputError": "errors",
     "Inspection": "api",
@@ -46,10 +53,13 @@ _HOMES = {
     "Sweep": "sweeping",
     "VerificationError": "errors",
     "Windows": "model.stream",
+    "bench": "api",
     "compare": "api",
     "draw_weight": "api",
     "evaluate": "api",
+    "export": "api",
     "inspect": "api",
+    "load": "api",
     "methods": "api",
     "plan": "api",
     "prune": "api",
@@ -59,8 +69,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "Bench",
     "Comparison",
     "Evaluation",
+    "Export",
     "Findings",
     "InputError",
     "Inspection",
@@ -72,10 +84,13 @@ __all__ = [
     "Sweep",
     "VerificationError",
     "Windows",
+    "bench",
     "compare",
     "draw_weight",
     "evaluate",
+    "export",
     "inspect",
+    "load",
     "methods",
     "plan",
     "prune",

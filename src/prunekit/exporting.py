@@ -9,22 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from . import machine
-from .bits import any_bit
-from .checkpoint.bitmask import VERSION, header_of, pack_mask, pack_values, packed_bytes
+from .checkpoint.bitmask import VERSION
 from .checkpoint.manifest import changed_files, read_manifest
 from .checkpoint.output import check_output, take_output
-from .checkpoint.reader import Reader, bytes_of, sha256_file
-from .checkpoint.shard import Piece, shard_bytes
+from .checkpoint.packing import Sheet, packed_sheets, plain_sheets
+from .checkpoint.reader import Reader, sha256_file
 from .checkpoint.storage import write_json, write_text
 from .checkpoint.writer import (
     CARD_NAME,
@@ -36,7 +31,7 @@ from .checkpoint.writer import (
     model_files,
     refuse_unfinished,
 )
-from .errors import InputError, StorageError, VerificationError
+from .errors import InputError, StorageError, VerificationError, nearest
 from .progress import Progress, Silent
 
 FORMATS = ("zip-free", "bitmask")
@@ -78,79 +73,6 @@ class Export:
         }
 
 
-@dataclass(frozen=True)
-class Sheet:
-    """One file to be written: its pieces, and the weights that are packed in it, name -> rows, columns."""
-
-    names: list[str]
-    pieces: list[Piece]
-    packed: dict[str, tuple[int, int]]
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """What its header says besides."""
-        return header_of(self.packed) if self.packed else {}
-
-    @property
-    def bytes(self) -> int:
-        """Its size."""
-        return shard_bytes(self.pieces, self.metadata)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Mask or values of a stored weight, made a few rows at a time."""
-
-    reader: Reader
-    name: str
-    make: Callable[[Tensor], Tensor]
-
-    def __iter__(self) -> Iterator[memoryview]:
-        for _, rows in self.reader.rows(self.name):
-            yield bytes_of(self.make(rows))
-
-
-def plain_sheets(reader: Reader) -> list[Sheet]:
-    """A folder's files as they are written plain."""
-    return [Sheet(names, [Piece.stored(name, reader) for name in names], {}) for names in _by_file(reader)]
-
-
-def packed_sheets(reader: Reader) -> list[Sheet]:
-    """A folder's files as they are written packed; what packing would not make smaller stays plain. Reads every matrix once."""
-    sheets = []
-    for names in _by_file(reader):
-        pieces: list[Piece] = []
-        packed: dict[str, tuple[int, int]] = {}
-        for name in names:
-            parts = _parts(reader, name)
-            if parts:
-                rows, columns = reader.entries[name].shape
-                packed[name] = (rows, columns)
-            pieces += parts or [Piece.stored(name, reader)]
-        sheets.append(Sheet(names, pieces, packed))
-    return sheets
-
-
-def _parts(reader: Reader, name: str) -> list[Piece]:
-    """Mask and values of a weight; nothing where it is no matrix, or packing does not pay."""
-    entry = reader.entries[name]
-    taken = f"{name}.mask" in reader.entries or f"{name}.values" in reader.entries
-    if len(entry.shape) != 2 or taken:
-        return []
-    rows, columns = entry.shape
-    kept = sum(int(torch.count_nonzero(any_bit(part))) for _, part in reader.rows(name))
-    if packed_bytes(rows, columns, kept, entry.dtype.itemsize) >= entry.bytes:
-        return []
-    return [
-        Piece(f"{name}.mask", (rows, -(-columns // 8)), torch.uint8, _Part(reader, name, pack_mask)),
-        Piece(f"{name}.values", (kept,), entry.dtype, _Part(reader, name, pack_values)),
-    ]
-
-
-def _by_file(reader: Reader) -> list[list[str]]:
-    return [sorted(name for name, entry in reader.entries.items() if entry.file == file) for file in reader.files]
-
-
 def export_folder(
     folder: Path, out: Path, *, form: str, overwrite: bool = False, progress: Progress | None = None
 ) -> Export:
@@ -169,6 +91,8 @@ def export_folder(
         VerificationError: what was written does not hold the source's bits; it is removed.
     """
     begun = time.perf_counter()
+    if form not in FORMATS:
+        raise InputError(f"format '{form}' is unknown: {nearest(form, FORMATS)}")
     progress = progress or Silent()
     out = out.expanduser()
     refuse_unfinished(folder)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from . import machine
-from .checkpoint.reader import INDEX_NAME
 from .errors import InputError, PrunekitWarning
 from .inspection import pattern_holds
 from .model.anatomy import read_anatomy
 from .model.source import StreamedModel
+from .progress import no_bar
 from .recipe import Pattern
 
 if TYPE_CHECKING:
@@ -50,13 +50,13 @@ def load_model(
     source = StreamedModel.open(folder, dtype=dtype, device=str(place), trust_remote_code=trust_remote_code)
     _refuse_memory(folder, source)
     kind, config, reader = type(source.module), source.module.config, source.reader
-    if reader.index == INDEX_NAME:
-        model = kind.from_pretrained(folder, config=config, dtype=source.dtype, local_files_only=True)
-    else:
+    with no_bar():
+        # plain folders too: transformers would map their files, and a model in mapped pages is not as fast as one in memory of its own
         model = kind.from_pretrained(None, config=config, dtype=source.dtype, state_dict=reader.read(reader.entries))
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     model.to(place).eval()
+    machine.return_memory()
     if accelerate is not None:
         accelerate_linears(model)
     assert isinstance(model, nn.Module)

@@ -38,11 +38,9 @@ def read_mask(mask: Tensor, columns: int) -> Tensor:
     return torch.from_numpy(bits.view(np.bool_))
 
 
-def unpack(keep: Tensor, values: Tensor) -> Tensor:
-    """The weight of a mask (bool [rows, columns]) and its values [kept], of their dtype."""
-    weight = torch.zeros(keep.shape, dtype=values.dtype)
-    weight[keep] = values
-    return weight
+def unpack(weight: Tensor, keep: Tensor, values: Tensor) -> None:
+    """Fill a weight [rows, columns] from its mask (bool, same shape) and its values [kept], of its dtype."""
+    weight.zero_().masked_scatter_(keep, values)
 
 
 def packed_bytes(rows: int, columns: int, kept: int, itemsize: int) -> int:

@@ -126,13 +126,14 @@ class Reader:
         entry = self.entries[name]
         size = _rows_at_a_time(entry)
         with _opened(self.folder / entry.file) as stream:
-            if entry.mask is not None:
-                yield from _unpacked_rows(stream, entry, entry.mask)
-                return
+            unpacker = None if entry.mask is None else _Unpacker(stream, entry, entry.mask)
             stream.seek(entry.offset)
             for start in range(0, entry.shape[0], size):
                 part = torch.empty((min(size, entry.shape[0] - start), *entry.shape[1:]), dtype=entry.dtype)
-                _fill(stream, bytes_of(part), entry)
+                if unpacker is None:
+                    _fill(stream, bytes_of(part), entry)
+                else:
+                    unpacker.fill(part)
                 yield start, part
 
     def chunks(self, name: str) -> Iterator[memoryview]:
@@ -209,8 +210,9 @@ def _opened(path: Path) -> Iterator[FileIO]:
 def _read_tensor(stream: FileIO, entry: Entry, *, pinned: bool = False) -> torch.Tensor:
     tensor = torch.empty(entry.shape, dtype=entry.dtype, pin_memory=pinned)
     if entry.mask is not None:
-        for start, part in _unpacked_rows(stream, entry, entry.mask):
-            tensor[start : start + len(part)] = part
+        unpacker = _Unpacker(stream, entry, entry.mask)
+        for part in torch.split(tensor, _rows_at_a_time(entry)):
+            unpacker.fill(part)
         return tensor
     stream.seek(entry.offset)
     _fill(stream, bytes_of(tensor), entry)
@@ -221,26 +223,38 @@ def _rows_at_a_time(entry: Entry) -> int:
     return max(1, _CHUNK_BYTES * entry.shape[0] // max(1, entry.bytes))
 
 
-def _unpacked_rows(stream: FileIO, entry: Entry, packed: Mask) -> Iterator[tuple[int, torch.Tensor]]:
-    """A packed tensor a few rows at a time: (first row, [rows, columns])."""
-    rows, columns = entry.shape
-    size, width = _rows_at_a_time(entry), -(-columns // 8)
-    done = 0
-    for start in range(0, rows, size):
-        mask = torch.empty((min(size, rows - start), width), dtype=torch.uint8)
-        stream.seek(packed.offset + start * width)
-        _fill(stream, bytes_of(mask), entry)
+class _Unpacker:
+    """Reads a packed tensor from its first row to its last, as many rows at a time as it is asked for."""
+
+    def __init__(self, stream: FileIO, entry: Entry, mask: Mask) -> None:
+        self._stream = stream
+        self._entry = entry
+        self._mask_at = mask.offset
+        self._values_at = entry.offset
+        self._left = mask.kept  # values
+        self._rows_left = entry.shape[0]
+
+    def fill(self, part: torch.Tensor) -> None:
+        """Fill the next rows, `part` [rows, columns]. Raises `InputError` where mask and values do not belong together."""
+        entry = self._entry
+        rows, columns = part.shape
+        mask = torch.empty((rows, -(-columns // 8)), dtype=torch.uint8)
+        self._stream.seek(self._mask_at)
+        _fill(self._stream, bytes_of(mask), entry)
         keep = read_mask(mask, columns)
-        kept = int(keep.sum())
-        values = torch.empty(min(kept, packed.kept - done), dtype=entry.dtype)
-        stream.seek(entry.offset + done * entry.dtype.itemsize)
-        _fill(stream, bytes_of(values), entry)
-        done += kept
-        if done > packed.kept or (start + size >= rows and done < packed.kept):
+        kept = int(torch.count_nonzero(keep))
+        self._mask_at += mask.numel()
+        self._rows_left -= rows
+        self._left -= kept
+        if self._left < 0 or (self._left and not self._rows_left):
             raise InputError(
                 f"'{entry.file}' is damaged: a mask in it has another number of bits than there are values"
             )
-        yield start, unpack(keep, values)
+        values = torch.empty(kept, dtype=entry.dtype)
+        self._stream.seek(self._values_at)
+        _fill(self._stream, bytes_of(values), entry)
+        self._values_at += kept * entry.dtype.itemsize
+        unpack(part, keep, values)
 
 
 def _fill(stream: FileIO, memory: memoryview, entry: Entry) -> None:
