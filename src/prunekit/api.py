@@ -25,7 +25,7 @@ from .calibration.windows import (
 )
 from .catalogue import METHODS, PARTS, find_method
 from .checkpoint.locate import locate
-from .errors import InputError
+from .errors import InputError, nearest
 from .evaluation.perplexity import perplexity
 from .inspection import Inspection, inspect_folder, read_weight
 from .model.source import ResidentModel, StreamedModel, evaluating
@@ -439,8 +439,9 @@ def export(
 
     Args:
         folder: a folder, plain or packed; a hub id; or `smollm2-135m`.
-        out: the folder to write; it must be empty or new unless `overwrite` is given.
-        format: `bitmask`, weights packed by their zeros (docs/bitmask.md); or `zip-free`, the plain folder that transformers loads.
+        out: the folder to write, which must be empty or new unless `overwrite` is given; for `gguf` the file, `NAME.gguf`.
+        format: `bitmask`, weights packed by their zeros (docs/bitmask.md); `zip-free`, the plain folder that transformers loads; or
+            `gguf`, the dense file llama.cpp reads (Llama and Qwen2; needs `prunekit[embedded]`).
         overwrite: replace what is in `out`.
         progress: told what is going on; silent by default.
 
@@ -449,9 +450,15 @@ def export(
         StorageError: the disk refused; what was written is removed.
         VerificationError: what was written does not hold the same bits; it is removed.
     """
-    from .exporting import export_folder
+    from .exporting import FORMATS, export_folder
+    from .to_gguf import export_gguf
 
-    return export_folder(locate(str(folder)), Path(out), form=format, overwrite=overwrite, progress=progress)
+    if format not in FORMATS:
+        raise InputError(f"format '{format}' is unknown: {nearest(format, FORMATS)}")
+    place = locate(str(folder), progress=progress)
+    if format == "gguf":
+        return export_gguf(place, Path(out), overwrite=overwrite, progress=progress)
+    return export_folder(place, Path(out), packed=format == "bitmask", overwrite=overwrite, progress=progress)
 
 
 def bench(

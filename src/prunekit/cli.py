@@ -493,11 +493,17 @@ def _print_bench(found: Any) -> None:
 @app.command()
 def export(
     folder: Annotated[str, typer.Argument(help="Folder, plain or packed; hub id; or smollm2-135m.", metavar="DIR")],
-    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write; for gguf the file, NAME.gguf.", show_default=False)],
     form: Annotated[
-        str, typer.Option("--format", help="bitmask: packed by zeros; zip-free: plain, as transformers loads it.")
+        str,
+        typer.Option(
+            "--format",
+            help="bitmask: packed by zeros; zip-free: plain, as transformers loads it; gguf: dense, for llama.cpp.",
+        ),
     ] = "zip-free",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model in the output folder, or the file.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a model's weights in another form, bit for bit."""

@@ -31,10 +31,10 @@ from .checkpoint.writer import (
     model_files,
     refuse_unfinished,
 )
-from .errors import InputError, StorageError, VerificationError, nearest
+from .errors import InputError, StorageError, VerificationError
 from .progress import Progress, Silent
 
-FORMATS = ("zip-free", "bitmask")
+FORMATS = ("bitmask", "gguf", "zip-free")
 
 _NOTE = (
     "\n## Packed\n\nThe weights of this folder are packed: for every entry a bit, then the entries that are not zero. "
@@ -74,14 +74,14 @@ class Export:
 
 
 def export_folder(
-    folder: Path, out: Path, *, form: str, overwrite: bool = False, progress: Progress | None = None
+    folder: Path, out: Path, *, packed: bool, overwrite: bool = False, progress: Progress | None = None
 ) -> Export:
     """Write a model folder in another form.
 
     Args:
         folder: a model folder, plain or packed.
         out: the folder to write.
-        form: `bitmask` (packed) or `zip-free` (plain).
+        packed: pack what has enough zeros (`bitmask`); otherwise everything is plain (`zip-free`).
         overwrite: replace a model folder that stands in `out`. Files that do not belong to one are left alone.
         progress: told what is going on.
 
@@ -91,8 +91,6 @@ def export_folder(
         VerificationError: what was written does not hold the source's bits; it is removed.
     """
     begun = time.perf_counter()
-    if form not in FORMATS:
-        raise InputError(f"format '{form}' is unknown: {nearest(form, FORMATS)}")
     progress = progress or Silent()
     out = out.expanduser()
     refuse_unfinished(folder)
@@ -103,8 +101,8 @@ def export_folder(
             f"'{folder}' is not what was written: {', '.join(changed)} changed since; prune or export again"
         )
     check_output(folder, out, resume=None, overwrite=overwrite)
-    packs = form == "bitmask"
-    sheets = packed_sheets(reader) if packs else plain_sheets(reader)
+    form = "bitmask" if packed else "zip-free"
+    sheets = packed_sheets(reader) if packed else plain_sheets(reader)
     after = sum(sheet.bytes for sheet in sheets)
     _refuse_disk(out, after)
     with ExitStack() as held:
@@ -113,27 +111,27 @@ def export_folder(
         try:
             journal.save()  # a killed export is known for what it is
             clear(out, keep=journal.path)
-            writer = Writer(out, len(sheets), packed=packs)
+            writer = Writer(out, len(sheets), packed=packed)
             outputs = _write(reader, writer, sheets, progress)
             _compare(reader, out, progress)
-            _finish(reader, writer, form, manifest, outputs)
+            _finish(reader, writer, packed, manifest, outputs)
         except BaseException:
             with suppress(StorageError):
                 clear(out)
             raise
         finally:
             progress.stop()
-    packed = {name for sheet in sheets for name in sheet.packed}
+    names = {name for sheet in sheets for name in sheet.packed}
     return Export(
         model=str(folder),
         out=out,
         format=form,
         tensors=len(reader.entries),
-        packed=len(packed),
+        packed=len(names),
         dense=sum(entry.bytes for entry in reader.entries.values()),
         before=sum((folder / file).stat().st_size for file in reader.files),
         after=after,
-        packed_before=sum(reader.entries[name].bytes for name in packed),
+        packed_before=sum(reader.entries[name].bytes for name in names),
         packed_after=sum(
             piece.bytes
             for sheet in sheets
@@ -195,14 +193,14 @@ def _digest(reader: Reader, name: str) -> bytes:
 
 
 def _finish(
-    reader: Reader, writer: Writer, form: str, manifest: dict[str, Any] | None, outputs: dict[str, str]
+    reader: Reader, writer: Writer, packed: bool, manifest: dict[str, Any] | None, outputs: dict[str, str]
 ) -> None:
     """The card, and the manifest with the new files' hashes, where the source has them; then nothing is left to mark as unfinished."""
     card = reader.folder / CARD_NAME
     if card.is_file():
         text = card.read_text(encoding="utf-8", errors="replace").removesuffix(_NOTE)
-        write_text(writer.folder / CARD_NAME, text + (_NOTE if form == "bitmask" else ""))
+        write_text(writer.folder / CARD_NAME, text + (_NOTE if packed else ""))
     if manifest is not None:
-        export = {"format": form, "version": VERSION} if form == "bitmask" else None
+        export = {"format": "bitmask", "version": VERSION} if packed else None
         write_json(writer.folder / MANIFEST_NAME, {**manifest, "outputs": outputs, "export": export})
     drop_leftovers(writer.folder)
