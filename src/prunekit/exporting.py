@@ -132,12 +132,7 @@ def export_folder(
         before=sum((folder / file).stat().st_size for file in reader.files),
         after=after,
         packed_before=sum(reader.entries[name].bytes for name in names),
-        packed_after=sum(
-            piece.bytes
-            for sheet in sheets
-            for piece in sheet.pieces
-            if piece.name.removesuffix(".mask").removesuffix(".values") in sheet.packed
-        ),
+        packed_after=sum(piece.bytes for sheet in sheets for piece in sheet.pieces if piece.name not in reader.entries),
         seconds=time.perf_counter() - begun,
         peak_rss_bytes=machine.peak_rss_bytes(),
     )

@@ -1,7 +1,7 @@
 """How fast a model that is in memory answers: prefill, time to first token, decoding, repetition by repetition.
 
-Several models are timed in turn, one repetition of each after the other, so that what else the machine does slows all of them alike;
-only figures of the same repetition are divided by each other.
+Several models are timed in turn, one repetition of each after the other and every second time in reverse, so that what else the
+machine does slows all of them alike; only figures of the same repetition are divided by each other.
 """
 
 from __future__ import annotations
@@ -103,10 +103,10 @@ def measure(
         )
     rounds: list[list[Round]] = [[] for _ in models]
     for number in range(warmup + repetitions):
-        for model, found in zip(models, rounds, strict=True):
-            taken = one_round(model, prompt, tokens)
+        for place in range(len(models))[:: 1 if number % 2 == 0 else -1]:
+            taken = one_round(models[place], prompt, tokens)
             if number >= warmup:
-                found.append(taken)
+                rounds[place].append(taken)
             step()
     return rounds
 
