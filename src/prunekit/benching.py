@@ -183,7 +183,10 @@ def _memory_in_child(asked: dict[str, Any]) -> Memory:
         check=False,
     )
     if done.returncode:
-        raise PrunekitError(f"measuring the memory of '{asked['folder']}' failed: {done.stderr.strip()[-2000:]}")
+        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise PrunekitError(
+            f"measuring the memory of '{asked['folder']}' in a process of its own failed (exit code {done.returncode}): {reason}"
+        )
     return Memory(**json.loads(done.stdout.splitlines()[-1]))
 
 

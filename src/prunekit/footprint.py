@@ -28,7 +28,7 @@ class Footprint:
     Attributes:
         files: bytes of the weight files as they lie there.
         dense: bytes of all tensors unpacked.
-        zlib: bytes of the tensors' bytes through zlib at level 1, as one stream.
+        zlib: bytes of the tensors' bytes through zlib at level 1, as one stream in the order of their names.
         bitmask: bytes of the weight files that `export --format bitmask` would write.
         parameters: a tied one counts once.
         nonzero: those that are not 0.
@@ -95,7 +95,7 @@ def measure_footprint(source: StreamedModel) -> Footprint:
 
 def _compressed(reader: Reader) -> int:
     packer = zlib.compressobj(ZLIB_LEVEL)
-    total = sum(len(packer.compress(chunk)) for name in reader.entries for chunk in reader.chunks(name))
+    total = sum(len(packer.compress(chunk)) for name in sorted(reader.entries) for chunk in reader.chunks(name))
     return total + len(packer.flush())
 
 
