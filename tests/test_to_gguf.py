@@ -173,11 +173,12 @@ def test_the_output_is_a_file_that_is_not_there_yet(tmp_path: Path, model: Path)
 def test_a_written_bit_that_is_wrong_is_found(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = to_gguf._write
 
-    def tamper(path: Path, **options: Any) -> None:
-        real(path, **options)
+    def tamper(path: Path, **options: Any) -> dict[str, int]:
+        starts = real(path, **options)
         content = bytearray(path.read_bytes())
-        content[-40] ^= 1
+        content[starts["blk.1.attn_q.weight"] + 1] ^= 1
         path.write_bytes(content)
+        return starts
 
     monkeypatch.setattr(to_gguf, "_write", tamper)
     with pytest.raises(prunekit.VerificationError, match="nothing was kept"):

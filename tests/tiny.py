@@ -109,7 +109,9 @@ def save_sparse(folder: Path, family: str = "llama", **options: Any) -> PreTrain
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                parameter.masked_fill_(torch.rand(parameter.shape, generator=draw) > 0.5, 0)  # a product would make some -0
+                parameter.masked_fill_(
+                    torch.rand(parameter.shape, generator=draw) > 0.5, 0
+                )  # a product would make some -0
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return model
