@@ -51,7 +51,7 @@ def load_model(
     _refuse_memory(folder, source)
     kind, config, reader = type(source.module), source.module.config, source.reader
     with no_bar():
-        # plain folders too: transformers would map their files, and a model in mapped pages is not as fast as one in memory of its own
+        # plain folders too: transformers would map their files, whose pages the system may drop and read again while one measures
         model = kind.from_pretrained(None, config=config, dtype=source.dtype, state_dict=reader.read(reader.entries))
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)

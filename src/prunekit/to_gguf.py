@@ -1,7 +1,8 @@
 """`export --format gguf`: a model as the one file llama.cpp reads; dense in shape, every weight the bits it was stored as.
 
-Only what can be written exactly is written: Llama and Qwen2 models without rope scaling, with a byte-level BPE tokenizer whose way
-of splitting text llama.cpp knows by name. All else is refused, naming llama.cpp's own converter. The only room that knows `gguf`.
+Only what can be written exactly is written: Llama (without biases) and Qwen2, without rope scaling, with a byte-level BPE tokenizer
+whose way of splitting text llama.cpp knows by name. All else is refused, naming llama.cpp's own converter. The only room that knows
+`gguf`, beside the one that makes the embedded model of such a file.
 """
 
 from __future__ import annotations
