@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunekit.bits import all_finite, apply_mask, count_zeros, removed_part
+from prunekit.bits import all_finite, any_bit, apply_mask, count_zeros, removed_part
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
 WIDE = DTYPES[:4]
@@ -35,6 +35,13 @@ def awkward(dtype: torch.dtype) -> Tensor:
 
 def checkerboard(rows: int, columns: int) -> Tensor:
     return torch.tensor([[(i * i + j) % 3 > 0 for j in range(columns)] for i in range(rows)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_only_plus_zero_has_no_bit(dtype: torch.dtype) -> None:
+    assert any_bit(awkward(dtype)).tolist() == [[bool(entry) for entry in row] for row in bits(awkward(dtype)).tolist()]
+    assert not any_bit(awkward(dtype))[0, 0]
+    assert any_bit(awkward(dtype))[0, 1], "-0 is a bit"
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import prunekit
 import tiny
 from prunekit import cli
+from prunekit.benching import Memory
 from prunekit.checkpoint.writer import Writer
 
 
@@ -551,6 +552,69 @@ def test_an_unknown_method_suggests_the_nearest() -> None:
     done = call("methods", "wonda")
     assert done.code == 2
     assert done.err.startswith("prunekit: method 'wonda' is unknown: did you mean 'wanda'?")
+
+
+def test_export_takes_every_option(tmp_path: Path) -> None:
+    tiny.save_sparse(tmp_path / "model", "llama")
+    words = ["export", tmp_path / "model", "--out", tmp_path / "packed", "--format", "bitmask"]
+    done = call(*words)
+    assert done.code == 0, done.err
+    assert "packed      23 of 30 tensors" in done.out  # embedding and head have zeros here too
+    assert call(*words).code == 2
+    found = call(*words, "--overwrite", "--json").json
+    assert found["format"] == "bitmask"
+    assert found["packed_ratio"] == pytest.approx(0.53, abs=0.02)
+    assert found.keys() >= {
+        "model",
+        "out",
+        "tensors",
+        "packed",
+        "dense",
+        "before",
+        "after",
+        "ratio",
+        "seconds",
+        "peak_rss_bytes",
+    }
+    assert call("export", tmp_path / "packed", "--out", tmp_path / "plain", "--json").json["format"] == "zip-free"
+    done = call("export", tmp_path / "model", "--out", tmp_path / "it", "--format", "tar")
+    assert done.code == 2
+    assert "format 'tar' is unknown" in done.err
+
+
+def test_bench_takes_every_option(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prunekit.benching._memory_in_child", lambda asked: Memory(3_000_000, 5_000_000, None))
+    words = ["bench", llama_folder, "--against", llama_folder, "--prompt", "8", "--tokens", "2", "--repetitions", "2"]
+    words += ["--warmup", "0", "--dtype", "float32", "--device", "cpu"]
+    done = call(*words)
+    assert done.code == 0, done.err
+    for words_of_it in (
+        "prefill tokens/s",
+        "peak memory MB",
+        "as bitmask MB",
+        "zeros skipped",
+        "median of 2 rounds",
+        "hardly any",
+    ):
+        assert words_of_it in done.out
+    found = call(*words, "--json").json
+    assert found["ratios"].keys() == {"prefill", "first_token", "decode"}
+    assert found["memory"] == {"before": 3_000_000, "peak": 5_000_000, "device": None}
+    assert found.keys() >= {
+        "files",
+        "dense",
+        "zlib",
+        "bitmask",
+        "parameters",
+        "nonzero",
+        "flops",
+        "nonzero_flops",
+        "advice",
+    }
+    refused = call("bench", llama_folder, "--accelerate", "2:4", "--device", "cpu")
+    assert refused.code == 2
+    assert "NVIDIA" in refused.err
+    assert call("bench", llama_folder, "--trust-remote-code", "--tokens", "0").code == 2
 
 
 # Real processes

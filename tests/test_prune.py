@@ -275,11 +275,11 @@ def test_both_ways_of_verifying_agree(tmp_path: Path, llama_folder: Path, text_f
 def test_what_is_written_wrongly_is_caught_and_does_not_load(
     shard: int, memory: int | None, tmp_path: Path, llama_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write_wrongly(path: Path, pieces: list[Piece]) -> str:
+    def write_wrongly(path: Path, pieces: list[Piece], metadata: Any) -> str:
         if f"-{shard:05d}-of-" in str(path):  # the first holds embeddings and norm, the last a block
             place = next(place for place, piece in enumerate(pieces) if len(piece.shape) == 2)
             pieces[place] = Piece.of(pieces[place].name, torch.randn(pieces[place].shape).to(pieces[place].dtype))
-        return write_shard(path, pieces)
+        return write_shard(path, pieces, metadata)
 
     monkeypatch.setattr(writer, "write_shard", write_wrongly)
     out = tmp_path / "out"

@@ -288,9 +288,10 @@ def test_a_failed_verification_is_not_passed_by_resuming(
     setting: Setting, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the journal has the hash of the wrong file, so a resume that trusted it would compare wrong with wrong, and agree
-    def write_wrongly(path: Path, pieces: list[Piece]) -> str:
+    def write_wrongly(path: Path, pieces: list[Piece], metadata: Any) -> str:
         other = [Piece.of(piece.name, torch.zeros(piece.shape, dtype=piece.dtype)) for piece in pieces]
-        return write_shard(path, other if "model.layers.1.mlp.down_proj.weight" in [p.name for p in pieces] else pieces)
+        changed = "model.layers.1.mlp.down_proj.weight" in [piece.name for piece in pieces]
+        return write_shard(path, other if changed else pieces, metadata)
 
     monkeypatch.setattr(writer, "write_shard", write_wrongly)
     with pytest.raises(VerificationError):
@@ -406,7 +407,7 @@ def test_what_nobody_has_checked_neither_loads_nor_is_evaluated(
     with pytest.raises(KeyboardInterrupt):
         setting.run(out)
     assert not loads(out)
-    with pytest.raises(InputError, match="interrupted: finish it with --resume"):
+    with pytest.raises(InputError, match="interrupted after 4 shards: finish it with the same command and --resume"):
         prunekit.evaluate(out, text=str(setting.text), length=32)
 
 

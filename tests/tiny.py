@@ -102,6 +102,31 @@ def save_model(folder: Path, family: str = "llama", *, shard: str = "5GB", **opt
     return model
 
 
+def save_sparse(folder: Path, family: str = "llama", **options: Any) -> PreTrainedModel:
+    """Save a tiny model, about half of the entries of its matrices zeros at random, and its tokenizer; returns the model."""
+    model = make_model(family, **options)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.masked_fill_(
+                    torch.rand(parameter.shape, generator=draw) > 0.5, 0
+                )  # a product would make some -0
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return model
+
+
+def two_four(model: PreTrainedModel, skip: str = "nothing") -> PreTrainedModel:
+    """A Llama with two zeros in every four inputs of its blocks' linears, those called `skip` left out."""
+    with torch.no_grad():
+        for name, parameter in model.model.layers.named_parameters():
+            if parameter.ndim == 2 and skip not in name:
+                groups = parameter.view(len(parameter), -1, 4)
+                groups.scatter_(2, groups.abs().argsort(dim=2)[..., :2], 0)
+    return model
+
+
 def make_text(words: int = 3000, seed: int = 0) -> str:
     """Prose-like nonsense, the same on every machine."""
     draw = random.Random(seed)

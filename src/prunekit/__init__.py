@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from .api import (
         Inspection,
         Plan,
+        bench,
         draw_weight,
         evaluate,
+        export,
         inspect,
+        load,
         methods,
         plan,
         prune,
@@ -22,9 +25,11 @@ if TYPE_CHECKING:
         study,
         sweep,
     )
+    from .benching import Bench
     from .comparing import Comparison
     from .errors import InputError, PrunekitError, StorageError, VerificationError
     from .evaluating import Evaluation
+    from .exporting import Export
     from .model.stream import Windows
     from .pruning import Result
     from .recipe import Recipe
@@ -34,8 +39,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Bench": "benching",
     "Comparison": "comparing",
     "Evaluation": "evaluating",
+    "Export": "exporting",
     "Findings": "studying",
     "InputError": "errors",
     "Inspection": "api",
@@ -47,10 +54,13 @@ _HOMES = {
     "Sweep": "sweeping",
     "VerificationError": "errors",
     "Windows": "model.stream",
+    "bench": "api",
     "compare": "api",
     "draw_weight": "api",
     "evaluate": "api",
+    "export": "api",
     "inspect": "api",
+    "load": "api",
     "methods": "api",
     "plan": "api",
     "prune": "api",
@@ -60,8 +70,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "Bench",
     "Comparison",
     "Evaluation",
+    "Export",
     "Findings",
     "InputError",
     "Inspection",
@@ -73,10 +85,13 @@ __all__ = [
     "Sweep",
     "VerificationError",
     "Windows",
+    "bench",
     "compare",
     "draw_weight",
     "evaluate",
+    "export",
     "inspect",
+    "load",
     "methods",
     "plan",
     "prune",

@@ -1,4 +1,4 @@
-"""The public functions: prune a folder or a model in memory, evaluate, plan, inspect, list methods.
+"""The public functions: prune a folder or a model in memory, evaluate, plan, inspect, export, load, time, list methods.
 
 Each takes plain arguments, builds a `Recipe`, and calls the room that does the work. The command line is a thin layer over these.
 """
@@ -17,7 +17,7 @@ from .calibration.text import documents
 from .calibration.windows import calibration_windows, window_length
 from .catalogue import METHODS, PARTS, find_method
 from .checkpoint.locate import locate
-from .errors import InputError
+from .errors import InputError, nearest
 from .evaluating import Evaluation, Opened
 from .evaluating import evaluate as run_evaluation
 from .inspection import Inspection, inspect_folder, read_weight
@@ -33,7 +33,9 @@ from .sparsify.linear import Sparsifier
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .benching import Bench
     from .comparing import Comparison
+    from .exporting import Export
     from .studying import Findings
     from .sweeping import Sweep
 
@@ -42,10 +44,13 @@ __all__ = [
     "Inspection",
     "Plan",
     "Result",
+    "bench",
     "compare",
     "draw_weight",
     "evaluate",
+    "export",
     "inspect",
+    "load",
     "methods",
     "plan",
     "prune",
@@ -174,7 +179,7 @@ def evaluate(
     elif tokenizer is None:
         raise InputError("a model in memory is evaluated with tokenizer=...: give the one that belongs to it")
     else:
-        opened = Opened(type(model).__name__, ResidentModel(model), tokenizer, None)
+        opened = Opened(type(model).__name__, ResidentModel(model), tokenizer)
     base = None
     if against is not None:
         base = Opened.folder_of(str(against), **opening, revision=None, progress=progress)
@@ -362,6 +367,117 @@ def inspect(folder: str | Path) -> Inspection:
     Raises `InputError` where it is no model folder.
     """
     return inspect_folder(locate(str(folder)))
+
+
+def load(
+    folder: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    accelerate: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """The transformers model of a folder, in eval mode; also of a packed one (`export(format="bitmask")`), which only prunekit reads.
+
+    Args:
+        folder: a folder, a hub id, or `smollm2-135m`.
+        dtype: `auto` (bfloat16 where the hardware multiplies it, else float32), `float32`, `bfloat16` or `float16`.
+        device: `auto`, `cpu`, `cuda`, ...
+        accelerate: `"2:4"` puts 2:4 weights on a CUDA device into the form its sparse tensor cores multiply.
+        revision, trust_remote_code: as for `prune`.
+        progress: told what is going on; silent by default.
+
+    Raises:
+        InputError: the folder is no whole model, does not fit into memory, or cannot be accelerated as asked.
+    """
+    from .loading import load_model
+
+    place = locate(str(folder), revision=revision, trust_remote_code=trust_remote_code, progress=progress)
+    return load_model(place, dtype=dtype, device=device, accelerate=accelerate, trust_remote_code=trust_remote_code)
+
+
+def export(
+    folder: str | Path,
+    *,
+    out: str | Path,
+    format: str = "zip-free",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Export:
+    """Write a model's weights in another form, bit for bit; what was written is read again and compared.
+
+    Args:
+        folder: a folder, plain or packed; a hub id; or `smollm2-135m`.
+        out: the folder to write, which must be empty or new unless `overwrite` is given; for `gguf` the file, `NAME.gguf`.
+        format: `bitmask`, weights packed by their zeros (docs/bitmask.md); `zip-free`, the plain folder that transformers loads; or
+            `gguf`, the dense file llama.cpp reads (Llama and Qwen2; needs `prunekit[embedded]`).
+        overwrite: replace what is in `out`.
+        progress: told what is going on; silent by default.
+
+    Raises:
+        InputError: something in the input is wrong; nothing was written.
+        StorageError: the disk refused; what was written is removed.
+        VerificationError: what was written does not hold the same bits; it is removed.
+    """
+    from .exporting import FORMATS, export_folder
+    from .to_gguf import export_gguf
+
+    if format not in FORMATS:
+        raise InputError(f"format '{format}' is unknown: {nearest(format, FORMATS)}")
+    place = locate(str(folder), progress=progress)
+    if format == "gguf":
+        return export_gguf(place, Path(out), overwrite=overwrite, progress=progress)
+    return export_folder(place, Path(out), packed=format == "bitmask", overwrite=overwrite, progress=progress)
+
+
+def bench(
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    prompt: int | None = None,
+    tokens: int = 64,
+    repetitions: int = 5,
+    warmup: int = 1,
+    dtype: str = "auto",
+    device: str = "auto",
+    accelerate: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Bench:
+    """How fast and how large a model is, one prompt at a time; with `against`, next to another, timed in turn with it.
+
+    Args:
+        model: a folder, plain or packed; a hub id; or `smollm2-135m`.
+        against: another one.
+        prompt: tokens of the prompt; 512, or what the model's positions leave.
+        tokens: to decode behind the first, one by one.
+        repetitions: rounds that count.
+        warmup: rounds before those.
+        dtype, device, trust_remote_code: as for `load`.
+        accelerate: as for `load`; of `model`, not of the other.
+        progress: told what is going on; silent by default.
+
+    Raises:
+        InputError: something in the input is wrong.
+    """
+    from .benching import bench_folders
+
+    names = [str(name) for name in (model, against) if name is not None]
+    folders = [(name, locate(name, trust_remote_code=trust_remote_code, progress=progress)) for name in names]
+    return bench_folders(
+        folders,
+        prompt=prompt,
+        tokens=tokens,
+        repetitions=repetitions,
+        warmup=warmup,
+        dtype=dtype,
+        device=device,
+        accelerate=accelerate,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
 
 
 def methods(name: str | None = None) -> list[dict[str, Any]]:

@@ -43,6 +43,11 @@ def count_zeros(weight: Tensor) -> int:
     )
 
 
+def any_bit(weight: Tensor) -> Tensor:
+    """Where any bit of an entry is set, as a bool tensor: everything but +0. The sign of a -0 is a bit."""
+    return _bits(weight) != 0
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite; one pass, no copies."""
     if not tensor.numel() or not tensor.is_floating_point():

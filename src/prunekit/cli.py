@@ -476,6 +476,131 @@ def _print_inspection(found: Any) -> None:
 
 
 @app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="Folder, plain or packed; hub id; or smollm2-135m.", metavar="DIR")],
+    against: Annotated[
+        str | None, typer.Option(metavar="BASE", help="Another model, timed in turn with it; ratios are DIR / BASE.")
+    ] = None,
+    prompt: Annotated[
+        int | None, typer.Option(help="Tokens of the prompt. Default: 512, or what the model's positions leave.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to decode behind the first, one by one.")] = 64,
+    repetitions: Annotated[int, typer.Option(help="Rounds that count.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Rounds before those.")] = 1,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    accelerate: Annotated[
+        str | None, typer.Option(metavar="2:4", help="On CUDA: multiply DIR's 2:4 weights on sparse tensor cores.")
+    ] = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Measure how fast and how large a model is, and say which runtime would use its zeros."""
+    _quiet()
+    from .api import bench as bench_model
+    from .progress import for_terminal
+
+    progress = for_terminal()
+    sizes: dict[str, Any] = {"prompt": prompt, "tokens": tokens, "repetitions": repetitions, "warmup": warmup}
+    computing: dict[str, Any] = {"dtype": dtype, "device": device, "accelerate": accelerate}
+    try:
+        found = bench_model(
+            model, against=against, **sizes, **computing, trust_remote_code=trust_remote_code, progress=progress
+        )
+    finally:
+        progress.stop()
+    if as_json:
+        _emit(True, found.summary(), "")
+    else:
+        _print_bench(found)
+
+
+def _print_bench(found: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    names = [measured.model for measured in found.measured]
+    both = len(names) > 1
+    table = Table("", *names, *["ratio"] * both)
+
+    def spread(value: Any, form: str) -> str:
+        return f"{value.median:{form}} ({value.low:{form}} to {value.high:{form}})"
+
+    for title, figure, form in (
+        ("prefill tokens/s", "prefill", ",.1f"),
+        ("first token s", "first_token", ".3f"),
+        ("decode tokens/s", "decode", ",.1f"),
+    ):
+        cells = [spread(measured.spread(figure), form) for measured in found.measured]
+        table.add_row(title, *cells, *([spread(found.ratio(figure), ".3f")] if both else []))
+
+    def row(title: str, values: list[int], unit: float, form: str) -> None:
+        ratio = [f"{values[0] / values[1]:.3f}"] if both else []
+        table.add_row(title, *[f"{value / unit:{form}}" for value in values], *ratio)
+
+    prints = [measured.footprint for measured in found.measured]
+    row("peak memory MB", [measured.memory.peak for measured in found.measured], 1e6, ",.0f")
+    row("  before loading MB", [measured.memory.before for measured in found.measured], 1e6, ",.0f")
+    if found.measured[0].memory.device is not None:
+        row("peak on device MB", [measured.memory.device for measured in found.measured], 1e6, ",.0f")
+    row("weight files MB", [footprint.files for footprint in prints], 1e6, ",.1f")
+    row("  through zlib MB", [footprint.zlib for footprint in prints], 1e6, ",.1f")
+    row("  as bitmask MB", [footprint.bitmask for footprint in prints], 1e6, ",.1f")
+    row("parameters", [footprint.parameters for footprint in prints], 1, ",.0f")
+    row("  not zero", [footprint.nonzero for footprint in prints], 1, ",.0f")
+    row("MFLOPs a token", [footprint.flops for footprint in prints], 1e6, ",.1f")
+    row("  zeros skipped", [footprint.nonzero_flops for footprint in prints], 1e6, ",.1f")
+    Console(width=None if sys.stdout.isatty() else 160).print(table, markup=False)
+    typer.echo(
+        f"measured    {found.dtype} on {found.device}, {found.threads} threads; a prompt of {found.prompt} tokens, {found.tokens} "
+        f"decoded; median of {len(found.measured[0].rounds)} rounds (lowest to highest), in turn, after {found.warmup} to warm up"
+    )
+    for measured in found.measured:
+        typer.echo(f"{measured.model}: {measured.advice}")
+
+
+@app.command()
+def export(
+    folder: Annotated[str, typer.Argument(help="Folder, plain or packed; hub id; or smollm2-135m.", metavar="DIR")],
+    out: Annotated[Path, typer.Option(help="Folder to write; for gguf the file, NAME.gguf.", show_default=False)],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="bitmask: packed by zeros; zip-free: plain, as transformers loads it; gguf: dense, for llama.cpp.",
+        ),
+    ] = "zip-free",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model in the output folder, or the file.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model's weights in another form, bit for bit."""
+    _quiet()
+    from .api import export as export_model
+    from .progress import for_terminal
+
+    progress = for_terminal()
+    try:
+        found = export_model(folder, out=out, format=form, overwrite=overwrite, progress=progress)
+    finally:
+        progress.stop()
+    packed = (
+        f"  packed      {found.packed} of {found.tensors} tensors, {found.packed_before:,} -> {found.packed_after:,} bytes "
+        f"({found.packed_after / found.packed_before:.4f} x)\n"
+        if found.packed
+        else ""
+    )
+    _emit(
+        as_json,
+        found.summary(),
+        f"{folder} -> {found.out} ({found.format})\n"
+        f"  files       {found.before:,} -> {found.after:,} bytes ({found.after / found.dense:.4f} x the dense tensors)\n"
+        f"{packed}  compared    every tensor read again, bit for bit the same",
+    )
+
+
+@app.command()
 def sweep(
     grid: Annotated[Path, typer.Argument(help="Grid file (.toml, .yaml, .json): a recipe and a section [grid].")],
     out: Annotated[

@@ -25,6 +25,7 @@ from .errors import InputError
 from .evaluation.interval import difference_interval, ratio_interval
 from .evaluation.perplexity import paired_losses, perplexity_of, window_losses
 from .evaluation.tasks import Scored, file_tasks, score_file
+from .loading import load_model
 from .model.hidden import HiddenStates, room_for
 from .model.source import ResidentModel, StreamedModel, evaluating
 from .model.stream import Walk, Windows
@@ -44,7 +45,6 @@ class Opened:
     name: str
     source: StreamedModel | ResidentModel
     tokenizer: Any
-    folder: Path | None
 
     @classmethod
     def folder_of(
@@ -53,24 +53,14 @@ class Opened:
         """A folder, a hub id, or `smollm2-135m`. Raises `InputError`."""
         folder = locate(name, revision=revision, trust_remote_code=trust_remote_code, progress=progress)
         source = StreamedModel.open(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        return cls(name, source, load_tokenizer(folder, trust_remote_code=trust_remote_code), folder)
+        return cls(name, source, load_tokenizer(folder, trust_remote_code=trust_remote_code))
 
     def whole(self, trust_remote_code: bool) -> PreTrainedModel:
         """The model itself, all of it in memory. Raises `InputError` where it does not fit."""
         if isinstance(self.source, ResidentModel):
             return self.source.module
-        from transformers import AutoModelForCausalLM
-
-        needed, free = self.source.parameter_count * self.source.dtype.itemsize, machine.available_memory_bytes()
-        if self.source.device.type == "cpu" and needed > free:
-            raise InputError(
-                f"tasks need the whole model in memory, {needed / 1e9:.1f} GB in {self.source.dtype}, and {free / 1e9:.1f} GB are "
-                "free: evaluate it on texts only (perplexity is streamed), or take --dtype bfloat16"
-            )
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=self.source.dtype, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-        return model.to(self.source.device).eval()
+        dtype, device = str(self.source.dtype).removeprefix("torch."), str(self.source.device)
+        return load_model(self.source.reader.folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .bits import count_zeros
 from .checkpoint.manifest import changed_files, read_manifest
 from .checkpoint.reader import Reader
-from .checkpoint.writer import Journal
+from .checkpoint.writer import refuse_unfinished
 from .errors import InputError
 from .model.anatomy import Linear
 from .model.source import StreamedModel
@@ -87,12 +87,7 @@ class Inspection:
 def inspect_folder(folder: Path) -> Inspection:
     """Count zeros and check patterns and hashes, a block in memory at a time. Raises `InputError`."""
     manifest = read_manifest(folder)
-    journal = Journal.read(folder)
-    if manifest is None and journal is not None:
-        raise InputError(
-            f"'{folder}' is the output of a run that was interrupted after {len(journal.shards)} shards: "
-            "finish it with the same command and --resume"
-        )
+    refuse_unfinished(folder)
     source = _opened(folder, manifest)
     recorded = {line["name"]: line["pattern"] for line in manifest["linears"]} if manifest else {}
     group = _group(manifest)

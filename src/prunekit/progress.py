@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from .machine import rss_bytes
@@ -123,6 +125,20 @@ class Bar:
         if isinstance(self._bar, RichProgress):
             self._bar.stop()
         self._bar = None
+
+
+@contextmanager
+def no_bar() -> Iterator[None]:
+    """Without transformers' own progress bar: the library prints nothing unless it is asked to."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def is_quiet() -> bool:

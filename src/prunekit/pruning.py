@@ -27,18 +27,18 @@ from .calibration.windows import (
     window_length,
 )
 from .checkpoint.locate import locate
-from .checkpoint.lock import LOCK_NAME, locked, refuse_locked
+from .checkpoint.lock import LOCK_NAME, locked
 from .checkpoint.manifest import FORMAT, changed_files, read_manifest
+from .checkpoint.output import check_output, take_output
 from .checkpoint.reader import INDEX_NAME, read_file, sha256_file
 from .checkpoint.shard import Piece
-from .checkpoint.storage import make_folder, remove
+from .checkpoint.storage import remove
 from .checkpoint.writer import (
     Journal,
     Writer,
     clear,
     difference,
     drop_leftovers,
-    holds_model,
     is_leftover,
     leftovers,
     model_files,
@@ -192,7 +192,7 @@ def run(
         )
         folder = ranks.share(find)  # one process downloads or converts; on other machines each finds its own
         folder = folder if ranks.first else find()
-        ranks.share(lambda: _check_output(folder, out, resume=resume, overwrite=overwrite))
+        ranks.share(lambda: check_output(folder, out, resume=resume, overwrite=overwrite))
         prepared = _prepare(recipe, folder, memory_budget, progress, ranks)
         finished = ranks.share(lambda: _finished(out, prepared.identity) if resume else None)
         if finished is not None:
@@ -201,7 +201,7 @@ def run(
         with ranks.together():
             prepared.sparsify.walk.prepare()
         machine.return_memory()
-        ranks.share(lambda: _take(folder, out, held, resume=resume, overwrite=overwrite))
+        ranks.share(lambda: take_output(folder, out, held, resume=resume, overwrite=overwrite))
         journal = ranks.share(lambda: _journal(out, prepared, resume=resume, overwrite=overwrite))
         if not out.is_dir():
             raise InputError(f"output folder '{out}' is not there for process {ranks.rank}: all need the same folder")
@@ -330,64 +330,6 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
     )
     ranks.share(lambda: refuse_memory(needs, base=base, processes=ranks.here))
     return _Run(resolved, source, sparsify, budget, windows, identity, needs, room, progress, ranks)
-
-
-def _check_output(folder: Path, out: Path, *, resume: bool, overwrite: bool, ours: bool = False) -> None:
-    """Refuse an output folder that cannot be what the user means; `ours` says that we hold its lock."""
-    try:
-        _check_place(folder, out, resume=resume, overwrite=overwrite)
-        if not ours:
-            refuse_locked(out)
-    except (OSError, ValueError) as problem:  # no permission, a null byte, ...
-        raise InputError(f"output folder {str(out)!r} cannot be used: {problem}") from None
-
-
-def _check_place(folder: Path, out: Path, *, resume: bool, overwrite: bool) -> None:
-    target, model = out.resolve(), folder.resolve()
-    if target == model or model in target.parents:
-        raise InputError(f"output folder '{out}' is the model's own folder or lies inside it: choose another --out")
-    if target in model.parents:
-        raise InputError(f"output folder '{out}' contains the model's folder: choose another --out")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"output '{out}' is a file: choose another --out")
-    if resume and overwrite:
-        raise InputError("--resume and --overwrite are both given: continue what is there, or replace it")
-    if (
-        overwrite
-        and out.is_dir()
-        and not holds_model(out)
-        and (mine := [path for path in model_files(out) if not is_leftover(path)])
-    ):
-        raise InputError(
-            f"output folder '{out}' holds no model, but '{mine[0].name}', which would be replaced: choose another --out"
-        )
-    if out.is_dir() and not overwrite and any(not is_leftover(path) for path in out.iterdir()):
-        known = Journal.read(out) is not None or read_manifest(out) is not None
-        if not (resume and known):
-            hint = (
-                "it holds no run of prunekit"
-                if resume
-                else "--overwrite replaces it, --resume continues an interrupted run"
-            )
-            raise InputError(f"output folder '{out}' is not empty: {hint}")
-
-
-def _take(folder: Path, out: Path, held: ExitStack, *, resume: bool, overwrite: bool) -> None:
-    """Make the output folder and lock it until `held` is left; another run may have come first since it was looked at."""
-    try:
-        if not out.exists():
-            held.callback(_leave_no_empty, out)
-        make_folder(out)
-        held.enter_context(locked(out))
-    except OSError as problem:
-        raise InputError(f"output folder '{out}' cannot be used: {problem.strerror}") from None
-    _check_output(folder, out, resume=resume, overwrite=overwrite, ours=True)
-
-
-def _leave_no_empty(out: Path) -> None:
-    """Remove the folder we made where a refused run left nothing in it."""
-    with suppress(OSError):
-        out.rmdir()
 
 
 def _journal(out: Path, run_: _Run, *, resume: bool, overwrite: bool) -> Journal:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from .checkpoint.reader import Reader
 from .errors import VerificationError
 from .model.source import StreamedModel
 from .model.stream import Walk, Windows
+from .progress import no_bar
 
 # Same weights, same inputs, same batch: most machines give the same bits. What is left over is the order of sums in other kernels.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -92,7 +90,7 @@ def _through_transformers(
 ) -> Tensor:
     from transformers import AutoModelForCausalLM
 
-    with _no_bar():
+    with no_bar():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=trust_remote_code
         )
@@ -109,18 +107,6 @@ def _through_transformers(
     logits = output.logits[0]
     assert isinstance(logits, Tensor)
     return logits
-
-
-@contextmanager
-def _no_bar() -> Iterator[None]:
-    """Without transformers' own progress bar: the library prints nothing unless it is asked to."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _streamed(

@@ -20,6 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError, StorageError
+from .bitmask import INDEX_NAME as PACKED_INDEX_NAME
+from .bitmask import packed_shapes, read_mask, unpack
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -41,13 +43,22 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
+class Mask:
+    """That a tensor is stored packed: where the mask's bytes begin, and how many values it keeps."""
+
+    offset: int
+    kept: int
+
+
+@dataclass(frozen=True)
 class Entry:
-    """Where a stored tensor lies and what it is."""
+    """Where a stored tensor lies and what it is; where it is packed (see `bitmask`), `offset` is that of the values it keeps."""
 
     file: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int
+    mask: Mask | None = None
 
     @property
     def count(self) -> int:
@@ -59,24 +70,26 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        """Size on disk."""
+        """Size of the tensor; where it is packed, it takes less on disk."""
         return self.count * self.dtype.itemsize
 
 
 class Reader:
-    """A model folder opened for reading.
+    """A model folder opened for reading. Packed tensors are unpacked as they are read, so nobody above sees a difference.
 
     Attributes:
         folder: the folder.
         config: `config.json` as it stands.
         files: names of the safetensors files.
+        index: name of the index file; one of a packed folder is another, which transformers does not know.
         entries: stored tensor name -> `Entry`.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = _read_config(folder)
-        self.files = _shard_names(folder)
+        self.index = _index_name(folder)
+        self.files = _shard_names(folder, self.index)
         self.entries: dict[str, Entry] = {}
         for file in self.files:
             self._read_header(file)
@@ -89,12 +102,12 @@ class Reader:
             self.entries[name] = entry
 
     def _check_index(self) -> None:
-        listed = _index_map(self.folder)
+        listed = _index_map(self.folder, self.index)
         if listed is None:
             return
         for name, file in listed.items():
             if name not in self.entries:
-                raise InputError(f"'{INDEX_NAME}' promises tensor '{name}' in '{file}', which does not hold it")
+                raise InputError(f"'{self.index}' promises tensor '{name}' in '{file}', which does not hold it")
 
     def read(self, names: Iterable[str], *, pinned: bool = False) -> dict[str, torch.Tensor]:
         """The named tensors, in their stored dtype, in memory of their own; `pinned` memory goes to a CUDA device unwaited for."""
@@ -111,17 +124,24 @@ class Reader:
     def rows(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """A tensor a few rows at a time: (first row, [rows, ...]), in its stored dtype. What is too large to hold is read like this."""
         entry = self.entries[name]
-        size = max(1, _CHUNK_BYTES * entry.shape[0] // max(1, entry.bytes))
+        size = _rows_at_a_time(entry)
         with _opened(self.folder / entry.file) as stream:
+            unpacker = None if entry.mask is None else _Unpacker(stream, entry, entry.mask)
             stream.seek(entry.offset)
             for start in range(0, entry.shape[0], size):
                 part = torch.empty((min(size, entry.shape[0] - start), *entry.shape[1:]), dtype=entry.dtype)
-                _fill(stream, bytes_of(part), entry)
+                if unpacker is None:
+                    _fill(stream, bytes_of(part), entry)
+                else:
+                    unpacker.fill(part)
                 yield start, part
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """A tensor's bytes, a few megabytes at a time; a chunk holds until the next is asked for."""
         entry = self.entries[name]
+        if entry.mask is not None:
+            yield from (bytes_of(part) for _, part in self.rows(name))
+            return
         memory = memoryview(bytearray(min(entry.bytes, _CHUNK_BYTES)))
         with _opened(self.folder / entry.file) as stream:
             stream.seek(entry.offset)
@@ -146,7 +166,7 @@ def read_header(folder: Path, file: str) -> dict[str, Entry]:
             header = json.loads(stream.read(length))
     except (SafetensorError, OSError) as problem:
         raise InputError(f"'{path}' is not a whole safetensors file ({problem}): copy or download it again") from None
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
     found = {}
     for name, part in header.items():
         if part["dtype"] not in DTYPES:
@@ -156,6 +176,18 @@ def read_header(folder: Path, file: str) -> dict[str, Entry]:
             )
         offset = 8 + length + part["data_offsets"][0]
         found[name] = Entry(file, tuple(part["shape"]), DTYPES[part["dtype"]], offset)
+    for name, (rows, columns) in packed_shapes(path, metadata).items():
+        mask, values = found.pop(f"{name}.mask", None), found.pop(f"{name}.values", None)
+        wanted = ((rows, -(-columns // 8)), torch.uint8)
+        if (
+            mask is None
+            or values is None
+            or (mask.shape, mask.dtype) != wanted
+            or len(values.shape) != 1
+            or name in found
+        ):
+            raise InputError(f"'{path}' does not hold the mask and the values of '{name}' that its header promises")
+        found[name] = Entry(file, (rows, columns), values.dtype, values.offset, Mask(mask.offset, values.count))
     return found
 
 
@@ -177,9 +209,52 @@ def _opened(path: Path) -> Iterator[FileIO]:
 
 def _read_tensor(stream: FileIO, entry: Entry, *, pinned: bool = False) -> torch.Tensor:
     tensor = torch.empty(entry.shape, dtype=entry.dtype, pin_memory=pinned)
+    if entry.mask is not None:
+        unpacker = _Unpacker(stream, entry, entry.mask)
+        for part in torch.split(tensor, _rows_at_a_time(entry)):
+            unpacker.fill(part)
+        return tensor
     stream.seek(entry.offset)
     _fill(stream, bytes_of(tensor), entry)
     return tensor
+
+
+def _rows_at_a_time(entry: Entry) -> int:
+    return max(1, _CHUNK_BYTES * entry.shape[0] // max(1, entry.bytes))
+
+
+class _Unpacker:
+    """Reads a packed tensor from its first row to its last, as many rows at a time as it is asked for."""
+
+    def __init__(self, stream: FileIO, entry: Entry, mask: Mask) -> None:
+        self._stream = stream
+        self._entry = entry
+        self._mask_at = mask.offset
+        self._values_at = entry.offset
+        self._left = mask.kept  # values
+        self._rows_left = entry.shape[0]
+
+    def fill(self, part: torch.Tensor) -> None:
+        """Fill the next rows, `part` [rows, columns]. Raises `InputError` where mask and values do not belong together."""
+        entry = self._entry
+        rows, columns = part.shape
+        mask = torch.empty((rows, -(-columns // 8)), dtype=torch.uint8)
+        self._stream.seek(self._mask_at)
+        _fill(self._stream, bytes_of(mask), entry)
+        keep = read_mask(mask, columns)
+        kept = int(torch.count_nonzero(keep))
+        self._mask_at += mask.numel()
+        self._rows_left -= rows
+        self._left -= kept
+        if self._left < 0 or (self._left and not self._rows_left):
+            raise InputError(
+                f"'{entry.file}' is damaged: a mask in it has another number of bits than there are values"
+            )
+        values = torch.empty(kept, dtype=entry.dtype)
+        self._stream.seek(self._values_at)
+        _fill(self._stream, bytes_of(values), entry)
+        self._values_at += kept * entry.dtype.itemsize
+        unpack(part, keep, values)
 
 
 def _fill(stream: FileIO, memory: memoryview, entry: Entry) -> None:
@@ -230,9 +305,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _index_map(folder: Path) -> dict[str, str] | None:
+def _index_name(folder: Path) -> str:
+    plain = any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
+    return PACKED_INDEX_NAME if not plain and (folder / PACKED_INDEX_NAME).is_file() else INDEX_NAME
+
+
+def _index_map(folder: Path, index: str) -> dict[str, str] | None:
     """`weight_map` of the index, checked; None where there is no index (or a single file makes it moot, as transformers has it)."""
-    path = folder / INDEX_NAME
+    path = folder / index
     if not path.is_file() or (folder / SINGLE_NAME).is_file():
         return None
     try:
@@ -250,10 +330,10 @@ def _index_map(folder: Path) -> dict[str, str] | None:
     return dict(listed)
 
 
-def _shard_names(folder: Path) -> list[str]:
+def _shard_names(folder: Path, index: str) -> list[str]:
     if (folder / SINGLE_NAME).is_file():
         return [SINGLE_NAME]
-    listed = _index_map(folder)
+    listed = _index_map(folder, index)
     if listed is not None:
         return sorted(set(listed.values()))
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -62,17 +62,27 @@ class _Lazily:
         return self.reader.chunks(self.name)
 
 
-def write_shard(path: Path, pieces: Iterable[Piece]) -> str:
-    """Write a safetensors file durably and return its sha256. Raises `StorageError`."""
-    ordered = sorted(pieces, key=lambda piece: (-_ORDER.index(_NAMES[piece.dtype]), piece.name))
+def write_shard(path: Path, pieces: Iterable[Piece], metadata: Mapping[str, str] | None = None) -> str:
+    """Write a safetensors file durably, `metadata` in its header, and return its sha256. Raises `StorageError`."""
+    ordered = _ordered(pieces)
     digest = hashlib.sha256()
-    replace_file(path, partial(_fill, pieces=ordered, digest=digest))
+    replace_file(path, partial(_fill, header=_header(ordered, metadata or {}), pieces=ordered, digest=digest))
     return digest.hexdigest()
 
 
-def _fill(path: Path, *, pieces: list[Piece], digest: hashlib._Hash) -> None:
+def shard_bytes(pieces: Iterable[Piece], metadata: Mapping[str, str] | None = None) -> int:
+    """How large a file `write_shard` would write."""
+    ordered = _ordered(pieces)
+    return len(_header(ordered, metadata or {})) + sum(piece.bytes for piece in ordered)
+
+
+def _ordered(pieces: Iterable[Piece]) -> list[Piece]:
+    return sorted(pieces, key=lambda piece: (-_ORDER.index(_NAMES[piece.dtype]), piece.name))
+
+
+def _fill(path: Path, *, header: bytes, pieces: list[Piece], digest: hashlib._Hash) -> None:
     with path.open("wb", buffering=0) as stream:
-        for chunk in chain([memoryview(_header(pieces))], *(piece.chunks for piece in pieces)):
+        for chunk in chain([memoryview(header)], *(piece.chunks for piece in pieces)):
             for start in range(0, len(chunk), _PIECE):
                 part = chunk[start : start + _PIECE]
                 digest.update(part)
@@ -80,8 +90,8 @@ def _fill(path: Path, *, pieces: list[Piece], digest: hashlib._Hash) -> None:
                     part = part[stream.write(part) :]
 
 
-def _header(pieces: list[Piece]) -> bytes:
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _header(pieces: list[Piece], metadata: Mapping[str, str]) -> bytes:
+    table: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for piece in pieces:
         end = offset + piece.bytes

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, StorageError
+from .bitmask import INDEX_NAME as PACKED_INDEX_NAME
 from .lock import LOCK_NAME
 from .reader import INDEX_NAME, sha256_file
 from .shard import Piece, write_shard
@@ -130,24 +131,32 @@ def difference(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") 
 
 
 class Writer:
-    """Fills one output folder. `shards` is the number of weight files it will hold: one per block and one for the rest."""
+    """Fills one output folder.
 
-    def __init__(self, folder: Path, shards: int) -> None:
+    `shards` is the number of weight files it will hold: of a pruned model one per block and one for the rest. Files of `packed`
+    weights have names of their own, so that no loader takes them for plain ones.
+    """
+
+    def __init__(self, folder: Path, shards: int, *, packed: bool = False) -> None:
         self.folder = folder
         self.shards = shards
+        self.index = PACKED_INDEX_NAME if packed else INDEX_NAME
+        self._stem = "bitmask" if packed else "model"
 
     def shard_name(self, position: int) -> str:
-        """File name of a shard; the form every Hugging Face loader knows."""
-        return f"model-{position + 1:05d}-of-{self.shards:05d}.safetensors"
+        """File name of a shard; of plain ones the form every Hugging Face loader knows."""
+        return f"{self._stem}-{position + 1:05d}-of-{self.shards:05d}.safetensors"
 
-    def write_shard(self, position: int, pieces: Iterable[Piece]) -> dict[str, Any]:
-        """Write one shard durably and return its journal record. Raises `StorageError`."""
+    def write_shard(
+        self, position: int, pieces: Iterable[Piece], metadata: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """Write one shard durably, `metadata` in its header, and return its journal record. Raises `StorageError`."""
         listed = list(pieces)
         path = self.folder / self.shard_name(position)
         return {
             "position": position,
             "file": path.name,
-            "sha256": write_shard(path, listed),
+            "sha256": write_shard(path, listed, metadata),
             "tensors": sorted(piece.name for piece in listed),
             "bytes": sum(piece.bytes for piece in listed),
         }
@@ -157,11 +166,11 @@ class Writer:
         weight_map = {name: record["file"] for record in records for name in record["tensors"]}
         total = sum(record["bytes"] for record in records)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(self.folder / INDEX_NAME, index)
+        write_json(self.folder / self.index, index)
 
     def withdraw_index(self) -> None:
         """Take the index away: nothing loads the folder any more."""
-        remove(self.folder / INDEX_NAME)
+        remove(self.folder / self.index)
 
     def carry_over(self, source: Path, with_code: bool) -> list[str]:
         """Copy config, tokenizer, chat template, generation and licence files as they are; config.json comes last."""
@@ -185,6 +194,19 @@ class Writer:
         write_text(self.folder / CARD_NAME, card)
         write_json(self.folder / MANIFEST_NAME, manifest)
         drop_leftovers(self.folder)
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Raise `InputError` for the output of a run that was interrupted: it may be loadable, but nobody has checked it."""
+    journal = None if (folder / MANIFEST_NAME).is_file() else Journal.read(folder)
+    if journal is None:
+        return
+    if "export" in journal.identity:
+        raise InputError(f"'{folder}' is the output of an export that was interrupted: run it again with --overwrite")
+    raise InputError(
+        f"'{folder}' is the output of a run that was interrupted after {len(journal.shards)} shards: "
+        "finish it with the same command and --resume"
+    )
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -220,7 +242,15 @@ def clear(folder: Path, *, keep: Path | None = None) -> None:
 
 def model_files(folder: Path) -> list[Path]:
     """What in `folder` belongs to a model or to a run of prunekit, by name; not its lock, which whoever holds it removes."""
-    ours = {JOURNAL_NAME, MANIFEST_NAME, CARD_NAME, INDEX_NAME, *_MODEL_FILES, *_written_before(folder)}
+    ours = {
+        JOURNAL_NAME,
+        MANIFEST_NAME,
+        CARD_NAME,
+        INDEX_NAME,
+        PACKED_INDEX_NAME,
+        *_MODEL_FILES,
+        *_written_before(folder),
+    }
     return [
         path
         for path in sorted(folder.iterdir())

@@ -30,7 +30,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from ..bits import all_finite
 from ..checkpoint.reader import Reader
-from ..checkpoint.writer import JOURNAL_NAME, MANIFEST_NAME
+from ..checkpoint.writer import refuse_unfinished
 from ..errors import InputError
 from ..machine import resolve_device, resolve_dtype
 from .anatomy import Anatomy, read_anatomy, tied_names
@@ -142,12 +142,8 @@ class StreamedModel:
 
     @classmethod
     def open(cls, folder: Path, *, dtype: str, device: str, trust_remote_code: bool = False) -> StreamedModel:
-        """A folder's model, dtype and device as the user names them (`auto`, ...). Raises `InputError`.
-
-        The output of a run that was interrupted is refused: it may be loadable, but nobody has checked it.
-        """
-        if (folder / JOURNAL_NAME).is_file() and not (folder / MANIFEST_NAME).is_file():
-            raise InputError(f"'{folder}' is the output of a run that was interrupted: finish it with --resume first")
+        """A folder's model, dtype and device as the user names them (`auto`, ...). Raises `InputError`."""
+        refuse_unfinished(folder)
         place = resolve_device(device)
         return cls(Reader(folder), resolve_dtype(dtype, place), place, trust_remote_code=trust_remote_code)
 

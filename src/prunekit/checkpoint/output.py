@@ -1,0 +1,70 @@
+"""Whether a folder may be written: refused before anything is touched, then made and locked."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from ..errors import InputError
+from .lock import locked, refuse_locked
+from .manifest import read_manifest
+from .storage import make_folder
+from .writer import Journal, holds_model, is_leftover, model_files
+
+
+def check_output(folder: Path, out: Path, *, resume: bool | None, overwrite: bool, ours: bool = False) -> None:
+    """Refuse an output folder that cannot be what the user means.
+
+    `resume` is None where the verb has nothing to resume; `ours` says that we hold the folder's lock.
+    """
+    try:
+        _check_place(folder, out, resume=resume, overwrite=overwrite)
+        if not ours:
+            refuse_locked(out)
+    except (OSError, ValueError) as problem:  # no permission, a null byte, ...
+        raise InputError(f"output folder {str(out)!r} cannot be used: {problem}") from None
+
+
+def _check_place(folder: Path, out: Path, *, resume: bool | None, overwrite: bool) -> None:
+    target, model = out.resolve(), folder.resolve()
+    if target == model or model in target.parents:
+        raise InputError(f"output folder '{out}' is the model's own folder or lies inside it: choose another --out")
+    if target in model.parents:
+        raise InputError(f"output folder '{out}' contains the model's folder: choose another --out")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"output '{out}' is a file: choose another --out")
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite are both given: continue what is there, or replace it")
+    if (
+        overwrite
+        and out.is_dir()
+        and not holds_model(out)
+        and (mine := [path for path in model_files(out) if not is_leftover(path)])
+    ):
+        raise InputError(
+            f"output folder '{out}' holds no model, but '{mine[0].name}', which would be replaced: choose another --out"
+        )
+    if out.is_dir() and not overwrite and any(not is_leftover(path) for path in out.iterdir()):
+        known = Journal.read(out) is not None or read_manifest(out) is not None
+        if not (resume and known):
+            hint = "it holds no run of prunekit" if resume else "--overwrite replaces it"
+            hint += ", --resume continues an interrupted run" if resume is False else ""
+            raise InputError(f"output folder '{out}' is not empty: {hint}")
+
+
+def take_output(folder: Path, out: Path, held: ExitStack, *, resume: bool | None, overwrite: bool) -> None:
+    """Make the output folder and lock it until `held` is left; another run may have come first since it was looked at."""
+    try:
+        if not out.exists():
+            held.callback(_leave_no_empty, out)
+        make_folder(out)
+        held.enter_context(locked(out))
+    except OSError as problem:
+        raise InputError(f"output folder '{out}' cannot be used: {problem.strerror}") from None
+    check_output(folder, out, resume=resume, overwrite=overwrite, ours=True)
+
+
+def _leave_no_empty(out: Path) -> None:
+    """Remove the folder we made where a refused run left nothing in it."""
+    with suppress(OSError):
+        out.rmdir()

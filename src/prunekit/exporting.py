@@ -1,0 +1,201 @@
+"""`export`: the same weights in another form, bit for bit: packed by their zeros, or plain again.
+
+A file of the source becomes a file of the output, read and written a few rows at a time. Then everything that was written is read
+again and compared with the source; the index, without which nothing loads the folder, is written before, and taken away again with
+all the rest if anything goes wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import machine
+from .checkpoint.bitmask import VERSION
+from .checkpoint.manifest import changed_files, read_manifest
+from .checkpoint.output import check_output, take_output
+from .checkpoint.packing import Sheet, packed_sheets, plain_sheets
+from .checkpoint.reader import Reader, sha256_file
+from .checkpoint.storage import write_json, write_text
+from .checkpoint.writer import (
+    CARD_NAME,
+    MANIFEST_NAME,
+    Journal,
+    Writer,
+    clear,
+    drop_leftovers,
+    model_files,
+    refuse_unfinished,
+)
+from .errors import InputError, StorageError, VerificationError
+from .progress import Progress, Silent
+
+FORMATS = ("bitmask", "gguf", "zip-free")
+
+_NOTE = (
+    "\n## Packed\n\nThe weights of this folder are packed: for every entry a bit, then the entries that are not zero. "
+    "`prunekit.load(folder)` loads it, and `prunekit export FOLDER --format zip-free --out PLAIN` makes of it, bit for bit, the "
+    "folder that transformers loads.\n"
+)
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export wrote. Bytes are those of the weight files; `packed_before` and `packed_after` those of the packed weights alone.
+
+    `dense` is what all tensors take unpacked.
+    """
+
+    model: str
+    out: Path
+    format: str
+    tensors: int
+    packed: int
+    dense: int
+    before: int
+    after: int
+    packed_before: int
+    packed_after: int
+    seconds: float
+    peak_rss_bytes: int
+
+    def summary(self) -> dict[str, Any]:
+        """The figures `--json` prints."""
+        return {
+            **asdict(self),
+            "out": str(self.out),
+            "ratio": self.after / self.dense,
+            "packed_ratio": self.packed_after / self.packed_before if self.packed else None,
+        }
+
+
+def export_folder(
+    folder: Path, out: Path, *, packed: bool, overwrite: bool = False, progress: Progress | None = None
+) -> Export:
+    """Write a model folder in another form.
+
+    Args:
+        folder: a model folder, plain or packed.
+        out: the folder to write.
+        packed: pack what has enough zeros (`bitmask`); otherwise everything is plain (`zip-free`).
+        overwrite: replace a model folder that stands in `out`. Files that do not belong to one are left alone.
+        progress: told what is going on.
+
+    Raises:
+        InputError: the input is wrong; nothing was written.
+        StorageError: the disk refused; what was written is removed.
+        VerificationError: what was written does not hold the source's bits; it is removed.
+    """
+    begun = time.perf_counter()
+    progress = progress or Silent()
+    out = out.expanduser()
+    refuse_unfinished(folder)
+    reader = Reader(folder)
+    manifest = read_manifest(folder)
+    if manifest is not None and (changed := changed_files(folder, manifest)):
+        raise InputError(
+            f"'{folder}' is not what was written: {', '.join(changed)} changed since; prune or export again"
+        )
+    check_output(folder, out, resume=None, overwrite=overwrite)
+    form = "bitmask" if packed else "zip-free"
+    sheets = packed_sheets(reader) if packed else plain_sheets(reader)
+    after = sum(sheet.bytes for sheet in sheets)
+    _refuse_disk(out, after)
+    with ExitStack() as held:
+        take_output(folder, out, held, resume=None, overwrite=overwrite)
+        journal = Journal.fresh(out, {"export": form})
+        try:
+            journal.save()  # a killed export is known for what it is
+            clear(out, keep=journal.path)
+            writer = Writer(out, len(sheets), packed=packed)
+            outputs = _write(reader, writer, sheets, progress)
+            _compare(reader, out, progress)
+            _finish(reader, writer, packed, manifest, outputs)
+        except BaseException:
+            with suppress(StorageError):
+                clear(out)
+            raise
+        finally:
+            progress.stop()
+    names = {name for sheet in sheets for name in sheet.packed}
+    return Export(
+        model=str(folder),
+        out=out,
+        format=form,
+        tensors=len(reader.entries),
+        packed=len(names),
+        dense=sum(entry.bytes for entry in reader.entries.values()),
+        before=sum((folder / file).stat().st_size for file in reader.files),
+        after=after,
+        packed_before=sum(reader.entries[name].bytes for name in names),
+        packed_after=sum(piece.bytes for sheet in sheets for piece in sheet.pieces if piece.name not in reader.entries),
+        seconds=time.perf_counter() - begun,
+        peak_rss_bytes=machine.peak_rss_bytes(),
+    )
+
+
+def _refuse_disk(out: Path, needed: int) -> None:
+    replaced = sum(path.stat().st_size for path in model_files(out) if path.is_file()) if out.is_dir() else 0
+    free = machine.free_disk_bytes(out) + replaced
+    if needed * 1.02 > free:
+        raise InputError(
+            f"'{out}' needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free: make room or choose another --out"
+        )
+
+
+def _write(reader: Reader, writer: Writer, sheets: list[Sheet], progress: Progress) -> dict[str, str]:
+    """Write weights, index, config and tokenizer; returns file name -> sha256."""
+    progress.start("writing", len(sheets))
+    records = []
+    for position, sheet in enumerate(sheets):
+        record = writer.write_shard(position, sheet.pieces, sheet.metadata)
+        records.append({**record, "tensors": sheet.names})
+        progress.step(record["file"])
+    progress.stop()
+    carried = writer.carry_over(reader.folder, with_code=True)
+    writer.write_index(records)
+    hashes = {name: sha256_file(writer.folder / name) for name in (writer.index, *carried)}
+    return hashes | {record["file"]: record["sha256"] for record in records}
+
+
+def _compare(reader: Reader, out: Path, progress: Progress) -> None:
+    """Raise `VerificationError` where a tensor of the written folder has other bits than the source's."""
+    written = Reader(out)
+    progress.start("comparing", len(reader.entries))
+    for name, entry in reader.entries.items():
+        there = written.entries.get(name)
+        if (
+            there is None
+            or (there.shape, there.dtype) != (entry.shape, entry.dtype)
+            or _digest(written, name) != _digest(reader, name)
+        ):
+            raise VerificationError(
+                f"'{name}' in '{out}' is not what '{reader.folder}' holds: the output was removed; please report this"
+            )
+        progress.step()
+    progress.stop()
+
+
+def _digest(reader: Reader, name: str) -> bytes:
+    digest = hashlib.sha256()
+    for chunk in reader.chunks(name):
+        digest.update(chunk)
+    return digest.digest()
+
+
+def _finish(
+    reader: Reader, writer: Writer, packed: bool, manifest: dict[str, Any] | None, outputs: dict[str, str]
+) -> None:
+    """The card, and the manifest with the new files' hashes, where the source has them; then nothing is left to mark as unfinished."""
+    card = reader.folder / CARD_NAME
+    if card.is_file():
+        text = card.read_text(encoding="utf-8", errors="replace").removesuffix(_NOTE)
+        write_text(writer.folder / CARD_NAME, text + (_NOTE if packed else ""))
+    if manifest is not None:
+        export = {"format": "bitmask", "version": VERSION} if packed else None
+        write_json(writer.folder / MANIFEST_NAME, {**manifest, "outputs": outputs, "export": export})
+    drop_leftovers(writer.folder)
