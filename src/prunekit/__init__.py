@@ -20,6 +20,8 @@ if TYPE_CHECKING:
         plan,
         prune,
         prune_,
+        push,
+        report,
         study,
         sweep,
     )
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from .model.stream import Windows
     from .pruning import Result
     from .recipe import Recipe
+    from .reporting import Report
     from .studying import Findings
     from .sweeping import Sweep
 
@@ -41,6 +44,7 @@ _HOMES = {
     "Plan": "api",
     "PrunekitError": "errors",
     "Recipe": "recipe",
+    "Report": "reporting",
     "Result": "pruning",
     "StorageError": "errors",
     "Sweep": "sweeping",
@@ -54,6 +58,8 @@ _HOMES = {
     "plan": "api",
     "prune": "api",
     "prune_": "api",
+    "push": "api",
+    "report": "api",
     "study": "api",
     "sweep": "api",
 }
@@ -67,6 +73,7 @@ __all__ = [
     "Plan",
     "PrunekitError",
     "Recipe",
+    "Report",
     "Result",
     "StorageError",
     "Sweep",
@@ -80,6 +87,8 @@ __all__ = [
     "plan",
     "prune",
     "prune_",
+    "push",
+    "report",
     "study",
     "sweep",
 ]

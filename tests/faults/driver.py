@@ -54,7 +54,7 @@ SETTINGS = {
     for mode in ("sequential", "dense")
     for where, budget in (("memory", _IN_MEMORY), ("files", _IN_FILES))
 }
-_TIMED = ("prunekit.json", "README.md")  # they say how long it took
+_TIMED = ("prunekit.json", "README.md", "report.html")  # they say how long it took
 NOTES = "notes.md"  # a file of the user's
 
 Event = list[Any]

@@ -23,7 +23,14 @@ from .storage import is_temporary, remove, replace_file, write_json, write_text
 JOURNAL_NAME = ".prunekit-journal.json"
 MANIFEST_NAME = "prunekit.json"
 CARD_NAME = "README.md"
+PAGE_NAME = "report.html"
+EVALUATION_NAME = "evaluation.json"
 HIDDEN_PREFIX = ".prunekit-hidden-"
+PAGES = (
+    CARD_NAME,
+    PAGE_NAME,
+    EVALUATION_NAME,
+)  # what says something of one folder's weights, and is wrong of any other's
 
 _CARRIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 _TEMPLATES = "additional_chat_templates"
@@ -180,8 +187,9 @@ class Writer:
                 carried.append(path.name)
         return carried
 
-    def write_manifest(self, manifest: dict[str, Any], card: str) -> None:
-        """Write the model card, then the manifest, which is the mark of a finished run; then drop what only resuming needs."""
+    def write_manifest(self, manifest: dict[str, Any], card: str, page: str) -> None:
+        """Write the page, the model card, then the manifest, which marks a finished run; then drop what only resuming needs."""
+        write_text(self.folder / PAGE_NAME, page)
         write_text(self.folder / CARD_NAME, card)
         write_json(self.folder / MANIFEST_NAME, manifest)
         drop_leftovers(self.folder)
@@ -220,7 +228,7 @@ def clear(folder: Path, *, keep: Path | None = None) -> None:
 
 def model_files(folder: Path) -> list[Path]:
     """What in `folder` belongs to a model or to a run of prunekit, by name; not its lock, which whoever holds it removes."""
-    ours = {JOURNAL_NAME, MANIFEST_NAME, CARD_NAME, INDEX_NAME, *_MODEL_FILES, *_written_before(folder)}
+    ours = {JOURNAL_NAME, MANIFEST_NAME, *PAGES, INDEX_NAME, *_MODEL_FILES, *_written_before(folder)}
     return [
         path
         for path in sorted(folder.iterdir())
@@ -254,7 +262,7 @@ def _written_before(folder: Path) -> set[str]:
 
 
 def _is_carried(path: Path, with_code: bool) -> bool:
-    if path.name in (MANIFEST_NAME, CARD_NAME, JOURNAL_NAME) or path.name.endswith(".index.json"):
+    if path.name in (MANIFEST_NAME, JOURNAL_NAME, *PAGES) or path.name.endswith(".index.json"):
         return False
     if path.name.startswith(_LEFT_BEHIND):
         return False
