@@ -75,7 +75,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Report:
     if not rows:
         raise InputError(f"none of the runs in '{folders[0]}' is done: there is nothing to compare")
     page = folders[0] / PAGE_NAME if out is None else out
-    title = f"Runs of {folders[0].resolve().name}" if len(folders) == 1 else f"{len(rows)} runs compared"
+    title = f"Sweep {folders[0].resolve().name}" if len(folders) == 1 else f"{len(rows)} runs compared"
     write_text(page, comparison_page(title, rows, failures))
     return Report(page, len(rows))
 

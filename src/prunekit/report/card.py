@@ -17,7 +17,7 @@ from .findings import spelt
 _FIGURES = "## Before and after"
 _AFTER_FIGURES = "The zeros are stored"
 # what an evaluation puts into a card: the last names of the metadata, and a section
-_IN_METADATA = re.compile(r"^metrics:\n(?:- .*\n)+model-index:\n(?:[- ].*\n)+", re.MULTILINE)
+_IN_METADATA = re.compile(r"^metrics:\n(?:- .*\n)+model-index:\n(?:[- ] .*\n)+", re.MULTILINE)
 _IN_TEXT = re.compile(rf"^{_FIGURES}\n.*?(?=^{_AFTER_FIGURES})", re.MULTILINE | re.DOTALL)
 
 

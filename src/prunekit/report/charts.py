@@ -106,7 +106,7 @@ def error_chart(errors: Sequence[Error]) -> Chart:
 
     def draw(axes: Axes) -> list[tuple[float, float, str]]:
         dots = [(error.block, value) for error in errors for value in error.values.values()]
-        axes.plot(*zip(*dots, strict=True), ".", color=_MUTED, markersize=4.5, alpha=0.55, markeredgewidth=0)
+        axes.plot(*zip(*dots, strict=True), ".", color=_MUTED, markersize=6, alpha=0.6, markeredgewidth=0)
         axes.plot([e.block for e in errors], [e.middle for e in errors], color=_ACCENT, linewidth=1.8)
         axes.set(xlabel="block", ylabel="output error")
         axes.set_ylim(bottom=0)
@@ -146,7 +146,7 @@ def front_chart(name: str, runs: Sequence[Candidate], dense: float | None) -> Ch
 
     def draw(axes: Axes) -> list[tuple[float, float, str]]:
         front = sorted((run.sparsity, run.perplexity) for run in runs if run.best)
-        axes.plot(*zip(*front, strict=True), color=_RULE, linewidth=3, solid_capstyle="round")
+        axes.step(*zip(*front, strict=True), where="pre", color=_ACCENT, linewidth=1.4, alpha=0.7)
         for run in runs:
             colour, marker = style_of(run.series)
             look: Any = {"markersize": 7.5, "markeredgewidth": 1.0, "markeredgecolor": _SURFACE}

@@ -87,7 +87,12 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"perplexity": spelt, "change": change, "json": lambda value: json.dumps(value, ensure_ascii=False)}
+    made.filters |= {
+        "perplexity": spelt,
+        "change": change,
+        "minus": minus,
+        "json": lambda value: json.dumps(value, ensure_ascii=False),
+    }
     return made
 
 
@@ -104,11 +109,16 @@ def short(model: str) -> str:
 def change(interval: tuple[float, float], form: str = "{:.3f}", scale: float = 1.0) -> str:
     """An interval, for people; its ends are multiplied by `scale`."""
     low, high = (form.format(scale * end) for end in interval)
-    return f"{low} … {high}"
+    return minus(f"{low} … {high}")
+
+
+def minus(figure: str) -> str:
+    """A figure with the sign that is as wide as a plus."""
+    return figure.replace("-", "−")
 
 
 def _headlines(manifest: Mapping[str, Any], evaluation: EvaluationRecord | None) -> list[Headline]:
-    run, found = manifest["run"], []
+    run, difference, found = manifest["run"], manifest["verification"]["difference"], []
     if evaluation is not None and evaluation.texts:
         first = evaluation.texts[0]
         before = f"{spelt(first.before)} before, {first.ratio:.3f} ×, on" if first.before is not None else "on"
@@ -128,8 +138,9 @@ def _headlines(manifest: Mapping[str, Any], evaluation: EvaluationRecord | None)
         Headline("memory", f"{run['peak_rss_bytes'] / 1e9:.2f} GB", "most that was resident"),
         Headline(
             "reload check",
-            f"{manifest['verification']['difference']:.1e}",
-            f"difference of logits to their norm, {manifest['verification']['through']}",
+            f"{difference:.1e}" if difference else "exact",
+            f"logits through {manifest['verification']['through']}"
+            + (", difference to their norm" if difference else ""),
         ),
     ]
 
@@ -197,8 +208,17 @@ def _memory_chart(run: Mapping[str, Any], moments: Sequence[Moment]) -> Chart | 
     return memory_chart(moments, start=seconds["start"], total=seconds["total"], peak=run["peak_rss_bytes"])
 
 
-def _phases(seconds: Mapping[str, float]) -> list[tuple[str, float, float]]:
-    """Name, seconds and share of every phase that took any time, and of what is in none of them."""
+@dataclass(frozen=True)
+class _Phase:
+    name: str
+    seconds: float
+    share: float
+    of_longest: float
+
+
+def _phases(seconds: Mapping[str, float]) -> list[_Phase]:
+    """Every phase that took any time, and what is in none of them."""
     found = {words: seconds[name] for name, words in _PHASES.items()}
     found["everything else"] = max(0.0, seconds["total"] - sum(found.values()))
-    return [(words, spent, spent / seconds["total"]) for words, spent in found.items() if spent >= 0.0005]
+    longest = max(found.values())
+    return [_Phase(n, s, s / seconds["total"], s / longest) for n, s in found.items() if s >= 0.0005]
