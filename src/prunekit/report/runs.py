@@ -74,8 +74,9 @@ def comparison_page(title: str, rows: Sequence[Row], failures: Sequence[Mapping[
     for row in rows:
         if row.perplexity is not None:
             groups.setdefault(row.condition, []).append(row)
+    drawn = [group for group in groups.values() if len(group) > 1]  # a run alone is compared with nothing
     front: set[int] = set()
-    for group in groups.values():
+    for group in drawn:
         best = pareto([(row.sparsity, row.perplexity or 0.0) for row in group])
         front |= {id(row) for row, is_best in zip(group, best, strict=True) if is_best}
     methods = list(dict.fromkeys(row.method for row in rows))
@@ -83,7 +84,7 @@ def comparison_page(title: str, rows: Sequence[Row], failures: Sequence[Mapping[
     return render(
         "comparison.html.jinja",
         title=title,
-        groups=[_group(f"front-{number}", group, front, methods) for number, group in enumerate(groups.values())],
+        groups=[_group(f"front-{number}", group, front, methods) for number, group in enumerate(drawn)],
         columns=columns,
         table=[(id(row) in front, [(column, column.cell(row)) for column in columns]) for row in rows],
         rows=rows,
@@ -120,7 +121,9 @@ def _group(name: str, group: Sequence[Row], front: set[int], methods: Sequence[s
 
 
 def _measured_on(row: Row) -> str:
-    return f"{row.text}, {row.windows} windows of {row.length} tokens"
+    assert row.text is not None
+    text = short(row.text) if row.text.startswith(("/", ".", "~")) else row.text
+    return f"{text}, {row.windows} windows of {row.length} tokens"
 
 
 def _columns(rows: Sequence[Row]) -> list[Column]:
