@@ -21,9 +21,9 @@ if TYPE_CHECKING:
         prune,
         prune_,
         push,
-        report,
         study,
         sweep,
+        write_report,
     )
     from .errors import InputError, PrunekitError, StorageError, VerificationError
     from .model.stream import Windows
@@ -59,9 +59,9 @@ _HOMES = {
     "prune": "api",
     "prune_": "api",
     "push": "api",
-    "report": "api",
     "study": "api",
     "sweep": "api",
+    "write_report": "api",
 }
 
 __all__ = [
@@ -88,9 +88,9 @@ __all__ = [
     "prune",
     "prune_",
     "push",
-    "report",
     "study",
     "sweep",
+    "write_report",
 ]
 
 

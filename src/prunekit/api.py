@@ -59,9 +59,9 @@ __all__ = [
     "prune",
     "prune_",
     "push",
-    "report",
     "study",
     "sweep",
+    "write_report",
 ]
 
 
@@ -370,7 +370,7 @@ def study(
     )
 
 
-def report(folders: str | Path | Sequence[str | Path], *, out: str | Path | None = None) -> Report:
+def write_report(folders: str | Path | Sequence[str | Path], *, out: str | Path | None = None) -> Report:
     """Write the page of a finished run anew, with what `evaluation.json` beside it says; or one page that compares several runs.
 
     With the page of one run the model card is written too, its metadata with the evaluation's figures, unless somebody has edited it.
@@ -383,10 +383,10 @@ def report(folders: str | Path | Sequence[str | Path], *, out: str | Path | None
         InputError: a folder is of no finished run, or it is not said where the page goes.
         StorageError: the disk refused the page.
     """
-    from .reporting import write_report
+    from .reporting import make_report
 
     given = [folders] if isinstance(folders, (str, Path)) else folders
-    return write_report([Path(folder) for folder in given], None if out is None else Path(out))
+    return make_report([Path(folder) for folder in given], None if out is None else Path(out))
 
 
 def push(

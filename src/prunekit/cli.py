@@ -528,9 +528,9 @@ def report(
 ) -> None:
     """Write the page of a finished run anew, with its evaluation; or one page that compares several runs."""
     _quiet()
-    from .api import report as write
+    from .api import write_report
 
-    found = write(folders, out=out)
+    found = write_report(folders, out=out)
     card = {
         None: "",
         "written": "\ncard        written anew",

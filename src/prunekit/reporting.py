@@ -42,7 +42,7 @@ class Report:
         return {"page": str(self.page), "runs": self.runs, "card": self.card}
 
 
-def write_report(folders: Sequence[Path], out: Path | None = None) -> Report:
+def make_report(folders: Sequence[Path], out: Path | None = None) -> Report:
     """Write the page of one run into its folder, or a page that compares several.
 
     Args:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ..catalogue import find_method
@@ -124,24 +125,19 @@ def _headlines(manifest: Mapping[str, Any], evaluation: EvaluationRecord | None)
         before = f"{spelt(first.before)} before, {first.ratio:.3f} ×, on" if first.before is not None else "on"
         found.append(Headline("perplexity", spelt(first.perplexity), f"{before} {first.text}"))
     zeros = Headline("zeros", f"{100 * run['sparsity']:.2f} %", f"{run['zeros']:,} of {run['weights']:,} block weights")
-    every = sorted(line["output_error"] for line in manifest["linears"] if line["output_error"] is not None)
-    errors = [
-        Headline(
-            "output error", f"{every[len(every) // 2]:.3f}", f"median of {len(every)} linears, most {every[-1]:.3f}"
-        )
-    ]
+    errors = [line["output_error"] for line in manifest["linears"] if line["output_error"] is not None]
+    if errors:
+        note = f"median of {len(errors)} linears, most {max(errors):.3f}"
+        found.append(Headline("output error", f"{median(errors):.3f}", note))
+    check = f"logits through {manifest['verification']['through']}" + (
+        ", difference to their norm" if difference else ""
+    )
     return [
         zeros,
         *found,
-        *(errors if every else []),
         Headline("time", duration(run["seconds"]["total"]), f"{run['blocks']} blocks, {run['tokens']:,} tokens"),
         Headline("memory", f"{run['peak_rss_bytes'] / 1e9:.2f} GB", "most that was resident"),
-        Headline(
-            "reload check",
-            f"{difference:.1e}" if difference else "exact",
-            f"logits through {manifest['verification']['through']}"
-            + (", difference to their norm" if difference else ""),
-        ),
+        Headline("reload check", f"{difference:.1e}" if difference else "exact", check),
     ]
 
 
