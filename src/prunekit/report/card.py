@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
@@ -46,9 +47,7 @@ def model_card(manifest: dict[str, Any], source: Path, evaluation: EvaluationRec
         "sparsity (zeros / weights of the block linears)": f"{run['sparsity']:.4f} ({run['zeros']:,} of {run['weights']:,})",
         "parameters": f"{run['parameters']:,}; none removed, shapes are those of the original",
         "calibration": f"{recipe.calibration.source}, {run['windows']} windows, {run['tokens']:,} tokens, seed {recipe.seed}",
-        "output error of the linears": f"median {sorted(errors)[len(errors) // 2]:.3f}, largest {max(errors):.3f}"
-        if errors
-        else "–",
+        "output error of the linears": f"median {median(errors):.3f}, largest {max(errors):.3f}" if errors else "–",
         "reload check": f"logits differ by {manifest['verification']['difference']:.1e} of their norm",
         "made with": ", ".join(f"{library} {version}" for library, version in manifest["versions"].items()),
     }
