@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..checkpoint.writer import EVALUATION_NAME
 from ..errors import InputError
-
-Interval = Annotated[tuple[float, float], Field(description="lower and upper end, 95 %")]
 
 
 class TextFigures(BaseModel):
@@ -39,7 +36,7 @@ class TextFigures(BaseModel):
     windows: int
     perplexity: float
     before: float | None = None
-    ratio_interval: Interval | None = None
+    ratio_interval: tuple[float, float] | None = None
     kl: float | None = None
     top1_changed: float | None = None
 
@@ -60,7 +57,7 @@ class TaskFigures(BaseModel):
     value: float
     stderr: float
     before: float | None = None
-    difference_interval: Interval | None = None
+    difference_interval: tuple[float, float] | None = None
 
 
 class EvaluationRecord(BaseModel):
