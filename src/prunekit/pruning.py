@@ -137,7 +137,7 @@ class _Run:
     """A validated run that has not touched the output yet.
 
     `windows` are those of all processes; `room` is what hidden states, and later the reload check, may take in memory, in bytes.
-    `blocks` says of every block that was walked when it was done and what was resident then, with `block` in memory still.
+    `blocks` says of every block that was walked when it was done, how long it took, and what was resident then, itself included.
     """
 
     recipe: Recipe
@@ -523,6 +523,7 @@ def _walk(run_: _Run, keeper: Keeper, writer: Writer, journal: Journal, begun: f
     for _ in range(begin):
         progress.step("finished before")
     for block in blocks[begin:]:
+        entered = time.perf_counter()
         if sparsify.dense:  # measuring a block overwrites its inputs
             with seconds.timed("write"):
                 keeper.settle()
@@ -550,8 +551,9 @@ def _walk(run_: _Run, keeper: Keeper, writer: Writer, journal: Journal, begun: f
             keeper.settle()
             if block.index + 1 < len(blocks):
                 keeper.hidden(block.index + 1, sparsify.states(writer.folder))
-        passed = time.perf_counter() - begun
-        run_.blocks.append({"block": block.index, "seconds": passed, "rss_bytes": machine.rss_bytes()})
+        left = time.perf_counter()
+        when = {"seconds": left - begun, "took": left - entered}
+        run_.blocks.append({"block": block.index, **when, "rss_bytes": machine.rss_bytes()})
         source.free_block(block.index)
         machine.return_memory()
         progress.step(f"block {block.index}")

@@ -252,4 +252,5 @@ def test_everything_is_there_without_javascript(pages: dict[str, Path], show: Op
         assert page.locator("table.sortable tbody th").all_inner_texts() == ["b", "a", "d", "c"]
         assert page.get_by_role("button").count() == 0
         assert page.locator(".readout:visible").count() == 0
+        assert page.get_by_text("A heading sorts").is_hidden()
         assert page.get_by_role("img", name="perplexity against sparsity").count() == 1

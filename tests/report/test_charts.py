@@ -31,7 +31,7 @@ def made() -> list[Chart]:
     runs = [Candidate("a", 0, 0.5, 20.0, True), Candidate("b", 1, 0.6, 25.0, True), Candidate("c", 1, 0.5, 30.0, False)]
     return [
         error_chart(ERRORS),
-        memory_chart(MOMENTS, start=1.0, total=5.0, peak=900_000_000),
+        memory_chart(MOMENTS, total=5.0, peak=900_000_000),
         front_chart("front-0", runs, 15.0),
     ]
 
@@ -75,9 +75,17 @@ def test_points_lie_where_the_figures_are_drawn() -> None:
 
 
 def test_memory_is_drawn_over_the_whole_run() -> None:
-    first, second = memory_chart(MOMENTS, start=1.0, total=5.0, peak=900_000_000).points
+    chart = memory_chart(MOMENTS, total=5.0, peak=900_000_000)
+    first, second = chart.points
     assert second.text == "Block 1: done after 3.5 s (took 1.5 s), 0.80 GB resident"
     width = 400 - 70
+    shaded = re.findall(
+        r'd="M ([\d.]+) [\d.]+ L [\d.]+ [\d.]+ L ([\d.]+) [\d.]+ [^"]*" [^>]*fill: var\(--rule\)', chart.svg or ""
+    )
+    assert [(float(left), float(right)) for left, right in shaded] == [
+        (pytest.approx(58), pytest.approx(58 + width / 5)),
+        (pytest.approx(58 + width * 0.7), pytest.approx(58 + width)),
+    ]
     assert (first.x, second.x) == (pytest.approx(58 + width * 2 / 5, abs=0.1), pytest.approx(58 + width * 0.7, abs=0.1))
 
 

@@ -48,8 +48,8 @@ def test_columns_are_those_with_something_to_read() -> None:
     wanted = ["run", "model", "method", "pattern", "calibration.samples", "sparsity", "perplexity", "× dense"]
     assert head == [*wanted, "measured on", "time", "memory"], "the seed is the same in both"
     assert first[4] == "–"
-    assert first[7:9] == ["–", "wiki.txt, 64 windows of 1024 tokens"]
-    assert second[4:9] == ["16", "50.00 %", "30.00", "2.0001.900 … 2.100", "wiki.txt, 8 windows of 1024 tokens"]
+    assert first[7:9] == ["–", "wiki.txt, 64 × 1024 tokens"]
+    assert second[4:9] == ["16", "50.00 %", "30.00", "2.0001.900 … 2.100", "wiki.txt, 8 × 1024 tokens"]
 
 
 @pytest.mark.parametrize("change", [{"model": "org/other"}, {"text": "c4"}, {"length": 512}, {"windows": 32}])
@@ -67,7 +67,7 @@ def test_a_run_without_perplexity_is_a_row_and_no_point() -> None:
     page = comparison_page("t", [ROW, replace(ROW, name="b", sparsity=0.4, perplexity=20.0), unknown])
     assert [row[-3] for row in rows_of(page)[1:]] == ["30.00", "20.00", "–"]
     assert page.count("&#34;text&#34;") == 2
-    assert "the 2 of 2 runs" in Text(page).text
+    assert "On it: 2 of 2 runs." in Text(page).text
 
 
 def test_a_run_alone_has_no_front() -> None:

@@ -77,7 +77,7 @@ class Error:
 
 @dataclass(frozen=True)
 class Moment:
-    """When a block was done: seconds since the run's start, seconds since the block before, bytes resident."""
+    """When a block was done: seconds since the run's start, seconds it took, bytes resident."""
 
     block: int
     seconds: float
@@ -123,12 +123,12 @@ def error_chart(errors: Sequence[Error]) -> Chart:
     return _drawn("error", (400, 240), draw)
 
 
-def memory_chart(moments: Sequence[Moment], *, start: float, total: float, peak: int) -> Chart:
+def memory_chart(moments: Sequence[Moment], *, total: float, peak: int) -> Chart:
     """Resident memory over the run, a dot a block; shaded is what comes before the first block and behind the last."""
 
     def draw(axes: Axes) -> list[tuple[float, float, str]]:
         times, sizes = [m.seconds for m in moments], [m.rss_bytes / 1e9 for m in moments]
-        for left, right in ((0.0, start), (times[-1], total)):
+        for left, right in ((0.0, times[0] - moments[0].took), (times[-1], total)):
             axes.axvspan(left, right, color=_RULE, alpha=0.45, linewidth=0)
         axes.axhline(peak / 1e9, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axes.plot(times, sizes, ".-", color=_ACCENT, linewidth=1.8, markersize=5)
@@ -150,7 +150,9 @@ def front_chart(name: str, runs: Sequence[Candidate], dense: float | None) -> Ch
         for run in runs:
             colour, marker = style_of(run.series)
             look: Any = {"markersize": 7.5, "markeredgewidth": 1.0, "markeredgecolor": _SURFACE}
-            axes.plot(run.sparsity, run.perplexity, marker=MARKERS[marker], color=_SERIES[colour], **look)
+            axes.plot(
+                run.sparsity, run.perplexity, marker=MARKERS[marker], color=_SERIES[colour], clip_on=False, **look
+            )
         axes.set_yscale("log")
         axes.margins(0.08)
         if dense is not None:

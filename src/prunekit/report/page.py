@@ -189,19 +189,13 @@ def _errors(linears: Sequence[Mapping[str, Any]]) -> list[Error]:
 
 
 def _moments(manifest: Mapping[str, Any]) -> list[Moment]:
-    before = manifest["run"]["seconds"]["start"]
-    moments = []
-    for line in manifest.get("blocks", []):  # manifests have it since there are pages
-        moments.append(Moment(line["block"], line["seconds"], line["seconds"] - before, line["rss_bytes"]))
-        before = line["seconds"]
-    return moments
+    return [Moment(**line) for line in manifest.get("blocks", [])]  # manifests have it since there are pages
 
 
 def _memory_chart(run: Mapping[str, Any], moments: Sequence[Moment]) -> Chart | None:
     if not moments:
         return None
-    seconds = run["seconds"]
-    return memory_chart(moments, start=seconds["start"], total=seconds["total"], peak=run["peak_rss_bytes"])
+    return memory_chart(moments, total=run["seconds"]["total"], peak=run["peak_rss_bytes"])
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def _group(name: str, group: Sequence[Row], front: set[int], methods: Sequence[s
 def _measured_on(row: Row) -> str:
     assert row.text is not None
     text = short(row.text) if row.text.startswith(("/", ".", "~")) else row.text
-    return f"{text}, {row.windows} windows of {row.length} tokens"
+    return f"{text}, {row.windows} × {row.length} tokens"
 
 
 def _columns(rows: Sequence[Row]) -> list[Column]:

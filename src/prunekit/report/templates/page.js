@@ -1,5 +1,6 @@
 "use strict";
 // Tables that can be sorted: a heading becomes a button, which sorts up, then down. What has no key stays at the end.
+for (const hint of document.querySelectorAll(".scripted")) hint.hidden = false;
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];
   const body = table.tBodies[0];
