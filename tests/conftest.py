@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 from transformers.utils import logging
 
+import prunekit
 import tiny
 
 # What is started in the background of a shell inherits that Ctrl-C is ignored; what the tests start and interrupt must not.
@@ -31,3 +33,27 @@ def llama_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "llama"
     tiny.save_model(folder, "llama")
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a tiny Llama pruned to 2:4, its middle block left dense; for reading only."""
+    folder = tmp_path_factory.mktemp("finished")
+    tiny.save_model(folder / "llama", "llama")
+    (folder / "llama" / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
+    (folder / "text.txt").write_text(tiny.make_text(), encoding="utf-8")
+    prunekit.prune(
+        folder / "llama",
+        out=folder / "out",
+        pattern="2:4",
+        calibration={"source": str(folder / "text.txt"), "samples": 4, "length": 32},
+        dtype="float32",
+        parts={"budget": {"ignore": ["model.layers.1"]}},
+    )
+    return folder / "out"
+
+
+@pytest.fixture
+def finished(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of it, to do anything with."""
+    return Path(shutil.copytree(finished_run, tmp_path / "pruned"))

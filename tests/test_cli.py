@@ -533,6 +533,54 @@ def test_inspect_reads_transposed_linears_too(tmp_path: Path, few: list[str]) ->
 # Methods
 
 
+def test_report_writes_page_and_card_anew(finished: Path) -> None:
+    (finished / "report.html").unlink()
+    done = call("report", finished)
+    assert (done.code, done.out) == (0, f"page        {finished}/report.html, 1 run\ncard        written anew\n")
+    assert (finished / "report.html").is_file()
+    (finished / "README.md").write_text("mine")
+    assert "left as it is: somebody has edited README.md" in call("report", finished).out
+    assert call("report", finished, "--json").json == {"page": f"{finished}/report.html", "runs": 1, "card": "kept"}
+
+
+def test_report_compares_several(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "compare.html"
+    done = call("report", finished, finished, "--out", out)
+    assert (done.code, done.out) == (0, f"page        {out}, 2 runs\n")
+    done = call("report", finished, finished)
+    assert (done.code, done.out) == (2, "")
+    assert "--out compare.html" in done.err
+
+
+def test_push_takes_every_option(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def upload(folder: Path, repo: str, **options: Any) -> str:
+        asked.update(options, folder=folder, repo=repo)
+        return "https://hub/commit/1"
+
+    monkeypatch.setattr("prunekit.publishing.upload", upload)
+    done = call("push", finished, "me/model", "--private", "--revision", "half", "--json")
+    assert done.json == {"folder": str(finished), "repo": "me/model", "commit": "https://hub/commit/1"}
+    wanted = {
+        "folder": finished,
+        "repo": "me/model",
+        "private": True,
+        "revision": "half",
+        "token": None,
+        "endpoint": None,
+    }
+    assert asked.items() >= wanted.items()
+    assert call("push", finished, "model").out == "pushed      https://hub/commit/1\n"
+    assert (asked["private"], asked["revision"]) == (False, None)
+
+
+def test_push_refuses_in_one_sentence(llama_folder: Path) -> None:
+    done = call("push", llama_folder, "me/model")
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert "only those are pushed" in done.err
+
+
 def test_methods_lists_every_method() -> None:
     done = call("methods")
     assert done.code == 0

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
         plan,
         prune,
         prune_,
+        push,
         study,
         sweep,
+        write_report,
     )
     from .benching import Bench
     from .comparing import Comparison
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from .model.stream import Windows
     from .pruning import Result
     from .recipe import Recipe
+    from .reporting import Report
     from .studying import Findings
     from .sweeping import Sweep
 
@@ -49,6 +52,7 @@ _HOMES = {
     "Plan": "api",
     "PrunekitError": "errors",
     "Recipe": "recipe",
+    "Report": "reporting",
     "Result": "pruning",
     "StorageError": "errors",
     "Sweep": "sweeping",
@@ -65,8 +69,10 @@ _HOMES = {
     "plan": "api",
     "prune": "api",
     "prune_": "api",
+    "push": "api",
     "study": "api",
     "sweep": "api",
+    "write_report": "api",
 }
 
 __all__ = [
@@ -80,6 +86,7 @@ __all__ = [
     "Plan",
     "PrunekitError",
     "Recipe",
+    "Report",
     "Result",
     "StorageError",
     "Sweep",
@@ -96,8 +103,10 @@ __all__ = [
     "plan",
     "prune",
     "prune_",
+    "push",
     "study",
     "sweep",
+    "write_report",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The public functions: prune a folder or a model in memory, evaluate, plan, inspect, export, load, time, list methods.
+"""The public functions: prune a folder or a model in memory, evaluate, plan, inspect, report, export, load, time, push, list methods.
 
 Each takes plain arguments, builds a `Recipe`, and calls the room that does the work. The command line is a thin layer over these.
 """
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .benching import Bench
     from .comparing import Comparison
     from .exporting import Export
+    from .reporting import Report
     from .studying import Findings
     from .sweeping import Sweep
 
@@ -55,8 +56,10 @@ __all__ = [
     "plan",
     "prune",
     "prune_",
+    "push",
     "study",
     "sweep",
+    "write_report",
 ]
 
 
@@ -340,6 +343,60 @@ def study(
         keep_models=keep_models,
         words=words,
         progress=progress or Silent(),
+    )
+
+
+def write_report(folders: str | Path | Sequence[str | Path], *, out: str | Path | None = None) -> Report:
+    """Write the page of a finished run anew, with what `evaluation.json` beside it says; or one page that compares several runs.
+
+    With the page of one run the model card is written too, its metadata with the evaluation's figures, unless somebody has edited it.
+
+    Args:
+        folders: an output folder, or several, of runs and of sweeps; a sweep stands for all its runs.
+        out: the page; by default `report.html` in the folder, where there is one only.
+
+    Raises:
+        InputError: a folder is of no finished run, or it is not said where the page goes.
+        StorageError: the disk refused the page.
+    """
+    from .reporting import make_report
+
+    given = [folders] if isinstance(folders, (str, Path)) else folders
+    return make_report([Path(folder) for folder in given], None if out is None else Path(out))
+
+
+def push(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+    progress: Progress | None = None,
+) -> str:
+    """Upload a finished output folder to the hub, after its patterns and hashes were checked; returns the commit's address.
+
+    Uploaded is what the run wrote and its manifest lists, the card, the page and the evaluation; no other file.
+
+    Args:
+        folder: what `prune` left.
+        repo: `name` or `owner/name`; made where it is not there.
+        private: make it private; one that is there stays as it is.
+        revision: the branch, made where it is not there; the main one by default.
+        token: by default the one that `hf auth login` or HF_TOKEN left.
+        endpoint: address of the hub.
+        progress: told what is going on; silent by default.
+
+    Raises:
+        InputError: the folder is unfinished or has changed, or the hub refuses name, token or right.
+        PrunekitError: the hub cannot be reached, or failed.
+    """
+    from .publishing import upload
+
+    progress = progress or Silent()
+    return upload(
+        Path(folder), repo, private=private, revision=revision, token=token, endpoint=endpoint, progress=progress
     )
 
 

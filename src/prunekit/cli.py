@@ -144,6 +144,7 @@ def prune(
 ) -> None:
     """Prune MODEL and write the result to a folder."""
     from . import machine
+    from .checkpoint.writer import PAGE_NAME
     from .progress import for_terminal
     from .pruning import run
 
@@ -173,7 +174,8 @@ def prune(
         + f"write {seconds['write']:.1f}, reload check {seconds['verify']:.1f}\n"
         f"  memory      {result.peak_rss_bytes / 1e9:.2f} GB at most\n"
         f"  reloaded    logits differ by {summary['verification']['difference']:.1e} of their norm "
-        f"(through {summary['verification']['through']})",
+        f"(through {summary['verification']['through']})\n"
+        f"  report      {result.out}/{PAGE_NAME}",
     )
 
 
@@ -202,7 +204,7 @@ def evaluate(
     samples: Annotated[int | None, typer.Option(help="Use only the first so many windows of each text.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use only the first so many questions of each task.")] = None,
     save: Annotated[
-        bool, typer.Option("--save", help="Keep the figures in the model's folder as evaluation.json.")
+        bool, typer.Option("--save", help="Keep the figures in the model's folder, on its page and its card.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
@@ -235,13 +237,23 @@ def evaluate(
         )
     finally:
         progress.stop()
-    written = [f"written     {found.save(Path(model))}"] if save else []
+    kept = _keep_evaluation(found, Path(model)) if save else ""
     if as_json:
         _emit(True, found.summary(), "")
     else:
         _print_evaluation(found)
-        for line in written:
-            typer.echo(line)
+        typer.echo(kept, nl=False)
+
+
+def _keep_evaluation(found: Any, folder: Path) -> str:
+    """In the folder, and on its page and card where prunekit wrote the folder."""
+    from .api import write_report
+    from .checkpoint.manifest import read_manifest
+
+    written = [found.save(folder)]
+    if read_manifest(folder) is not None:
+        written.append(write_report(folder).page)
+    return "".join(f"  written     {path}\n" for path in written)
 
 
 def _print_evaluation(found: Any) -> None:
@@ -448,16 +460,17 @@ def _print_inspection(found: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    blocks: dict[str, dict[str, Any]] = {}
+    from .model.anatomy import place_of
+
+    blocks: dict[int, dict[str, Any]] = {}
     for linear in found.linears:
-        parts = linear.name.split(".")
-        number = next(place for place, part in enumerate(parts) if part.isdigit())
-        blocks.setdefault(".".join(parts[: number + 1]), {})[".".join(parts[number + 1 :])] = linear
+        block, name = place_of(linear.name)
+        blocks.setdefault(block, {})[name] = linear
     names = list(dict.fromkeys(name for linears in blocks.values() for name in linears))
     table = Table("block", *[name.rsplit(".", 1)[-1] for name in names], title="zeros / weights")
     for block, linears in blocks.items():
         cells = [f"{linears[name].zeros / linears[name].weights:.3f}" if name in linears else "" for name in names]
-        table.add_row(block.rsplit(".", 1)[-1], *cells)
+        table.add_row(str(block), *cells)
     console = Console(width=None if sys.stdout.isatty() else 30 + 12 * len(names))
     console.print(table)
     typer.echo(f"sparsity    {found.zeros / found.weights:.4f}  ({found.zeros:,} zeros of {found.weights:,} weights)")
@@ -707,6 +720,48 @@ def study(
     _emit(as_json, found.summary(), page + "".join(f"\nwritten     {path}" for path in found.files))
     if found.sweep.failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Output folders of runs or sweeps.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page. Default: DIR/report.html, of one DIR.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the page of a finished run anew, with its evaluation; or one page that compares several runs."""
+    _quiet()
+    from .api import write_report
+
+    found = write_report(folders, out=out)
+    card = {
+        None: "",
+        "written": "\ncard        written anew",
+        "kept": "\ncard        left as it is: somebody has edited README.md",
+    }[found.card]
+    _emit(as_json, found.summary(), f"page        {found.page}, {found.runs} run{'s' * (found.runs > 1)}{card}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `prunekit prune` left.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO_ID", help="name or owner/name; made where it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; made where it is not there. Default: main.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a finished folder and upload it to the hub."""
+    _quiet()
+    from .api import push as upload
+    from .progress import for_terminal
+
+    progress = for_terminal()
+    try:
+        address = upload(folder, repo, private=private, revision=revision, progress=progress)
+    finally:
+        progress.stop()
+    _emit(as_json, {"folder": str(folder), "repo": repo, "commit": address}, f"pushed      {address}")
 
 
 def _emit(as_json: bool, summary: Any, text: str) -> None:

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,11 @@ from .calibration.text import documents
 from .calibration.windows import check_vocabulary, evaluation_windows, load_tokenizer, window_length
 from .checkpoint.locate import locate
 from .checkpoint.storage import write_json
+from .checkpoint.writer import EVALUATION_NAME
 from .errors import InputError
 from .evaluation.interval import difference_interval, ratio_interval
 from .evaluation.perplexity import paired_losses, perplexity_of, window_losses
+from .evaluation.record import EvaluationRecord, TaskFigures, TextFigures
 from .evaluation.tasks import Scored, file_tasks, score_file
 from .loading import load_model
 from .model.hidden import HiddenStates, room_for
@@ -34,7 +36,6 @@ from .progress import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EVALUATION_NAME = "evaluation.json"
 NO_TEXT = "none"
 
 
@@ -64,57 +65,13 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class TextFigures:
-    """A model on a text.
-
-    Attributes:
-        perplexity: exp of the mean over `predictions` = windows × (length − 1).
-        before: perplexity of the model it is held against; the rest is None without one.
-        ratio_interval: 95 % of perplexity / before, from windows drawn again in pairs.
-        kl: mean KL(before ‖ model) per prediction, in nats.
-        top1_changed: share of predictions whose likeliest token is another one.
-    """
-
-    text: str
-    perplexity: float
-    windows: int
-    length: int
-    tokens: int
-    predictions: int
-    before: float | None = None
-    ratio_interval: tuple[float, float] | None = None
-    kl: float | None = None
-    top1_changed: float | None = None
-
-
-@dataclass(frozen=True)
-class TaskFigures:
-    """One metric of a task.
-
-    Attributes:
-        n: questions.
-        stderr: standard error of `value`; None where the task's harness gives none.
-        before: value of the model it is held against, on the same questions.
-        difference_interval: 95 % of value − before, from questions drawn again in pairs; None where `value` is no mean over them.
-    """
-
-    task: str
-    metric: str
-    n: int
-    value: float
-    stderr: float | None
-    before: float | None = None
-    difference_interval: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """What an evaluation found. `seconds` is that of the perplexities, `peak_rss_bytes` of everything."""
 
     model: str
     against: str | None
-    texts: list[TextFigures]
-    tasks: list[TaskFigures]
+    texts: tuple[TextFigures, ...]
+    tasks: tuple[TaskFigures, ...]
     seconds: float
     peak_rss_bytes: int
 
@@ -129,7 +86,7 @@ class Evaluation:
         tasks: dict[str, dict[str, Any]] = {}
         for row in self.tasks:
             shown = tasks.setdefault(row.task, {"n": row.n, "metrics": {}})
-            shown["metrics"][row.metric] = {k: v for k, v in asdict(row).items() if k not in ("task", "metric", "n")}
+            shown["metrics"][row.metric] = row.model_dump(exclude={"task", "metric", "n"})
             if row.metric == "acc":
                 shown |= {"accuracy": row.value, "stderr": row.stderr}
         tokens = sum(row.tokens for row in self.texts)
@@ -144,15 +101,15 @@ class Evaluation:
             "seconds": self.seconds,
             "peak_rss_bytes": self.peak_rss_bytes,
             "tokens_per_second": tokens / self.seconds if tokens else None,
-            "texts": [asdict(row) for row in self.texts],
+            "texts": [row.model_dump() for row in self.texts],
             "tasks": tasks,
         }
 
     def save(self, folder: Path) -> Path:
-        """Keep the figures as `evaluation.json` in a model's folder, where its report finds them."""
+        """Keep the figures as `evaluation.json` in a model's folder, where its page and card find them."""
         path = folder / EVALUATION_NAME
-        figures = {"texts": [asdict(row) for row in self.texts], "tasks": [asdict(row) for row in self.tasks]}
-        write_json(path, {"model": self.model, "against": self.against, **figures, "versions": machine.versions()})
+        record = EvaluationRecord(model=self.model, against=self.against, texts=self.texts, tasks=self.tasks)
+        write_json(path, {**record.model_dump(), "versions": machine.versions()})
         return path
 
 
@@ -218,20 +175,20 @@ def _through(walk: Walk, stack: ExitStack, progress: Progress) -> HiddenStates:
 
 def _alone(text: str, losses: torch.Tensor, length: int) -> TextFigures:
     windows = len(losses)
-    predictions = windows * (length - 1)
-    return TextFigures(text, perplexity_of(losses, predictions), windows, length, windows * length, predictions)
+    perplexity = perplexity_of(losses, windows * (length - 1))
+    return TextFigures(text=text, length=length, windows=windows, perplexity=perplexity)
 
 
 def _paired(text: str, sums: torch.Tensor, length: int) -> TextFigures:
     losses, before, divergence, changed = sums
     alone = _alone(text, losses, length)
-    return replace(
-        alone,
-        before=perplexity_of(before, alone.predictions),
-        ratio_interval=ratio_interval(losses.numpy(), before.numpy(), length - 1),
-        kl=float(divergence.sum()) / alone.predictions,
-        top1_changed=float(changed.sum()) / alone.predictions,
-    )
+    paired = {
+        "before": perplexity_of(before, alone.predictions),
+        "ratio_interval": ratio_interval(losses.numpy(), before.numpy(), length - 1),
+        "kl": float(divergence.sum()) / alone.predictions,
+        "top1_changed": float(changed.sum()) / alone.predictions,
+    }
+    return alone.model_copy(update=paired)
 
 
 def on_tasks(
@@ -284,12 +241,13 @@ def _score_all(
 def _task_rows(after: Scored, before: Scored | None) -> list[TaskFigures]:
     rows = []
     for metric, figure in after.metrics.items():
-        row = TaskFigures(after.task, metric, after.n, figure.value, figure.stderr)
+        row = TaskFigures(task=after.task, metric=metric, n=after.n, value=figure.value, stderr=figure.stderr)
         if before is not None:
             other = before.metrics[metric]
-            row = replace(row, before=other.value)
+            interval = None
             if figure.values is not None and other.values is not None:
-                row = replace(row, difference_interval=difference_interval(figure.values, other.values))
+                interval = difference_interval(figure.values, other.values)
+            row = row.model_copy(update={"before": other.value, "difference_interval": interval})
         rows.append(row)
     return rows
 
@@ -319,4 +277,4 @@ def evaluate(
         else []
     )
     name = None if against is None else against.name
-    return Evaluation(model.name, name, on, scored, seconds, machine.peak_rss_bytes())
+    return Evaluation(model.name, name, tuple(on), tuple(scored), seconds, machine.peak_rss_bytes())

@@ -54,6 +54,7 @@ from .model.stream import Walk, Windows, batch_size
 from .progress import Progress, Silent
 from .recipe import Recipe
 from .report.card import model_card
+from .report.page import run_page
 from .sparsify.budget import Budget
 from .sparsify.walk import (
     LinearReport,
@@ -136,6 +137,7 @@ class _Run:
     """A validated run that has not touched the output yet.
 
     `windows` are those of all processes; `room` is what hidden states, and later the reload check, may take in memory, in bytes.
+    `blocks` says of every block that was walked when it was done, how long it took, and what was resident then, itself included.
     """
 
     recipe: Recipe
@@ -149,6 +151,7 @@ class _Run:
     progress: Progress
     ranks: Ranks
     memory: dict[str, int] = field(default_factory=dict)
+    blocks: list[dict[str, float]] = field(default_factory=list)
 
 
 def run(
@@ -210,7 +213,7 @@ def run(
         with _orderly_end(out, journal, prepared), Keeper(writer, journal, ranks) as keeper:
             prepared.sparsify.seconds.start = time.perf_counter() - begun
             _allot(prepared, journal)
-            reference = _walk(prepared, keeper, writer, journal)
+            reference = _walk(prepared, keeper, writer, journal, begun)
             result = ranks.share(lambda: _finish(prepared, writer, journal, reference, begun))
         progress.stop()
         return result
@@ -447,7 +450,7 @@ def _allot(run_: _Run, journal: Journal) -> None:
     sparsify.patterns = budget.allot(anatomy, run_.recipe.target, profile)
 
 
-def _walk(run_: _Run, keeper: Keeper, writer: Writer, journal: Journal) -> Tensor:
+def _walk(run_: _Run, keeper: Keeper, writer: Writer, journal: Journal, begun: float) -> Tensor:
     """Prune and write every block that is not finished; returns the final hidden states the reload is compared with."""
     source, sparsify, progress = run_.source, run_.sparsify, run_.progress
     seconds = sparsify.seconds
@@ -462,6 +465,7 @@ def _walk(run_: _Run, keeper: Keeper, writer: Writer, journal: Journal) -> Tenso
     for _ in range(begin):
         progress.step("finished before")
     for block in blocks[begin:]:
+        entered = time.perf_counter()
         if sparsify.dense:  # measuring a block overwrites its inputs
             with seconds.timed("write"):
                 keeper.settle()
@@ -489,6 +493,9 @@ def _walk(run_: _Run, keeper: Keeper, writer: Writer, journal: Journal) -> Tenso
             keeper.settle()
             if block.index + 1 < len(blocks):
                 keeper.hidden(block.index + 1, sparsify.states(writer.folder))
+        left = time.perf_counter()
+        when = {"seconds": left - begun, "took": left - entered}
+        run_.blocks.append({"block": block.index, **when, "rss_bytes": machine.rss_bytes()})
         source.free_block(block.index)
         machine.return_memory()
         progress.step(f"block {block.index}")
@@ -606,6 +613,7 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
         "outputs": {name: sha256_file(out / name) for name in (INDEX_NAME, *carried)}
         | {shard["file"]: shard["sha256"] for shard in journal.shards},
         "linears": [asdict(linear) for linear in linears],
+        "blocks": run_.blocks,
     }
-    writer.write_manifest(manifest, model_card(manifest, source.reader.folder))
+    writer.write_manifest(manifest, model_card(manifest, source.reader.folder), run_page(manifest))
     return result

@@ -145,12 +145,14 @@ CARRIED = [
 ]
 LEFT = [
     "README.md",
+    "evaluation.json",
     "model-00001-of-00001.safetensors",
     "model.safetensors.index.json",
     "prunekit.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "picture.png",
+    "report.html",
 ]
 
 
@@ -242,7 +244,8 @@ def test_difference_names_what_differs_with_both_values() -> None:
 
 def test_clear_leaves_the_users_other_files(tmp_path: Path) -> None:
     written_journal(tmp_path)
-    for name in ("config.json", "tokenizer.json", "README.md", INDEX_NAME, ".x.safetensors.prunekit-tmp"):
+    ours = ("config.json", "tokenizer.json", "README.md", "report.html", "evaluation.json")
+    for name in (*ours, INDEX_NAME, ".x.safetensors.prunekit-tmp"):
         (tmp_path / name).touch()
     (tmp_path / "custom_table.txt").touch()
     (tmp_path / "prunekit.json").write_text(json.dumps({"outputs": {"custom_table.txt": "", "../outside": ""}}))

@@ -49,4 +49,4 @@ def test_the_same_every_time() -> None:
 def test_standard_error_of_a_share() -> None:
     values = np.array([1.0] * 30 + [0.0] * 70)
     assert standard_error(values) == pytest.approx(math.sqrt(0.3 * 0.7 / 99))
-    assert math.isnan(standard_error(np.array([1.0])))
+    assert standard_error(np.array([1.0])) is None

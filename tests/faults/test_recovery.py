@@ -40,7 +40,7 @@ class Setting:
     def same(self, out: Path) -> bool:
         """Whether a folder holds what the uninterrupted run left, save for the times it tells."""
         found = contents(out)
-        told = {"prunekit.json", "README.md"}
+        told = {"prunekit.json", "README.md", "report.html"}
         return found.keys() == self.whole.keys() and all(
             found[name] == self.whole[name] for name in found.keys() - told
         )

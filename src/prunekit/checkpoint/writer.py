@@ -24,7 +24,14 @@ from .storage import is_temporary, remove, replace_file, write_json, write_text
 JOURNAL_NAME = ".prunekit-journal.json"
 MANIFEST_NAME = "prunekit.json"
 CARD_NAME = "README.md"
+PAGE_NAME = "report.html"
+EVALUATION_NAME = "evaluation.json"
 HIDDEN_PREFIX = ".prunekit-hidden-"
+PAGES = (
+    CARD_NAME,
+    PAGE_NAME,
+    EVALUATION_NAME,
+)  # what says something of one folder's weights, and is wrong of any other's
 
 _CARRIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 _TEMPLATES = "additional_chat_templates"
@@ -189,8 +196,9 @@ class Writer:
                 carried.append(path.name)
         return carried
 
-    def write_manifest(self, manifest: dict[str, Any], card: str) -> None:
-        """Write the model card, then the manifest, which is the mark of a finished run; then drop what only resuming needs."""
+    def write_manifest(self, manifest: dict[str, Any], card: str, page: str) -> None:
+        """Write the page, the model card, then the manifest, which marks a finished run; then drop what only resuming needs."""
+        write_text(self.folder / PAGE_NAME, page)
         write_text(self.folder / CARD_NAME, card)
         write_json(self.folder / MANIFEST_NAME, manifest)
         drop_leftovers(self.folder)
@@ -245,7 +253,7 @@ def model_files(folder: Path) -> list[Path]:
     ours = {
         JOURNAL_NAME,
         MANIFEST_NAME,
-        CARD_NAME,
+        *PAGES,
         INDEX_NAME,
         PACKED_INDEX_NAME,
         *_MODEL_FILES,
@@ -284,7 +292,7 @@ def _written_before(folder: Path) -> set[str]:
 
 
 def _is_carried(path: Path, with_code: bool) -> bool:
-    if path.name in (MANIFEST_NAME, CARD_NAME, JOURNAL_NAME) or path.name.endswith(".index.json"):
+    if path.name in (MANIFEST_NAME, JOURNAL_NAME, *PAGES) or path.name.endswith(".index.json"):
         return False
     if path.name.startswith(_LEFT_BEHIND):
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,9 +47,8 @@ def score_tasks(
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
+    manager = _manager()
     for name in names:
         if Path(name).suffix in _SUFFIXES:
             if not Path(name).is_file():
@@ -70,6 +70,14 @@ def score_tasks(
             reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
             raise InputError(f"lm-evaluation-harness cannot score {', '.join(names)}: {reason}") from None
     return {task: _scored(task, results, found) for task, results in found["results"].items()}
+
+
+@cache
+def _manager() -> Any:
+    """The harness's list of its tasks, which takes seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _scored(task: str, results: Mapping[str, Any], found: Mapping[str, Any]) -> Scored:

@@ -29,9 +29,9 @@ def ratio_interval(losses: Values, before: Values, predictions: int) -> tuple[fl
     return float(np.exp(low)), float(np.exp(high))
 
 
-def standard_error(values: Values) -> float:
-    """Of the mean: sample standard deviation (n − 1) over √n, as lm-evaluation-harness has it; NaN for a single value."""
-    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+def standard_error(values: Values) -> float | None:
+    """Of the mean: sample standard deviation (n − 1) over √n, as lm-evaluation-harness has it; None for a single value."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
 
 
 def _drawn(values: Values) -> Iterator[Values]:

@@ -48,6 +48,13 @@ class Linear:
         return weight.t() if self.transposed else weight
 
 
+def place_of(full_name: str) -> tuple[int, str]:
+    """Of a linear's name in the model, the number of its block and its name there: `model.layers.3.mlp.up_proj` -> 3, `mlp.up_proj`."""
+    parts = full_name.split(".")
+    number = next(place for place, part in enumerate(parts) if part.isdigit())
+    return int(parts[number]), ".".join(parts[number + 1 :])
+
+
 @dataclass(frozen=True)
 class Block:
     """One decoder layer: its place, its name in the model, its linears in definition order."""

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import yaml
+
 from ..catalogue import find_method
+from ..evaluation.record import EvaluationRecord
 from ..recipe import Recipe
+from .findings import spelt
+
+_FIGURES = "## Before and after"
+_AFTER_FIGURES = "The zeros are stored"
+# what an evaluation puts into a card: the last names of the metadata, and a section
+_IN_METADATA = re.compile(r"^metrics:\n(?:- .*\n)+model-index:\n(?:[- ] .*\n)+", re.MULTILINE)
+_IN_TEXT = re.compile(rf"^{_FIGURES}\n.*?(?=^{_AFTER_FIGURES})", re.MULTILINE | re.DOTALL)
 
 
-def model_card(manifest: dict[str, Any], source: Path) -> str:
-    """Markdown with the hub's metadata block: base model, licence as the source's own card has it, tags, figures, the command."""
+def is_ours(card: str, manifest: dict[str, Any], folder: Path) -> bool:
+    """Whether a folder's card is as prunekit wrote it, whatever evaluation it shows: nothing of anybody's is lost with it."""
+    return _IN_TEXT.sub("", _IN_METADATA.sub("", card)) == model_card(manifest, folder)
+
+
+def model_card(manifest: dict[str, Any], source: Path, evaluation: EvaluationRecord | None = None) -> str:
+    """Markdown with the hub's metadata block: base model, licence as the card in `source` has it, tags, figures, the command."""
     recipe = Recipe.build(manifest["recipe"])
     method = find_method(recipe.method)
     run = manifest["run"]
@@ -19,18 +36,18 @@ def model_card(manifest: dict[str, Any], source: Path) -> str:
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     front += [f"base_model: {base}", "base_model_relation: finetune"] if base else []
     front += [f"license: {licence}"] if (licence := _licence(source)) else []
-    front += ["tags:", "- pruned", "- sparse", f"- {method.name}", "---"]
-    errors = [line["output_error"] for line in manifest["linears"] if line["output_error"] is not None]
     name = Path(recipe.model).name
+    front += ["tags:", "- pruned", "- sparse", f"- {method.name}"]
+    front += [] if evaluation is None else _metadata(f"{name}-{method.name}", evaluation)
+    front += ["---"]
+    errors = [line["output_error"] for line in manifest["linears"] if line["output_error"] is not None]
     rows = {
         "method": f"{method.name} ({method.paper})",
         "pattern": str(recipe.target),
         "sparsity (zeros / weights of the block linears)": f"{run['sparsity']:.4f} ({run['zeros']:,} of {run['weights']:,})",
         "parameters": f"{run['parameters']:,}; none removed, shapes are those of the original",
         "calibration": f"{recipe.calibration.source}, {run['windows']} windows, {run['tokens']:,} tokens, seed {recipe.seed}",
-        "output error of the linears": f"median {sorted(errors)[len(errors) // 2]:.3f}, largest {max(errors):.3f}"
-        if errors
-        else "–",
+        "output error of the linears": f"median {median(errors):.3f}, largest {max(errors):.3f}" if errors else "–",
         "reload check": f"logits differ by {manifest['verification']['difference']:.1e} of their norm",
         "made with": ", ".join(f"{library} {version}" for library, version in manifest["versions"].items()),
     }
@@ -40,11 +57,62 @@ def model_card(manifest: dict[str, Any], source: Path) -> str:
         f"Made by prunekit. {method.summary} Embeddings, output head, norms and biases are untouched; kept weights are "
         "bit-identical to the original's.\n\n"
         f"| | |\n|---|---|\n{table}\n\n"
-        "The zeros are stored like any other number: the folder loads with `AutoModelForCausalLM.from_pretrained`, and a dense "
+        f"{'' if evaluation is None else _figures(evaluation)}"
+        f"{_AFTER_FIGURES} like any other number: the folder loads with `AutoModelForCausalLM.from_pretrained`, and a dense "
         "runtime is neither faster nor smaller for them.\n\n"
         f"Repeat it with\n\n```\n{recipe.command('OUT')}\n```\n\n"
-        "`prunekit.json` holds the whole record: recipe, versions, hashes of inputs and outputs, a line per linear.\n"
+        "`prunekit.json` holds the whole record: recipe, versions, hashes of inputs and outputs, a line per linear; `report.html` "
+        "shows it.\n"
     )
+
+
+def _metadata(name: str, evaluation: EvaluationRecord) -> list[str]:
+    """The hub's `metrics` and `model-index`; what is no finite number has no place there."""
+    found = [
+        (figures.text, "perplexity", figures.perplexity, f"perplexity, windows of {figures.length} tokens")
+        for figures in evaluation.texts
+    ]
+    found += [(figures.task, figures.metric, figures.value, figures.metric) for figures in evaluation.tasks]
+    results = [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": dataset, "type": dataset},
+            "metrics": [{"type": kind, "value": value, "name": words}],
+        }
+        for dataset, kind, value, words in found
+        if math.isfinite(value)
+    ]
+    if not results:
+        return []
+    metrics = sorted({kind for _, kind, value, _ in found if math.isfinite(value)})
+    content = {"metrics": metrics, "model-index": [{"name": name, "results": results}]}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=math.inf).splitlines()
+
+
+def _figures(evaluation: EvaluationRecord) -> str:
+    lines = [_FIGURES, ""]
+    if evaluation.texts:
+        lines += ["| perplexity on | before | after | × before |", "|---|---:|---:|---:|"]
+        for text in evaluation.texts:
+            before, ratio = ("–", "–") if text.ratio is None else (spelt(text.before), f"{text.ratio:.3f}")
+            interval = "" if text.ratio_interval is None else " ({:.3f} … {:.3f})".format(*text.ratio_interval)
+            on = f"{text.text}, {text.windows} windows of {text.length} tokens"
+            lines.append(f"| {on} | {before} | {spelt(text.perplexity)} | {ratio}{interval} |")
+        lines.append("")
+    if evaluation.tasks:
+        lines += ["| task, % right | before | after | difference |", "|---|---:|---:|---:|"]
+        for task in evaluation.tasks:
+            before, change = "–", "–"
+            if task.before is not None:
+                before, change = f"{100 * task.before:.1f}", f"{100 * (task.value - task.before):+.1f}"
+            low_high = task.difference_interval
+            interval = "" if low_high is None else f" ({100 * low_high[0]:+.1f} … {100 * low_high[1]:+.1f})"
+            value = f"{100 * task.value:.1f}" + ("" if task.stderr is None else f" ± {196 * task.stderr:.1f}")
+            lines.append(
+                f"| {task.task} ({task.metric}, {task.n:,} questions) | {before} | {value} | {change}{interval} |"
+            )
+        lines.append("")
+    return "\n".join([*lines, "Intervals are 95 %.", "", ""])
 
 
 def _licence(source: Path) -> str | None:

@@ -25,7 +25,7 @@ SUFFIXES = (".svg", ".png")
 
 # Okabe and Ito's colours, told apart by every kind of colour vision; markers and hatches differ as well
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
-_MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX*"
 _GREY = "#666666"
 _FINEST = 640  # cells along a side of a heat map: more than a page can show
 
@@ -144,7 +144,7 @@ def _bars(axes: Axes, study: Study, cells: Mapping[tuple[str, str], Cell], dense
     axes.set_ylim(len(study.rows) - 0.4, -0.6)
     if study.options.log:
         axes.set_xscale("log")
-        _plain_ticks(axes.xaxis)
+        plain_ticks(axes.xaxis)
     axes.set(xlim=(left, right), xlabel="perplexity")
     axes.tick_params(axis="y", length=0)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), title=study.options.titles[1])
@@ -161,7 +161,7 @@ def _lines(axes: Axes, study: Study, cells: Mapping[tuple[str, str], Cell], dens
             means,
             yerr=[c.deviation or 0.0 for c in found] if study.options.over else None,
             color=_COLOURS[at % len(_COLOURS)],
-            marker=_MARKERS[at % len(_MARKERS)],
+            marker=MARKERS[at % len(MARKERS)],
             markersize=5,
             linewidth=1.3,
             capsize=3,
@@ -171,7 +171,7 @@ def _lines(axes: Axes, study: Study, cells: Mapping[tuple[str, str], Cell], dens
     axes.set_xticks(places, study.columns)
     if study.options.log:
         axes.set_yscale("log")
-        _plain_ticks(axes.yaxis)
+        plain_ticks(axes.yaxis)
     axes.set(xlabel=study.options.titles[1], ylabel="perplexity")
     axes.grid(axis="y", color=_GREY, alpha=0.15)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), title=study.options.titles[0])
@@ -185,7 +185,8 @@ def _range(study: Study, values: list[float]) -> tuple[float, float]:
     return 0.0, 1.12 * max(values)
 
 
-def _plain_ticks(axis: Any) -> None:
+def plain_ticks(axis: Any) -> None:
+    """Numbers as people write them along a logarithmic axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = sorted(axis.get_view_interval())

@@ -1,0 +1,214 @@
+"""`report.html`: a run as one file that needs no network, for light and dark, for a desk and a phone.
+
+Tables and heat maps are HTML, line pictures SVG (charts.py). Everything is there without JavaScript; with it, tables can be sorted and
+pictures pointed at. Equal manifests give equal pages.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from ..catalogue import find_method
+from ..evaluation.record import EvaluationRecord
+from ..model.anatomy import place_of
+from ..recipe import Recipe
+from .charts import Chart, Error, Moment, error_chart, memory_chart
+from .findings import spelt
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+_TEMPLATES = Path(__file__).with_name("templates")
+_PHASES = {
+    "start": "start",
+    "read": "wait for weights",
+    "forward": "forward passes",
+    "prune": "score and mask",
+    "tune": "tune",
+    "write": "wait for the disk",
+    "verify": "reload check",
+}
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A figure at the top of a page, and what it is made of."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+def run_page(manifest: Mapping[str, Any], evaluation: EvaluationRecord | None = None) -> str:
+    """The page of a finished run.
+
+    Args:
+        manifest: what `prunekit.json` holds.
+        evaluation: what `evaluation.json` holds, where there is one.
+    """
+    recipe = Recipe.build(manifest["recipe"])
+    method = find_method(recipe.method)
+    run, linears = manifest["run"], manifest["linears"]
+    errors, moments = _errors(linears), _moments(manifest)
+    return render(
+        "run.html.jinja",
+        title=f"{short(recipe.model)}, pruned with {method.name}",
+        recipe=recipe,
+        method=method,
+        headlines=_headlines(manifest, evaluation),
+        evaluation=evaluation,
+        heat=_heat(linears),
+        errors=errors,
+        error_chart=error_chart(errors) if errors else None,
+        moments=moments,
+        memory_chart=_memory_chart(run, moments),
+        unrecorded=run["blocks"] - len(moments),
+        phases=_phases(run["seconds"]),
+        run=run,
+        command=recipe.command("OUT"),
+        recipe_json=json.dumps(manifest["recipe"], indent=2, ensure_ascii=False),
+        manifest=manifest,
+    )
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    made = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {
+        "perplexity": spelt,
+        "change": change,
+        "minus": minus,
+        "json": lambda value: json.dumps(value, ensure_ascii=False),
+    }
+    return made
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from the template of that name in `templates/`."""
+    return _environment().get_template(template).render(**values)
+
+
+def short(model: str) -> str:
+    """What a model is called where there is no room for its path."""
+    return Path(model).name or model
+
+
+def change(interval: tuple[float, float], form: str = "{:.3f}", scale: float = 1.0) -> str:
+    """An interval, for people; its ends are multiplied by `scale`."""
+    low, high = (form.format(scale * end) for end in interval)
+    return minus(f"{low} … {high}")
+
+
+def minus(figure: str) -> str:
+    """A figure with the sign that is as wide as a plus."""
+    return figure.replace("-", "−")
+
+
+def _headlines(manifest: Mapping[str, Any], evaluation: EvaluationRecord | None) -> list[Headline]:
+    run, difference, found = manifest["run"], manifest["verification"]["difference"], []
+    if evaluation is not None and evaluation.texts:
+        first = evaluation.texts[0]
+        before = f"{spelt(first.before)} before, {first.ratio:.3f} ×, on" if first.before is not None else "on"
+        found.append(Headline("perplexity", spelt(first.perplexity), f"{before} {first.text}"))
+    zeros = Headline("zeros", f"{100 * run['sparsity']:.2f} %", f"{run['zeros']:,} of {run['weights']:,} block weights")
+    errors = [line["output_error"] for line in manifest["linears"] if line["output_error"] is not None]
+    if errors:
+        note = f"median of {len(errors)} linears, most {max(errors):.3f}"
+        found.append(Headline("output error", f"{median(errors):.3f}", note))
+    check = f"logits through {manifest['verification']['through']}" + (
+        ", difference to their norm" if difference else ""
+    )
+    return [
+        zeros,
+        *found,
+        Headline("time", duration(run["seconds"]["total"]), f"{run['blocks']} blocks, {run['tokens']:,} tokens"),
+        Headline("memory", f"{run['peak_rss_bytes'] / 1e9:.2f} GB", "most that was resident"),
+        Headline("reload check", f"{difference:.1e}" if difference else "exact", check),
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, for people."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
+
+
+@dataclass(frozen=True)
+class _HeatCell:
+    share: float
+    tip: str
+
+
+def _heat(linears: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Zeros of every linear, a row a block, a column a linear, and of every block in a last column."""
+    blocks: dict[int, dict[str, Mapping[str, Any]]] = {}
+    for line in linears:
+        block, name = place_of(line["name"])
+        blocks.setdefault(block, {})[name] = line
+    names = list(dict.fromkeys(name for own in blocks.values() for name in own))
+    last = [name.rsplit(".", 1)[-1] for name in names]
+    heads = [short if last.count(short) == 1 else name for short, name in zip(last, names, strict=True)]
+    rows = []
+    for block, own in blocks.items():
+        zeros, weights = (sum(line[part] for line in own.values()) for part in ("zeros", "weights"))
+        total = _HeatCell(zeros / weights, f"block {block}: {zeros:,} zeros of {weights:,} weights")
+        rows.append((block, [_heat_cell(own[name]) if name in own else None for name in names], total))
+    return {"heads": list(zip(heads, names, strict=True)), "rows": rows}
+
+
+def _heat_cell(line: Mapping[str, Any]) -> _HeatCell:
+    error = "" if line["output_error"] is None else f", output error {line['output_error']:.3f}"
+    asked = "left dense" if line["pattern"] is None else f"asked for {line['pattern']}"
+    tip = f"{line['name']}: {line['zeros']:,} zeros of {line['weights']:,} weights, {asked}{error}"
+    return _HeatCell(line["zeros"] / line["weights"], tip)
+
+
+def _errors(linears: Sequence[Mapping[str, Any]]) -> list[Error]:
+    blocks: dict[int, dict[str, float]] = {}
+    for line in linears:
+        if line["output_error"] is not None:
+            block, name = place_of(line["name"])
+            blocks.setdefault(block, {})[name] = line["output_error"]
+    return [Error(block, values) for block, values in blocks.items()]
+
+
+def _moments(manifest: Mapping[str, Any]) -> list[Moment]:
+    return [Moment(**line) for line in manifest.get("blocks", [])]  # manifests have it since there are pages
+
+
+def _memory_chart(run: Mapping[str, Any], moments: Sequence[Moment]) -> Chart | None:
+    if not moments:
+        return None
+    return memory_chart(moments, total=run["seconds"]["total"], peak=run["peak_rss_bytes"])
+
+
+@dataclass(frozen=True)
+class _Phase:
+    name: str
+    seconds: float
+    share: float
+    of_longest: float
+
+
+def _phases(seconds: Mapping[str, float]) -> list[_Phase]:
+    """Every phase that took any time, and what is in none of them."""
+    found = {words: seconds[name] for name, words in _PHASES.items()}
+    found["everything else"] = max(0.0, seconds["total"] - sum(found.values()))
+    longest = max(found.values())
+    return [_Phase(n, s, s / seconds["total"], s / longest) for n, s in found.items() if s >= 0.0005]
