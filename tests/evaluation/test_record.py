@@ -52,7 +52,7 @@ def test_what_was_not_compared_is_none(tmp_path: Path) -> None:
     [
         ({"texts": [{**TEXT, "length": "long"}]}, "texts.0.length"),
         ({"texts": [{**TEXT, "ratio_interval": [1.0]}]}, "texts.0.ratio_interval"),
-        ({"tasks": [{"task": "t", "metric": "acc", "n": 3, "value": 0.5}]}, "tasks.0.stderr"),
+        ({"tasks": [{"task": "t", "metric": "acc", "n": 3}]}, "tasks.0.value"),
         ([], "the whole"),
     ],
 )

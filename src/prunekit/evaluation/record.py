@@ -1,6 +1,7 @@
 """`evaluation.json`: what was measured of an output folder, beside the model it was measured before and after.
 
-    {"texts": [{"text": "wikitext2", "length": 1024, "windows": 64, "perplexity": 29.0,
+    {"model": "pruned", "against": "smollm2-135m",
+     "texts": [{"text": "wikitext2", "length": 1024, "windows": 64, "perplexity": 29.0,
                 "before": 15.9, "ratio_interval": [1.79, 1.85], "kl": 0.61, "top1_changed": 0.31}],
      "tasks": [{"task": "arc_easy", "metric": "acc_norm", "n": 2376, "value": 0.51, "stderr": 0.01,
                 "before": 0.55, "difference_interval": [-0.06, -0.03]}]}
