@@ -23,7 +23,9 @@ from .checkpoint.reader import Reader, sha256_file
 from .checkpoint.storage import write_json, write_text
 from .checkpoint.writer import (
     CARD_NAME,
+    EVALUATION_NAME,
     MANIFEST_NAME,
+    PAGE_NAME,
     Journal,
     Writer,
     clear,
@@ -32,7 +34,9 @@ from .checkpoint.writer import (
     refuse_unfinished,
 )
 from .errors import InputError, StorageError, VerificationError
+from .evaluation.record import read_record
 from .progress import Progress, Silent
+from .report.page import run_page
 
 FORMATS = ("bitmask", "gguf", "zip-free")
 
@@ -190,12 +194,17 @@ def _digest(reader: Reader, name: str) -> bytes:
 def _finish(
     reader: Reader, writer: Writer, packed: bool, manifest: dict[str, Any] | None, outputs: dict[str, str]
 ) -> None:
-    """The card, and the manifest with the new files' hashes, where the source has them; then nothing is left to mark as unfinished."""
+    """Card, evaluation, page and manifest with the new hashes, where the source has them; then nothing marks it as unfinished."""
     card = reader.folder / CARD_NAME
     if card.is_file():
         text = card.read_text(encoding="utf-8", errors="replace").removesuffix(_NOTE)
         write_text(writer.folder / CARD_NAME, text + (_NOTE if packed else ""))
+    evaluation = reader.folder / EVALUATION_NAME
+    if evaluation.is_file():  # the same weights: what was measured of them still holds
+        write_text(writer.folder / EVALUATION_NAME, evaluation.read_text(encoding="utf-8"))
     if manifest is not None:
         export = {"format": "bitmask", "version": VERSION} if packed else None
-        write_json(writer.folder / MANIFEST_NAME, {**manifest, "outputs": outputs, "export": export})
+        manifest = {**manifest, "outputs": outputs, "export": export}
+        write_text(writer.folder / PAGE_NAME, run_page(manifest, read_record(reader.folder)))
+        write_json(writer.folder / MANIFEST_NAME, manifest)
     drop_leftovers(writer.folder)
