@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # The version whose processor build pip takes; a bare `torch` is a CUDA build of several GB. Empty: whatever is newest.
 TORCH ?= torch==2.13.0
+# test processes at a time
+WORKERS ?= 2
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
@@ -26,8 +28,9 @@ demo: $(STAMP)
 	$(BIN)/prunekit eval $(DEMO) --length $(DEMO_LENGTH) --samples 16
 	$(BIN)/prunekit inspect $(DEMO)
 
+# files side by side, a thread each: two processes that want every processor are many times slower than one
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ import pytest
 import prunekit
 import tiny
 from prunekit import InputError, api, pruning, studying
+from prunekit.evaluation.record import TextFigures
 from prunekit.grid import Grid
 from prunekit.report import plots
 from prunekit.report.findings import spelt
@@ -506,7 +507,8 @@ def test_without_matplotlib_nothing_begins(setting: Setting, ran: list[str], mon
 
 
 def test_a_dense_model_that_says_nothing_is_refused(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluation = prunekit.Evaluation("m", math.inf, 1, 2, 2, 1, 1.0, 1)
+    text = TextFigures(text="t", length=2, windows=1, perplexity=math.inf)
+    evaluation = prunekit.Evaluation("m", None, (text,), (), 1.0, 1)
     monkeypatch.setattr(api, "evaluate", lambda *_, **__: evaluation)
     with pytest.raises(InputError, match="no finite perplexity"):
         setting.run()

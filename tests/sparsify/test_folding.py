@@ -266,7 +266,9 @@ def toy_spaces(toy: nn.Module) -> list[Space]:
 
 
 @pytest.mark.parametrize(
-    "middle", [torch.relu, torch.sigmoid, torch.square, lambda x: torch.tanh(x / 30) * 30], ids=str
+    "middle",
+    [torch.relu, torch.sigmoid, torch.square, lambda x: torch.tanh(x / 30) * 30],
+    ids=["relu", "sigmoid", "square", "capped"],
 )
 def test_maps_that_act_on_all_channels_alike(middle: Callable[[Tensor], Tensor]) -> None:
     (space,) = toy_spaces(Toy(middle))
