@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .api import (
         Inspection,
         Plan,
+        compare,
         draw_weight,
         evaluate,
         inspect,
