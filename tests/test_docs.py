@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import typer
 from torch.distributed.run import get_args_parser
 
@@ -101,33 +103,35 @@ def spans(page: Path) -> list[str]:
 # Checks that run nothing
 
 
+def verb_called(name: str) -> Any:
+    verbs = typer.main.get_command(cli.app).commands
+    assert name in verbs, f"prunekit has no verb '{name}': it has {', '.join(verbs)}"
+    return verbs[name]
+
+
 def options_of(verb: str) -> set[str]:
-    group = typer.main.get_command(cli.app)
-    if verb not in group.commands:
-        raise AssertionError(f"prunekit has no verb '{verb}'")
-    return {name for option in group.commands[verb].params for name in option.opts}
+    return {name for option in verb_called(verb).params for name in option.opts}
 
 
 def check_prunekit(words: Sequence[str]) -> None:
     """The verb and every option are there, and take such values. `words` begin with the verb."""
-    group = typer.main.get_command(cli.app)
-    assert words[0] in group.commands, f"prunekit has no verb '{words[0]}'"
-    group.commands[words[0]].make_context(words[0], list(words[1:]))
+    verb_called(words[0]).make_context(words[0], list(words[1:]))
 
 
 def check_setting(setting: str) -> None:
-    """The part has such an option."""
-    key = setting.partition("=")[0]
-    kind, _, option = key.partition(".")
+    """The part has such an option, or says with a capital that any can stand there."""
+    kind, _, option = setting.partition("=")[0].partition(".")
     if kind == "calibration":
         known = set(Calibration.model_fields)
     elif kind == "evaluate":
         known = set(EvaluationOptions.model_fields)
+    elif kind == "pattern":
+        known = {"group", "permute"}
     else:
         assert kind in KINDS, f"'{setting}': no part is called '{kind}'"
-        own = {"pattern": {"group", "permute"}, "budget": {"overrides", "ignore", "name"}}.get(kind, {"name"})
-        known = own.union(*(part.options for part in parts.parts(kind).values())) if kind != "pattern" else own
-    assert option.partition(".")[0] in known or not option.islower(), f"'{setting}': {kind} has no option '{option}'"
+        known = {"name", "overrides", "ignore"} if kind == "budget" else {"name"}
+        known = known.union(*(part.options for part in parts.parts(kind).values()))
+    assert option.partition(".")[0] in known or option.isupper(), f"'{setting}': {kind} has no option '{option}'"
 
 
 def check_make(words: Sequence[str]) -> None:
@@ -153,8 +157,7 @@ CHECKS = {"prunekit": check_prunekit, "make": check_make, "pip": check_pip, "tor
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_what_prose_calls_a_command_or_an_option_is_one(page: Path) -> None:
-    group = typer.main.get_command(cli.app)
-    anywhere = set().union(*(options_of(verb) for verb in group.commands)) | {"--help", "--version"}
+    anywhere = {"--help"}.union(*(options_of(verb) for verb in typer.main.get_command(cli.app).commands))
     for span in spans(page):
         first, _, rest = span.partition(" ")
         if first == "prunekit" and rest and not rest.startswith("-"):
@@ -164,12 +167,12 @@ def test_what_prose_calls_a_command_or_an_option_is_one(page: Path) -> None:
                 f"`{span}` has an option that {verb} has not"
             )
         elif first == "torchrun" and rest:
-            check_torchrun([word for word in shlex.split(rest) if word != "..."])
+            check_torchrun(shlex.split(rest.replace("...", "MODEL --out OUT")))
         elif first in ("make", "pip") and rest:
             CHECKS[first](shlex.split(rest))
         elif re.match(r"--[a-z]", span):
             assert first.partition("=")[0] in anywhere, f"`{span}`: no verb has this option"
-            if first == "--set" and re.match(r"'?[a-z]+\.", rest):
+            if first == "--set" and re.match(r"'?(?!part\.)[a-z]+\.", rest):
                 check_setting(shlex.split(rest)[0])
 
 
@@ -187,12 +190,18 @@ def test_every_block_is_of_a_kind_that_is_tested(page: Path) -> None:
 # Running
 
 
+class Checked(prunekit.PrunekitError):
+    """A study of ours, understood with all the words of the page. It is not run: each would take seconds, even with one recipe."""
+
+    exit_code = 0
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What pages take for granted: a model, a pruned one, a text, questions."""
     folder = tmp_path_factory.mktemp("inputs")
     model = folder / "path" / "to" / "model"
-    tiny.save_model(model, dtype=torch.bfloat16)
+    tiny.save_model(model, max_position_embeddings=32)
     prunekit.prune(model, out=folder / "path" / "to" / "pruned", method="magnitude")
     text = tiny.make_text()
     (folder / "my-text.jsonl").write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
@@ -207,6 +216,7 @@ def place(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
     (tmp_path / "studies").symlink_to(ROOT / "studies")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # what is written here need not outlive a power cut
     model = tmp_path / "path" / "to" / "model"
     read_grid = Grid.read
 
@@ -220,6 +230,8 @@ def place(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
     def short_study(path: Path, **words: Any) -> Study:
         study = read_study(path, **words)  # all that the page says is checked
+        if path.parent.name == "studies":
+            raise Checked(f"{path} is as it should be")
         options = study.options.model_copy(update={"claims": [], "published": []})
         return replace(
             study, options=options, grid=shortened(study.grid), rows=study.rows[:1], columns=study.columns[:1]
@@ -235,22 +247,19 @@ def place(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path
 
 
-@pytest.fixture
-def house(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder whose files are scores of prunekit as long as the test runs."""
-    room = place / "scores"
+@contextmanager
+def new_scores(room: Path, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The files in `room` are scores of prunekit for the time being."""
     room.mkdir()
-    home = import_module("prunekit.sparsify.scores")
-    monkeypatch.setattr(home, "__path__", [*home.__path__, str(room)])
-    known, modules = dict(parts.parts("score")), set(sys.modules)
-    yield room
-    registered = parts.parts("score")
+    home, registered = import_module("prunekit.sparsify.scores"), parts.parts("score")
+    known = dict(registered)
+    patch.setattr(home, "__path__", [*home.__path__, str(room)])
+    yield
     registered.clear()
     registered.update(known)
-    for name in set(sys.modules) - modules:
-        if name.startswith("prunekit.sparsify.scores."):
-            delattr(home, name.rpartition(".")[2])
-            del sys.modules[name]
+    for file in room.glob("*.py"):
+        if sys.modules.pop(f"{home.__name__}.{file.stem}", None):
+            delattr(home, file.stem)
 
 
 def shortened(grid: Grid) -> Grid:
@@ -321,18 +330,54 @@ def check_recipe(block: Block) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
-def test_everything_a_page_shows_runs(page: Path, place: Path, house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names: dict[str, Any] = {"__name__": "page", "model": tiny.make_model("llama"), "tokenizer": tiny.make_tokenizer()}
+def test_everything_a_page_shows_runs(page: Path, place: Path) -> None:
+    model = tiny.make_model("llama", max_position_embeddings=32)
+    names: dict[str, Any] = {"__name__": "page", "model": model, "tokenizer": tiny.make_tokenizer()}
     shown = blocks(page)
     for block in shown:
         if block.language in ("toml", "yaml", "json"):
             check_recipe(block)
-    for block in shown:
-        if block.language == "python":
-            run_python(block, names, house, monkeypatch)
-        for line in commands(block):
-            if line.startswith("prunekit ") and block.runs(line):
-                run_command(line)
-            else:
-                first, *words = shlex.split(line, comments=True)
-                CHECKS[first](words)
+    with pytest.MonkeyPatch.context() as patch, new_scores(place / "scores", patch):
+        for block in shown:
+            if block.language == "python":
+                run_python(block, names, place / "scores", patch)
+            for line in commands(block):
+                if line.startswith("prunekit ") and block.runs(line):
+                    run_command(line)
+                else:
+                    first, *words = shlex.split(line, comments=True)
+                    CHECKS[first](words)
+
+
+def test_adding_a_criterion_adds_it_everywhere_and_the_page_leaves_nothing_behind(place: Path) -> None:
+    before = call("methods", "--json").json
+    with pytest.MonkeyPatch.context() as patch, new_scores(place / "scores", patch):
+        for block in blocks(ROOT / "docs" / "adding.md"):
+            if block.title.startswith("src/"):
+                run_python(block, {}, place / "scores", patch)
+        assert re.search(r"^wanda-l1 +sparsify +per row +Wanda with", call("methods").out, re.MULTILINE)
+        assert "--set score.power=...   (default 1.0)" in call("methods", "wanda-l1").out
+        refused = call("prune", "MODEL", "--set", "score.name=wanda-l1", "--set", "score.power=-1", "--out", "OUT")
+        assert refused.code == 2
+        assert "'score.power' cannot be -1: it takes a number of at least 0" in refused.err
+    assert call("methods", "--json").json == before
+    assert "wanda-l1" not in parts.parts("score")
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^::: prunekit\.(\w+)$", page, re.MULTILINE)) == sorted(prunekit.__all__)
+
+
+def test_the_site_is_built_without_a_warning_and_asks_nothing_of_the_network(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {page.stem for page in PAGES[1:]} <= {page.stem for page in site.glob("*.html")}
+    for page in site.rglob("*.html"):
+        fetched = re.findall(
+            r"<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=\"?([^\" >]+)", page.read_text("utf-8")
+        )
+        assert fetched
+        assert not [address for address in fetched if re.match(r"(?:https?:)?//", address)], page.name
