@@ -3,7 +3,7 @@
 A page is run from top to bottom in a folder of its own, where what it takes for granted lies ready (`path/to/model`, `my-text.jsonl`).
 Models are tiny, texts local, windows few and short, and of a grid's axes only the first point is taken; options are those of the page.
 What cannot be executed is preceded by `<!-- only checked: WORDS (reason) -->`: those lines or statements of the next block that hold
-WORDS are then parsed and not run.
+WORDS are then parsed and not run; without `: WORDS`, the whole block.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCORES = "src/prunekit/sparsify/scores/"
 
 BLOCK = re.compile(
-    r"^(?:<!-- only checked: (?P<words>[^\n]+?) \([^\n]+\) -->\n+)?```(?P<info>[^\n]*)\n(?P<body>.*?)^```$",
+    r"^(?:<!-- only checked(?P<words>: [^\n]+?)? \((?P<reason>[^\n]+)\) -->\n+)?```(?P<info>[^\n]*)\n(?P<body>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 # what a line of a command block begins with
@@ -67,7 +67,7 @@ CONTINUING = ("sweep", "study")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a page: its language, its title, its text, and words of what is not to be run."""
+    """A fenced block of a page: its language, its title, its text, and the words of what is not to be run; "" are in everything."""
 
     language: str
     title: str
@@ -82,7 +82,9 @@ def blocks(page: Path) -> list[Block]:
     found = []
     for match in BLOCK.finditer(page.read_text(encoding="utf-8")):
         language, _, more = match["info"].partition(" ")
-        found.append(Block(language, more.removeprefix('title="').removesuffix('"'), match["body"], match["words"]))
+        title = more.removeprefix('title="').removesuffix('"')
+        words = None if match["reason"] is None else (match["words"] or "").removeprefix(": ")
+        found.append(Block(language, title, match["body"], words))
     return found
 
 
@@ -185,6 +187,29 @@ def test_every_block_is_of_a_kind_that_is_tested(page: Path) -> None:
         for line in commands(block):
             assert line.startswith(KNOWN), f"'{line}': say in tests/test_docs.py how it is tested"
         assert block.words is None or block.words in block.body, f"'{block.words}' is not in the block below it"
+
+
+def test_what_is_not_there_is_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- only checked: push (a hub) -->\n```\nprunekit push OUT\nmake demo\n```\n\n```python\nx = 1\n```\n"
+        '<!-- only checked (no file) -->\n```toml title="a.toml"\nb = "```"\n```\n'
+    )
+    first, second, third = blocks(page)
+    assert commands(first) == ["prunekit push OUT", "make demo"]
+    assert [first.runs(line) for line in commands(first)] == [False, True]
+    assert (second.language, second.runs("x = 1")) == ("python", True)
+    assert (third.title, third.body, third.runs("b")) == ("a.toml", 'b = "```"\n', False)
+    with pytest.raises(AssertionError, match="prunekit has no verb 'prun'"):
+        check_prunekit(["prun"])
+    with pytest.raises(Exception, match="No such option: --sparse"):
+        check_prunekit(["prune", "MODEL", "--out", "OUT", "--sparse", "0.5"])
+    with pytest.raises(AssertionError, match="score has no option 'alhpa'"):
+        check_setting("score.alhpa=1")
+    with pytest.raises(AssertionError, match="no target .*dmeo"):
+        check_make(["dmeo"])
+    with pytest.raises(AssertionError, match="no extra among plot"):
+        check_pip(["install", ".[plot]"])
 
 
 # Running
