@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ SHORT = {
     "--repetitions": "1",
     "--warmup": "0",
 }
+TINY = {"num_hidden_layers": 2, "max_position_embeddings": 32}
 # verbs that go on in the folder they are given
 CONTINUING = ("sweep", "study")
 
@@ -105,10 +107,14 @@ def spans(page: Path) -> list[str]:
 # Checks that run nothing
 
 
+@cache
+def verbs() -> Any:
+    return typer.main.get_command(cli.app).commands
+
+
 def verb_called(name: str) -> Any:
-    verbs = typer.main.get_command(cli.app).commands
-    assert name in verbs, f"prunekit has no verb '{name}': it has {', '.join(verbs)}"
-    return verbs[name]
+    assert name in verbs(), f"prunekit has no verb '{name}': it has {', '.join(verbs())}"
+    return verbs()[name]
 
 
 def options_of(verb: str) -> set[str]:
@@ -159,7 +165,7 @@ CHECKS = {"prunekit": check_prunekit, "make": check_make, "pip": check_pip, "tor
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_what_prose_calls_a_command_or_an_option_is_one(page: Path) -> None:
-    anywhere = {"--help"}.union(*(options_of(verb) for verb in typer.main.get_command(cli.app).commands))
+    anywhere = {"--help"}.union(*(options_of(verb) for verb in verbs()))
     for span in spans(page):
         first, _, rest = span.partition(" ")
         if first == "prunekit" and rest and not rest.startswith("-"):
@@ -226,7 +232,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What pages take for granted: a model, a pruned one, a text, questions."""
     folder = tmp_path_factory.mktemp("inputs")
     model = folder / "path" / "to" / "model"
-    tiny.save_model(model, max_position_embeddings=32)
+    tiny.save_model(model, **TINY)
     prunekit.prune(model, out=folder / "path" / "to" / "pruned", method="magnitude")
     text = tiny.make_text()
     (folder / "my-text.jsonl").write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
@@ -356,8 +362,7 @@ def check_recipe(block: Block) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
 def test_everything_a_page_shows_runs(page: Path, place: Path) -> None:
-    model = tiny.make_model("llama", max_position_embeddings=32)
-    names: dict[str, Any] = {"__name__": "page", "model": model, "tokenizer": tiny.make_tokenizer()}
+    names: dict[str, Any] = {"model": tiny.make_model("llama", **TINY), "tokenizer": tiny.make_tokenizer()}
     shown = blocks(page)
     for block in shown:
         if block.language in ("toml", "yaml", "json"):
