@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from torch.distributed.run import get_args_parser
 
@@ -232,7 +233,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What pages take for granted: a model, a pruned one, a text, questions."""
     folder = tmp_path_factory.mktemp("inputs")
     model = folder / "path" / "to" / "model"
-    tiny.save_model(model, **TINY)
+    tiny.save_model(model, dtype=torch.bfloat16, **TINY)
     prunekit.prune(model, out=folder / "path" / "to" / "pruned", method="magnitude")
     text = tiny.make_text()
     (folder / "my-text.jsonl").write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
