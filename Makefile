@@ -13,7 +13,7 @@ DEMO = demo
 DEMO_SAMPLES ?= 16
 DEMO_LENGTH ?= 1024
 
-.PHONY: demo test lint types floor peers big clean
+.PHONY: demo test lint types docs floor peers big clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,10 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# the documentation's site; open site/index.html
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
 floor: $(STAMP)
 	$(BIN)/python benchmarks/floor.py --keep benchmarks/results/floor.json
 
@@ -52,4 +56,4 @@ big: $(STAMP)
 	    --keep benchmarks/results/big.json --figure benchmarks/results/big.svg
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         Inspection,
         Plan,
         bench,
+        compare,
         draw_weight,
         evaluate,
         export,
