@@ -145,11 +145,18 @@ def test_perplexity_equals_the_whole_models(smollm2: Path, data: Path) -> None:
 
 
 def test_command_line_run_stays_small(smollm2: Path, tmp_path: Path) -> None:
-    """Peak memory of a bfloat16 run, reload check included; an integer promise, unlike seconds."""
+    """Peak memory of a bfloat16 run, reload check included; an integer promise, unlike seconds.
+
+    What importing takes is left out: it depends on what else is installed (transformers imports scipy where it is).
+    """
     command = [sys.executable, "-m", "prunekit", "prune", str(smollm2), "--pattern", "2:4", "--dtype", "bfloat16"]
     command += ["--samples", "4", "--length", "1024", "--out", str(tmp_path / "out"), "--json"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["sparsity"] == pytest.approx(0.5, abs=1e-4)
     assert result["verification"]["difference"] <= result["verification"]["tolerance"]
-    assert result["peak_rss_bytes"] <= 800e6
+    script = (
+        "from transformers.models.llama import modeling_llama; from prunekit import machine; print(machine.rss_bytes())"
+    )
+    imports = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert result["peak_rss_bytes"] - int(imports.stdout) <= 450e6

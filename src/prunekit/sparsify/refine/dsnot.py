@@ -38,8 +38,8 @@ def dsnot(
     - `accept="official"` takes every swap while E is above that, as published. A swap may overshoot, and |E| then rises: the end may
       be worse than the start. "monotone" takes a swap only if it lowers |E|, and ends the row otherwise.
     - var is that of all tokens together; the code averages the variances within the sequences.
-    - 50 steps are meant for rows of thousands of weights. On SmolLM2-135M's rows of 576 they make Wanda's mask much worse, and 7, the same
-      share of a row, do not (docs/results/refinement.md).
+    - 50 steps are meant for rows of thousands of weights. On SmolLM2-135M's rows of 576 they make Wanda's mask much worse, and 7,
+      the same share of a row, do not (docs/results/refinement.md).
     - The row ends when it runs out of weights to swap; the code then goes on with weights of the wrong sign.
     - In groups, a swap that would turn the sign of E ends the row whatever `accept` says, as in the code.
     """
