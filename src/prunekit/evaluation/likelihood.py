@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _STEP = 4
+_PADDING = 64  # tokens: about what one more pass through the model costs on a processor
 _ROWS_OF_LOGITS = 4  # times what perplexity holds at a time: batches of some size matter more here
 
 
@@ -112,13 +113,20 @@ def _shared(sequences: Sequence[Continuation]) -> int:
 
 
 def _batches(rows: Sequence[_Row], shared: int, budget: int) -> Iterator[list[_Row]]:
-    """Rows of like length together, as many as make `budget` tokens when padded to the longest; at least one."""
-    ordered = sorted(rows, key=lambda row: -len(row.sequence.tokens))
-    start = 0
-    while start < len(ordered):
-        size = max(1, budget // (len(ordered[start].sequence.tokens) - 1 - shared))
-        yield ordered[start : start + size]
-        start += size
+    """Rows of like length together: at most `budget` tokens and `_PADDING` of padding at a time, but one row at least."""
+    batch: list[_Row] = []
+    longest = padding = 0
+    for row in sorted(rows, key=lambda row: -len(row.sequence.tokens)):
+        length = len(row.sequence.tokens) - 1 - shared
+        padding += longest - length
+        if batch and (padding > _PADDING or (len(batch) + 1) * longest > budget):
+            yield batch
+            batch = []
+        if not batch:
+            longest, padding = length, 0
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def _keys(model: PreTrainedModel, head: _Head, prefixes: Sequence[tuple[int, ...]]) -> Any:
