@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers.utils import logging
@@ -22,6 +23,30 @@ logging.disable_progress_bar()
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: whoever of several processes comes last is not left alone with them."""
     items.sort(key=lambda item: not {"real", "faults"} & set(item.path.parts))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What the fault tests have done is said at the end: a number nobody reads proves nothing.
+
+    It stands here because only this file is read by the process that several others report to.
+    """
+    survived: dict[str, int] = {}
+    injected: dict[str, int] = {}
+    seeds = set()
+    for report in [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]:
+        for name, value in report.user_properties:
+            if name == "faults":
+                for kind, (done, well) in value.items():
+                    injected[kind] = injected.get(kind, 0) + done
+                    survived[kind] = survived.get(kind, 0) + well
+            elif name == "fault seed":
+                seeds.add(value)
+    if injected:
+        parts = ", ".join(f"{kind} {survived[kind]}/{injected[kind]}" for kind in sorted(injected))
+        seed = ", ".join(map(str, sorted(seeds)))
+        terminalreporter.write_line(
+            f"faults survived: {sum(survived.values())} of {sum(injected.values())} ({parts}); PRUNEKIT_FAULT_SEED={seed}"
+        )
 
 
 @pytest.fixture
