@@ -26,7 +26,7 @@ from .errors import InputError
 from .evaluation.interval import difference_interval, ratio_interval
 from .evaluation.perplexity import paired_losses, perplexity_of, window_losses
 from .evaluation.record import EvaluationRecord, TaskFigures, TextFigures
-from .evaluation.tasks import Scored, file_tasks, score_file
+from .evaluation.tasks import Scored, file_tasks, read_task, score_file
 from .loading import load_model
 from .model.hidden import HiddenStates, room_for
 from .model.source import ResidentModel, StreamedModel, evaluating
@@ -191,23 +191,31 @@ def _paired(text: str, sums: torch.Tensor, length: int) -> TextFigures:
     return alone.model_copy(update=paired)
 
 
+def check_tasks(tasks: Sequence[str], limit: int | None) -> tuple[dict[str, Path], list[str]]:
+    """The tasks that are files, by name, and the harness's, as named. Raises `InputError` for what can be told without a model."""
+    if limit is not None and limit < 1:
+        raise InputError(f"limit {limit} is no number of questions: give 1 or more")
+    files, others = file_tasks(tasks)
+    for path in files.values():
+        read_task(path, limit)
+    if others:
+        from .evaluation.harness import check_installed
+
+        check_installed(others)
+    return files, others
+
+
 def on_tasks(
     model: Opened,
     against: Opened | None,
-    tasks: Sequence[str],
+    files: Mapping[str, Path],
+    others: Sequence[str],
     *,
     limit: int | None,
     trust_remote_code: bool,
     progress: Progress,
 ) -> list[TaskFigures]:
-    """Every metric of every task: files by our own scoring, other names by lm-evaluation-harness. Raises `InputError`."""
-    if limit is not None and limit < 1:
-        raise InputError(f"limit {limit} is no number of questions: give 1 or more")
-    files, others = file_tasks(tasks)
-    if others:
-        from .evaluation.harness import check_installed
-
-        check_installed(others)
+    """Every metric of every task: files by our own scoring, `others` by lm-evaluation-harness. Raises `InputError`."""
     sides = [
         _score_all(one, files, others, limit, trust_remote_code, progress)
         for one in (model, against)
@@ -268,13 +276,14 @@ def evaluate(
     texts = [text for text in texts if text != NO_TEXT]
     if not texts and not tasks:
         raise InputError("there is nothing to evaluate: give --text, --tasks or both")
+    files, others = check_tasks(tasks, limit)
     begun = time.perf_counter()
     on = on_texts(model, against, texts, length=length, samples=samples, progress=progress) if texts else []
     seconds = time.perf_counter() - begun
-    scored = (
-        on_tasks(model, against, tasks, limit=limit, trust_remote_code=trust_remote_code, progress=progress)
-        if tasks
-        else []
-    )
+    scored = []
+    if tasks:
+        scored = on_tasks(
+            model, against, files, others, limit=limit, trust_remote_code=trust_remote_code, progress=progress
+        )
     name = None if against is None else against.name
     return Evaluation(model.name, name, tuple(on), tuple(scored), seconds, machine.peak_rss_bytes())
