@@ -24,11 +24,10 @@ from .checkpoint.storage import write_json
 from .checkpoint.writer import EVALUATION_NAME
 from .errors import InputError
 from .evaluation.interval import difference_interval, ratio_interval
-from .evaluation.perplexity import paired_losses, perplexity_of, window_losses
+from .evaluation.perplexity import paired_losses, perplexity_of, walked, window_losses
 from .evaluation.record import EvaluationRecord, TaskFigures, TextFigures
-from .evaluation.tasks import Scored, file_tasks, read_task, score_file
+from .evaluation.tasks import Item, Scored, file_tasks, read_task, score_items
 from .loading import load_model
-from .model.hidden import HiddenStates, room_for
 from .model.source import ResidentModel, StreamedModel, evaluating
 from .model.stream import Walk, Windows
 from .progress import Progress
@@ -136,7 +135,7 @@ def on_texts(
         behind = []
         for walk in walks:
             stack.enter_context(evaluating(walk.source.module))
-            behind.append(_through(walk, stack, progress))
+            behind.append(stack.enter_context(walked(walk, progress.step)))
         counts = [len(part) for part in cut]
         if against is None:
             losses = window_losses(walks[0], behind[0])
@@ -165,14 +164,6 @@ def _windows(text: str, model: Opened, against: Opened | None, length: int, samp
     return windows
 
 
-def _through(walk: Walk, stack: ExitStack, progress: Progress) -> HiddenStates:
-    walk.prepare()
-    hidden = stack.enter_context(room_for(walk.shape, walk.dtype, walk.source.device))
-    walk.start(hidden)
-    walk.run_all(progress.step)
-    return hidden
-
-
 def _alone(text: str, losses: torch.Tensor, length: int) -> TextFigures:
     windows = len(losses)
     perplexity = perplexity_of(losses, windows * (length - 1))
@@ -191,24 +182,25 @@ def _paired(text: str, sums: torch.Tensor, length: int) -> TextFigures:
     return alone.model_copy(update=paired)
 
 
-def check_tasks(tasks: Sequence[str], limit: int | None) -> tuple[dict[str, Path], list[str]]:
-    """The tasks that are files, by name, and the harness's, as named. Raises `InputError` for what can be told without a model."""
+def check_tasks(tasks: Sequence[str], limit: int | None) -> tuple[dict[str, list[Item]], list[str]]:
+    """The questions of the tasks that are files, by name, and the harness's tasks, as named.
+
+    Raises `InputError` for what can be told without a model.
+    """
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit} is no number of questions: give 1 or more")
     files, others = file_tasks(tasks)
-    for path in files.values():
-        read_task(path, limit)
     if others:
-        from .evaluation.harness import check_installed
+        from .evaluation.harness import check_known
 
-        check_installed(others)
-    return files, others
+        check_known(others)
+    return {name: read_task(path, limit) for name, path in files.items()}, others
 
 
 def on_tasks(
     model: Opened,
     against: Opened | None,
-    files: Mapping[str, Path],
+    files: Mapping[str, Sequence[Item]],
     others: Sequence[str],
     *,
     limit: int | None,
@@ -227,7 +219,7 @@ def on_tasks(
 
 def _score_all(
     opened: Opened,
-    files: Mapping[str, Path],
+    files: Mapping[str, Sequence[Item]],
     others: Sequence[str],
     limit: int | None,
     trust_remote_code: bool,
@@ -236,8 +228,8 @@ def _score_all(
     model = opened.whole(trust_remote_code)
     found = {}
     with evaluating(model):
-        for name, path in files.items():
-            found[name] = score_file(name, path, model, opened.tokenizer, limit=limit, progress=progress)
+        for name, items in files.items():
+            found[name] = score_items(name, items, model, opened.tokenizer, progress=progress)
         if others:
             from .evaluation.harness import score_tasks
 

@@ -118,14 +118,14 @@ def test_the_first_of_equal_choices_counts_and_length_is_that_of_the_choice() ->
 def test_files_score_as_in_the_harness(family: str, tmp_path: Path) -> None:
     """The same questions as a task of its own, through its own loop: the same answers, question by question."""
     from prunekit.evaluation.harness import score_tasks
-    from prunekit.evaluation.tasks import score_file
+    from prunekit.evaluation.tasks import score_items
     from prunekit.progress import Silent
 
     model, tokenizer = tiny.make_model(family), tiny.make_tokenizer()
     path = write(tmp_path / "own.jsonl", draw_items())
     yaml = harness_task(tmp_path, path)
     theirs = score_tasks(model, tokenizer, [str(yaml)])["own"]
-    ours = score_file("own", path, model, tokenizer, limit=None, progress=Silent())
+    ours = score_items("own", read_task(path), model, tokenizer, progress=Silent())
     assert theirs.n == ours.n == 60
     for metric in ("acc", "acc_norm"):
         assert ours.metrics[metric].values is not None

@@ -22,13 +22,22 @@ _BATCH = 8
 _SUFFIXES = (".yaml", ".yml")
 
 
-def check_installed(names: Sequence[str]) -> None:
-    """Raise `InputError` where a task is neither a file nor can be one of the harness's."""
+def check_known(names: Sequence[str]) -> None:
+    """Raise `InputError` where there is no harness, or it has no such task."""
     if find_spec("lm_eval") is None:
         raise InputError(
             f"task '{names[0]}' is no .jsonl file, and tasks by name are those of lm-evaluation-harness: "
             "pip install 'prunekit[eval]'"
         )
+    known = _manager().all_tasks
+    for name in names:
+        if Path(name).suffix in _SUFFIXES:
+            if not Path(name).is_file():
+                raise InputError(f"task file '{name}' does not exist")
+        elif name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{close[0]}'? " if close else ""
+            raise InputError(f"task '{name}' is unknown to lm-evaluation-harness: {hint}`lm-eval ls tasks` lists them")
 
 
 def score_tasks(
@@ -39,24 +48,15 @@ def score_tasks(
     Args:
         model: in memory, on its device.
         tokenizer: the model's.
-        names: of tasks, groups or tags; or task files (`.yaml`).
+        names: of tasks, groups or tags; or task files (`.yaml`); `check_known` has seen them.
         limit: only the first so many questions of each.
 
     Raises:
-        InputError: there is no such task, or its data cannot be had.
+        InputError: a task's data cannot be had, or its file is wrong.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    manager = _manager()
-    for name in names:
-        if Path(name).suffix in _SUFFIXES:
-            if not Path(name).is_file():
-                raise InputError(f"task file '{name}' does not exist")
-        elif name not in manager.all_tasks:
-            close = difflib.get_close_matches(name, manager.all_tasks, n=1)
-            hint = f"did you mean '{close[0]}'? " if close else ""
-            raise InputError(f"task '{name}' is unknown to lm-evaluation-harness: {hint}`lm-eval ls tasks` lists them")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the harness's, about itself
         try:
@@ -64,7 +64,7 @@ def score_tasks(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH),
                 tasks=list(names),
                 limit=limit,
-                task_manager=manager,
+                task_manager=_manager(),
             )
         except (OSError, ValueError, KeyError) as problem:  # data that cannot be had, task files that are wrong
             reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -44,13 +45,20 @@ def perplexity(
     if windows.keep is not None:
         raise InputError("perplexity is defined over whole windows: give windows without padding")
     walk = Walk(source, windows, batch)
-    walk.prepare()
-    with room_for(walk.shape, walk.dtype, source.device) as hidden:
-        walk.start(hidden)
-        walk.run_all(step)
+    with walked(walk, step) as hidden:
         found = perplexity_behind(walk, hidden)
     step()
     return found
+
+
+@contextmanager
+def walked(walk: Walk, step: Callable[[], None] = lambda: None) -> Iterator[HiddenStates]:
+    """The hidden states behind the last block; `step` is called after each block."""
+    walk.prepare()
+    with room_for(walk.shape, walk.dtype, walk.source.device) as hidden:
+        walk.start(hidden)
+        walk.run_all(step)
+        yield hidden
 
 
 @torch.inference_mode()

@@ -156,11 +156,10 @@ def file_tasks(tasks: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
     return files, others
 
 
-def score_file(
-    name: str, path: Path, model: PreTrainedModel, tokenizer: Any, *, limit: int | None, progress: Progress
+def score_items(
+    name: str, items: Sequence[Item], model: PreTrainedModel, tokenizer: Any, *, progress: Progress
 ) -> Scored:
-    """`acc` and `acc_norm` of a model on a task file. Raises `InputError`."""
-    items = read_task(path, limit)
+    """`acc` and `acc_norm` of a model on the questions of a task. Raises `InputError`."""
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or DEFAULT_LENGTH
     encoded = [encode(item, tokenizer, longest) for item in items]
     progress.start(name, sum(len(item.pairs) for item in items))
