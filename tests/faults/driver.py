@@ -383,7 +383,9 @@ def _judge(fault: dict[str, Any], attempt: Attempt, out: Path, before: set[str])
             wrong.append(f"refused as wrong input, and left {sorted(contents(out))}")
     if kind in ("error", "interrupt") and status:
         left = [name for name in sorted(contents(out).keys() - before) if storage.is_temporary(Path(name))]
-        if kind == "error" and lock.LOCK_NAME in contents(out):  # an interruption may come just before it is removed
+        held = status == 1 or lock.LOCK_NAME not in before  # a refused run never held what a killed one left
+        # an interruption may come just before it is removed
+        if kind == "error" and held and lock.LOCK_NAME in contents(out):
             left.append(lock.LOCK_NAME)
         wrong += [f"left behind: {name}" for name in left]
     return wrong
