@@ -16,7 +16,7 @@ from __future__ import annotations
 import mmap
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,6 +108,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def exchanged(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a module compute with other parameters and buffers for the time being."""
+    before = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    _set(module, tensors)
+    try:
+        yield
+    finally:
+        _set(module, before)
+
+
+def _set(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for path, tensor in tensors.items():
+        home, _, name = path.rpartition(".")
+        setattr(module.get_submodule(home), name, tensor)
 
 
 class StreamedModel:
@@ -236,7 +253,7 @@ class StreamedModel:
         """A stored matrix of which only the rows `ids` are real; the others are memory nobody has touched, which takes no room."""
         used = torch.zeros(shape[0], dtype=torch.bool)
         used[ids.reshape(-1).cpu()] = True
-        matrix = _untouched(shape, self.dtype)
+        matrix = untouched(shape, self.dtype)
         for start, rows in self.reader.rows(key):
             _refuse_not_finite(rows, key, "outside the blocks")
             mine = used[start : start + len(rows)].nonzero().flatten()
@@ -283,7 +300,7 @@ class StreamedModel:
 
     def _place_nothing(self, name: str) -> None:
         """Give a parameter its device and dtype but no values, for code that asks it for those."""
-        nothing = _untouched(self._shapes[name], self.dtype).to(self.device)
+        nothing = untouched(self._shapes[name], self.dtype).to(self.device)
         self._set_parameter(name, nn.Parameter(nothing, requires_grad=False))
 
     def _set_parameter(self, name: str, parameter: nn.Parameter) -> None:
@@ -374,7 +391,7 @@ class _ChunkedHead:
         return output if self._linear.bias is None else output + self._linear.bias
 
 
-def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros that take no memory until they are written: pages of an anonymous map, not joined into huge ones."""
     size = max(1, torch.Size(shape).numel() * dtype.itemsize)
     memory = mmap.mmap(-1, size)

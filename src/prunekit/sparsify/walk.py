@@ -23,7 +23,7 @@ from ..distributed import Ranks
 from ..errors import InputError
 from ..model.anatomy import Anatomy, Block, Linear, weight_of
 from ..model.hidden import HiddenStates, InMemory, Place, room_for
-from ..model.source import StreamedModel
+from ..model.source import StreamedModel, exchanged
 from ..model.stream import Walk
 from ..recipe import Pattern, Recipe
 from ..statistics import Collector, Statistics
@@ -429,23 +429,6 @@ def resident_place(model: nn.Module, linear: Linear) -> tuple[Tensor, Tensor | N
     module = model.get_submodule(linear.full_name)
     bias = module.bias
     return weight_of(module), bias.detach() if isinstance(bias, Tensor) else None
-
-
-@contextmanager
-def exchanged(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let a module compute with other parameters and buffers for the time being."""
-    before = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    _set(module, tensors)
-    try:
-        yield
-    finally:
-        _set(module, before)
-
-
-def _set(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    for path, tensor in tensors.items():
-        home, _, name = path.rpartition(".")
-        setattr(module.get_submodule(home), name, tensor)
 
 
 def error_squares(weight: Tensor, change: Callable[[slice], Tensor], inputs: Tensor, rows: slice) -> Tensor:

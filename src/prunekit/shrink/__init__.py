@@ -1,0 +1,1 @@
+"""Shrink: remove structures, so that a model is really smaller."""

@@ -1,0 +1,124 @@
+"""A plan: which units of which blocks stay, by their numbers in the original model. Plain JSON, so that it can be read and repeated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .units import Structure
+
+FORMAT = 1
+PLAN_NAME = "prune_plan.json"
+
+Structures = Sequence[Sequence[Structure]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is kept of every block of the original model, in its order.
+
+    `blocks[i]` says for each structure of block i (by its consumer's name, like `mlp.down_proj`) which units stay, ascending; it is None
+    where the whole block goes. A structure that is not named stays whole.
+    """
+
+    blocks: tuple[Mapping[str, tuple[int, ...]] | None, ...]
+
+    @classmethod
+    def whole(cls, structures: Structures) -> Plan:
+        """The plan that removes nothing."""
+        return cls(tuple({each.name: tuple(range(each.count)) for each in block} for block in structures))
+
+    @property
+    def kept_blocks(self) -> list[int]:
+        """Numbers of the blocks that stay."""
+        return [index for index, block in enumerate(self.blocks) if block is not None]
+
+    def kept(self, structure: Structure) -> Tensor:
+        """The units of a structure that stay, ascending, [kept] int64; none where its block goes."""
+        block = self.blocks[structure.block]
+        if block is None:
+            return torch.empty(0, dtype=torch.int64)
+        return torch.tensor(block.get(structure.name, range(structure.count)), dtype=torch.int64)
+
+    def removed(self, structures: Structures, block_parameters: Sequence[int]) -> int:
+        """How many parameters go, `block_parameters` being those of every block."""
+        total = 0
+        for block, parameters in zip(structures, block_parameters, strict=True):
+            for structure in block:
+                if self.blocks[structure.block] is not None:
+                    total += structure.cost * (structure.count - len(self.kept(structure)))
+            if block and self.blocks[block[0].block] is None:
+                total += parameters
+        return total
+
+    def uniform(self, structures: Structures) -> bool:
+        """Whether every block that stays keeps as many units of each structure."""
+        counts = [
+            {structure.name: len(self.kept(structure)) for structure in structures[index]} for index in self.kept_blocks
+        ]
+        return all(each == counts[0] for each in counts)
+
+    def to_json(self, structures: Structures) -> dict[str, Any]:
+        """The plan as plain data; `units` says of how many, so that it is not taken for another model's."""
+        blocks = [
+            None
+            if kept is None
+            else {each.name: {"units": each.count, "kept": list(map(int, self.kept(each)))} for each in block}
+            for kept, block in zip(self.blocks, structures, strict=True)
+        ]
+        return {"format": FORMAT, "blocks": blocks}
+
+    @classmethod
+    def from_json(cls, content: Any, structures: Structures) -> Plan:
+        """A plan for the model whose `structures` these are. Raises `InputError` where it was made for another or is no plan."""
+        blocks = content.get("blocks") if isinstance(content, dict) else None
+        if not isinstance(blocks, list) or content.get("format") != FORMAT:
+            raise InputError(f"this is no plan of prunekit: it must hold format {FORMAT} and a list of blocks")
+        if len(blocks) != len(structures):
+            raise InputError(f"the plan is for a model of {len(blocks)} blocks, this one has {len(structures)}")
+        found: list[Mapping[str, tuple[int, ...]] | None] = []
+        for index, (entry, block) in enumerate(zip(blocks, structures, strict=True)):
+            found.append(None if entry is None else _block(index, entry, block))
+        if not any(block is not None for block in found):
+            raise InputError("the plan keeps no block: nothing would be left of the model")
+        return cls(tuple(found))
+
+    @classmethod
+    def read(cls, path: Path, structures: Structures) -> Plan:
+        """The plan in a file. Raises `InputError`."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as problem:
+            raise InputError(f"plan '{path}' cannot be read: {problem.strerror}") from None
+        except ValueError as problem:
+            raise InputError(f"plan '{path}' is not valid JSON: {problem}") from None
+        try:
+            return cls.from_json(content, structures)
+        except InputError as problem:
+            raise InputError(f"plan '{path}': {problem}") from None
+
+
+def _block(index: int, entry: Any, structures: Sequence[Structure]) -> dict[str, tuple[int, ...]]:
+    known = {structure.name: structure for structure in structures}
+    if not isinstance(entry, dict) or set(entry) - set(known):
+        names = ", ".join(map(str, sorted(set(entry) - set(known)))) if isinstance(entry, dict) else repr(entry)
+        raise InputError(f"block {index} has no structure {names}: it has {', '.join(sorted(known))}")
+    found = {}
+    for name, said in entry.items():
+        count = known[name].count
+        kept = said.get("kept") if isinstance(said, dict) else None
+        if not isinstance(kept, list) or said.get("units") != count:
+            raise InputError(f"'{name}' of block {index} has {count} units, the plan was made for {said}")
+        if not all(type(unit) is int and 0 <= unit < count for unit in kept) or sorted(set(kept)) != kept:
+            raise InputError(f"'{name}' of block {index}: kept units must be ascending numbers below {count}")
+        if not kept:
+            raise InputError(f"'{name}' of block {index} would be left empty: keep at least one unit")
+        found[name] = tuple(kept)
+    return found
