@@ -12,12 +12,15 @@ import prunekit
 import tiny
 from prunekit import InputError
 from prunekit.api import addable
-from prunekit.catalogue import METHODS, PARTS, find_method
+from prunekit.catalogue import METHODS, PARTS, UNIT_PARTS, find_method
 from prunekit.parts import find_part, parts
 from prunekit.report.methods import as_markdown
+from prunekit.shrink.shrinker import Shrinker
 from prunekit.sparsify.linear import Sparsifier
 
 KINDS = ("refine", "reconstruct", "tune")
+SPARSIFY = [row for row in METHODS.values() if row.kind == "sparsify"]
+SHRINK = [row for row in METHODS.values() if row.kind == "shrink"]
 
 
 def ids(windows: int = 6) -> torch.Tensor:
@@ -26,7 +29,7 @@ def ids(windows: int = 6) -> torch.Tensor:
 
 @pytest.mark.parametrize("pattern", ["0.6", "2:4"])
 @pytest.mark.parametrize(
-    "name", [*METHODS, "ria+r2-dsnot+least-squares+blockwise+owl", "magnitude+swaps", "stade+alps"]
+    "name", [*(row.name for row in SPARSIFY), "ria+r2-dsnot+least-squares+blockwise+owl", "magnitude+swaps", "stade+alps"]
 )
 def test_every_method_gives_exact_counts_and_is_repeatable(name: str, pattern: str) -> None:
     results = []
@@ -52,15 +55,24 @@ def test_every_registered_part_is_used_or_can_be_added() -> None:
     for kind in KINDS:
         assert set(parts(kind)) == {name for name, its in PARTS.items() if its == kind}
     assert set(parts("budget")) == {"uniform", *(name for name, its in PARTS.items() if its == "budget")}
-    assert set(parts("score")) == {row.score for row in METHODS.values() if row.score is not None}
-    for row in METHODS.values():
+    assert set(parts("score")) == {row.score for row in SPARSIFY if row.score is not None}
+    assert set(parts("compensate")) == {name for name, its in UNIT_PARTS.items() if its == "compensate"}
+    assert set(parts("unit-score")) == {row.score for row in SHRINK}
+    for row in SPARSIFY:
         sparsifier = Sparsifier.of(row, {})
         assert [bound.part.kind for bound in sparsifier.parts] == [
             kind for kind in ("score", *KINDS) if getattr(row, kind) is not None
         ]
         assert find_part("budget", row.budget)
+    for row in SHRINK:
+        shrinker = Shrinker.of(row, {})
+        assert [bound.part.word for bound in shrinker.parts] == [
+            kind for kind in ("score", "compensate") if getattr(row, kind) is not None
+        ]
+        assert shrinker.budget.part is find_part("unit-budget", row.budget)
+    for row in METHODS.values():
         assert row.summary.endswith(".")
-        assert "http" in row.paper
+        assert "http" in row.paper or row.name == "random"
 
 
 def test_parts_join_by_name_and_a_recipe_may_exchange_them() -> None:

@@ -439,8 +439,8 @@ def test_methods_that_measure_first_or_refit_resume_to_the_same_bits(
             walks.append(1)
             return profile(self, *arguments)
 
-        profile = SparsifyWalk.profile
-        patch.setattr(SparsifyWalk, "profile", count)
+        profile = SparsifyWalk._profile
+        patch.setattr(SparsifyWalk, "_profile", count)
         interrupt(setting, out, 2, method=method)
         setting.run(out, method=method, resume=True)
         assert len(walks) == ("owl" in method), "the journal knows what the first walk found"

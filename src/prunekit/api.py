@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from . import pruning
+from .binding import Bound
 from .calibration.text import documents
 from .calibration.windows import calibration_windows, window_length
-from .catalogue import METHODS, PARTS, find_method
+from .catalogue import METHODS, PARTS, UNIT_PARTS, Method, find_method
 from .checkpoint.locate import locate
 from .errors import InputError, nearest
 from .evaluating import Evaluation, Opened
@@ -28,6 +29,8 @@ from .planning import Plan, make_plan
 from .progress import Progress, Silent
 from .pruning import Result
 from .recipe import Recipe
+from .shrink.shrinker import Shrinker
+from .sparsify.budget import Budget
 from .sparsify.linear import Sparsifier
 
 if TYPE_CHECKING:
@@ -542,13 +545,11 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
     rows = [find_method(name)] if name is not None else list(METHODS.values())
     listed = []
     for row in rows:
-        sparsifier = Sparsifier.of(row, {})
+        parts, budget, more = _parts_of(row)
         options: dict[str, Any] = {}
-        for bound in sparsifier.parts:
-            options |= {f"{bound.part.kind}.{name}": value for name, value in bound.options.items()}
-        budget = find_part("budget", row.budget)
-        options |= {f"budget.{option.name}": option.default for option in budget.options.values()}
-        options |= {"pattern.group": row.group, "budget.overrides": {}, "budget.ignore": []}
+        for bound in parts:
+            options |= {f"{bound.part.word}.{name}": value for name, value in bound.options.items()}
+        options |= {f"budget.{name}": value for name, value in budget.options.items()} | more
         listed.append(
             {
                 "name": row.name,
@@ -558,11 +559,14 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
                 "refine": row.refine,
                 "reconstruct": row.reconstruct,
                 "tune": row.tune,
-                "formulas": {bound.part.kind: bound.part.summary for bound in sparsifier.parts},
-                "notes": [bound.part.note for bound in sparsifier.parts if bound.part.note],
+                "compensate": row.compensate,
+                "formulas": {bound.part.word: bound.part.summary for bound in parts},
+                "notes": [bound.part.note for bound in parts if bound.part.note],
                 "group": row.group,
                 "budget": row.budget,
-                "needs": sorted(sparsifier.needs | budget.needs),
+                "needs": sorted(
+                    frozenset().union(*(bound.part.needs for bound in parts), budget.part.needs) - {"scores"}
+                ),
                 "options": options,
                 "paper": row.paper,
             }
@@ -570,10 +574,28 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
     return listed
 
 
+def _parts_of(row: Method) -> tuple[list[Bound], Bound, dict[str, Any]]:
+    """A method's parts, its budget, and options that are no part's, each with its default."""
+    if row.kind == "shrink":
+        shrinker = Shrinker.of(row, {})
+        given = shrinker.budget
+        common = {
+            f"budget.{name}": value for name, value in given.resolved.items() if name not in ("name", *given.options)
+        }
+        return shrinker.parts, Bound(given.part, given.options), common
+    budget = Budget.of(row)
+    more = {"pattern.group": row.group, "budget.overrides": {}, "budget.ignore": []}
+    return Sparsifier.of(row, {}).parts, Bound(budget.part, budget.options), more
+
+
 def addable() -> list[dict[str, str]]:
-    """The parts that can be added to a method by name, as in `wanda+dsnot`: name, kind, what they do, paper."""
+    """The parts that can be added to a method by name, as in `wanda+dsnot`: name, kind, to what kind of method, what they do, paper."""
     found = [find_part(kind, name) for name, kind in PARTS.items()]
-    return [{"name": part.name, "kind": part.kind, "summary": part.summary, "paper": part.paper} for part in found]
+    found += [find_part("unit-budget" if kind == "budget" else kind, name) for name, kind in UNIT_PARTS.items()]
+    return [
+        {"name": part.name, "kind": part.word, "to": part.to, "summary": part.summary, "paper": part.paper}
+        for part in found
+    ]
 
 
 def _calibration(given: str | Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,13 @@ PARTS: dict[str, str] = {
     "blockwise": "tune",
     "owl": "budget",
 }
+# The same for methods that remove structures.
+UNIT_PARTS: dict[str, str] = {
+    "bias": "compensate",
+    "least-squares": "compensate",
+    "global-cost": "budget",
+    "global-types": "budget",
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class Method:
     `group` is what weights are compared with when a fraction is asked for: those of the same output `row`, or of the whole
     `layer` (the linear). A `K:G` pattern compares within its groups of G, whatever the method. `score` is None where the
     reconstruction chooses what to keep while it solves. `options` are defaults that differ from the parts' own.
+    Of the `kind` shrink, a method removes structures: its score ranks units, its `budget` says how many stay, `compensate` refits the
+    linears that lose inputs.
     """
 
     name: str
@@ -45,6 +54,7 @@ class Method:
     refine: str | None = None
     reconstruct: str | None = None
     tune: str | None = None
+    compensate: str | None = None
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -189,6 +199,67 @@ METHODS: dict[str, Method] = {
             budget="owl",
             paper="Yin et al. 2024, https://arxiv.org/abs/2310.05175",
         ),
+        Method(
+            name="random",
+            kind="shrink",
+            summary="Remove units at random; what every criterion has to beat.",
+            score="random",
+            group="unit",
+            paper="",
+        ),
+        Method(
+            name="magnitude-sp",
+            kind="shrink",
+            summary="Remove the units with the smallest weights, all coupled matrices counted; looks at no data.",
+            score="magnitude",
+            group="unit",
+            paper="An et al. 2023, https://arxiv.org/abs/2312.11983",
+        ),
+        Method(
+            name="wanda-sp",
+            kind="shrink",
+            summary="Wanda for units: mean magnitude of a column times the norm of its input.",
+            score="wanda-sp",
+            group="unit",
+            paper="An et al. 2023, https://arxiv.org/abs/2312.11983",
+        ),
+        Method(
+            name="flap",
+            kind="shrink",
+            summary="Remove what fluctuates least, over the whole model, and put its mean into a bias.",
+            score="flap",
+            group="unit",
+            budget="global-cost",
+            compensate="bias",
+            paper="An et al. 2023, https://arxiv.org/abs/2312.11983",
+        ),
+        Method(
+            name="llm-bip",
+            kind="shrink",
+            summary="Remove the units whose absence can move the block's output least.",
+            score="llm-bip",
+            group="unit",
+            paper="Wu 2024, https://arxiv.org/abs/2412.06419",
+        ),
+        Method(
+            name="numerical",
+            kind="shrink",
+            summary="Newton's method on a relaxed mask, a cut over the whole model, kept columns refitted by least squares.",
+            score="numerical",
+            group="unit",
+            budget="global-cost",
+            compensate="least-squares",
+            paper="Shen et al. 2024, https://arxiv.org/abs/2412.12441",
+        ),
+        Method(
+            name="obs",
+            kind="shrink",
+            summary="Remove the units that the others can best make up for, and let them.",
+            score="obs",
+            group="unit",
+            compensate="least-squares",
+            paper="equations 1 to 3 of https://arxiv.org/abs/2409.17372",
+        ),
     )
 }
 
@@ -199,10 +270,11 @@ def find_method(name: str) -> Method:
     if base not in METHODS:
         raise InputError(f"method '{base}' is unknown: {nearest(base, METHODS)}")
     method = METHODS[base]
+    known = PARTS if method.kind == "sparsify" else UNIT_PARTS
     for part in added:
-        if part not in PARTS:
-            raise InputError(f"'{part}' of method '{name}' is no part that can be added: {nearest(part, PARTS)}")
-        kind = PARTS[part]
+        if part not in known:
+            raise InputError(f"'{part}' of method '{name}' is no part that can be added: {nearest(part, known)}")
+        kind = known[part]
         if getattr(method, kind) not in (None, "uniform"):
             raise InputError(
                 f"method '{name}' has two parts of the kind {kind}: '{getattr(method, kind)}' and '{part}'"

@@ -54,6 +54,12 @@ def _recipe(
     ratio: Annotated[
         float | None, typer.Option(help="Fraction of the block parameters to remove (shrink methods).")
     ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="uniform: every block as wide (loads anywhere); or free (shrink methods).")
+    ] = None,
+    align: Annotated[
+        int | None, typer.Option(help="Channels kept in a block are a multiple of this (shrink methods).")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -103,9 +109,22 @@ def _recipe(
         for name, value in (("source", calibration), ("samples", samples), ("length", length)):
             if value is not None:
                 section[name] = value
-        for setting in settings or []:
+        said_of_shape = {"shape": shape, "align": align}
+        settings = [f"budget.{k}={v}" for k, v in said_of_shape.items() if v is not None] + (settings or [])
+        for setting in settings:
             assign(values, setting)
     return Recipe.build(values)
+
+
+def _what_went(result: Any) -> str:
+    """The lines of a run's outcome that say what is gone."""
+    zeros = f"{result.zeros:,} zeros of {result.weights:,} weights in {result.blocks} blocks"
+    if not result.removed:
+        return f"  sparsity    {result.sparsity:.4f}  ({zeros})\n  parameters  {result.parameters:,}, none removed\n"
+    return (
+        f"  parameters  {result.parameters:,} -> {result.parameters - result.removed:,}\n"
+        f"  ratio       {result.ratio:.4f}  ({result.removed:,} of {result.block_parameters:,} block parameters removed)\n"
+    )
 
 
 def _takes_recipe(verb: Callable[..., None], without: Sequence[str] = ()) -> Callable[..., None]:
@@ -160,8 +179,7 @@ def prune(
         as_json,
         summary,
         f"{recipe.model} pruned with {result.method} -> {result.out}\n"
-        f"  sparsity    {result.sparsity:.4f}  ({result.zeros:,} zeros of {result.weights:,} weights in {result.blocks} blocks)\n"
-        f"  parameters  {result.parameters:,}, none removed\n"
+        + _what_went(result)
         + (
             ""
             if result.permuted is None
@@ -403,10 +421,10 @@ def methods(
     if name is None:
         width = max(len(row["name"]) for row in rows)
         text = "\n".join(
-            f"{row['name']:<{width}}  {row['kind']}  per {row['group']:<5}  {row['summary']}" for row in rows
+            f"{row['name']:<{width}}  {row['kind']:<8}  per {row['group']:<5}  {row['summary']}" for row in rows
         )
-        text += "\n\nparts that can be added to any, like wanda+dsnot:\n" + "\n".join(
-            f"{part['name']:<{width}}  {part['kind']:<11}  {part['summary']}" for part in addable()
+        text += "\n\nparts that can be added to any of their kind, like wanda+dsnot:\n" + "\n".join(
+            f"{part['name']:<{width}}  {part['to']:<8}  {part['kind']:<11}  {part['summary']}" for part in addable()
         )
         _emit(as_json, rows, text)
         return
@@ -418,8 +436,12 @@ def methods(
         f"{row['name']}: {row['summary']}\n"
         + "".join(f"  {kind:<11} {row[kind]}: {formula}\n" for kind, formula in row["formulas"].items())
         + "".join(f"  note        {note}\n" for note in row["notes"])
-        + f"  compares    weights of the same {row['group']} (a K:G pattern: of the same group of G)\n"
-        f"  budget      {row['budget']}\n"
+        + (
+            "  removes     groups of heads and channels\n"
+            if row["kind"] == "shrink"
+            else f"  compares    weights of the same {row['group']} (a K:G pattern: of the same group of G)\n"
+        )
+        + f"  budget      {row['budget']}\n"
         f"  measures    {', '.join(row['needs']) or 'nothing'}\n"
         f"  paper       {row['paper']}\n"
         f"  options\n{options}",
@@ -692,6 +714,12 @@ def study(
         ),
     ] = None,
     text: Annotated[str | None, typer.Option(help="Evaluation text in the place of the file's.")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="uniform: every block as wide (loads anywhere); or free (shrink methods).")
+    ] = None,
+    align: Annotated[
+        int | None, typer.Option(help="Channels kept in a block are a multiple of this (shrink methods).")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(

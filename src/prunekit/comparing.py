@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import machine
+from .blockwalk import LinearReport
 from .calibration.text import documents
 from .calibration.windows import (
     calibration_windows,
@@ -39,7 +40,7 @@ from .progress import Progress, Silent
 from .recipe import Recipe
 from .report.comparison import as_markdown
 from .report.plots import check_drawable, draw_comparison
-from .sparsify.walk import LinearReport, SparsifyWalk, parts_of, stored_place
+from .sparsify.walk import Sparsification, stored_place
 
 RESULT_NAME, TABLE_NAME, FIGURE_NAME = "compare.json", "compare.md", "compare.svg"
 
@@ -124,7 +125,7 @@ def compare(
     )
     tokenizer = load_tokenizer(folder, trust_remote_code=first.trust_remote_code)
     length = window_length(source.module.config, first.calibration.length, progress)
-    bound = [parts_of(recipe, source.anatomy) for recipe in recipes]
+    jobs = [Sparsification.of(recipe, source.anatomy) for recipe in recipes]
     windows = calibration_windows(
         documents(first.calibration.source, "calibration"),
         tokenizer,
@@ -140,12 +141,11 @@ def compare(
 
     walk = Walk(source, windows, first.calibration.batch)
     walk.prepare()
-    pruners = [SparsifyWalk(walk, sparsifier, patterns, dense=True) for sparsifier, _, patterns in bound]
-    for recipe, pruner, (_, budget, _) in zip(recipes, pruners, bound, strict=True):
-        if budget.part.measure is not None:
-            progress.start(f"{recipe.method}: {budget.part.name}", len(source.anatomy.blocks))
-            profile = pruner.profile(budget, partial(stored_place, source), progress.step)
-            pruner.patterns = budget.allot(source.anatomy, recipe.target, profile)
+    pruners = [job.work(walk, dense=True) for job in jobs]
+    for recipe, pruner in zip(recipes, pruners, strict=True):
+        if pruner.looks_ahead:
+            progress.start(f"{recipe.method}: {pruner.looks_ahead}", len(source.anatomy.blocks))
+            pruner.look_ahead(None, partial(stored_place, source), progress.step)
     needs = frozenset().union(*(pruner.sparsifier.needs for pruner in pruners))
     pruners[0].start()
 

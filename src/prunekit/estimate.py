@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import machine
+from .blockwalk import Appetite
 from .errors import InputError
 from .model.source import StreamedModel
-from .sparsify.linear import Sparsifier
 
 # activations a block holds at a time, in vectors a token: of the widest linear's width, and of the hidden states' width
 _WIDE, _NARROW = 4, 8
-_CHUNKS = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def needs_of(
     length: int,
     batch: int,
     width: int,
-    sparsifier: Sparsifier,
+    appetite: Appetite,
     budget: int,
     base: int,
 ) -> Needs:
@@ -54,7 +53,7 @@ def needs_of(
         length: tokens per window.
         batch: windows per forward pass.
         width: of the hidden states.
-        sparsifier: the method, whose parts say what they measure and whether they work in chunks of rows.
+        appetite: what the method takes.
         budget: memory budget in bytes.
         base: bytes resident before anything of the model is read.
     """
@@ -69,32 +68,20 @@ def needs_of(
         other = [key for key in keys if source.reader.entries[key].dtype != source.dtype]
         converted = max(converted, sum(counts[key] * size for key in other))
     linears = list(anatomy.linears())
-    largest = max(linear.count for linear in linears)
     block_weights = max(sum(linear.count for linear in each.linears) for each in anatomy.blocks)
     widest = max(max(linear.out_features, linear.in_features) for linear in linears)
     activations = batch * length * (_WIDE * widest + _NARROW * width) * size
     hidden = windows * length * width * size
     in_files = hidden > budget
     in_memory = batch * length * width * size if in_files else hidden
-    sums = max(
-        sum(linear.in_features**2 * 4 for linear in block_.linears) if "gram" in sparsifier.needs else 0
-        for block_ in anatomy.blocks
-    )
-    choosing = largest + _CHUNKS  # a mask, and chunks of weights in float32, scores, and what they are made of
-    if (
-        not all(bound.part.rowwise for bound in sparsifier.parts if bound is not sparsifier.tune)
-        or sparsifier.group == "layer"
-    ):
-        choosing += 3 * largest * 4  # the same of a whole linear
-    if "gram" in sparsifier.needs:
-        choosing += 4 * largest * 4 + 3 * max(linear.in_features for linear in linears) ** 2 * 4
-    if sparsifier.tune is not None:
+    choosing = appetite.choosing
+    if appetite.tunes:
         # the dense block's outputs beside its inputs; gradients, moments and copies of a block; a window's activations kept for them
         in_memory *= 1 if in_files else 2
         choosing = max(choosing, 8 * block_weights * 4 + 3 * activations)
     outer = source.outer_bytes(all_windows * length)
     start = base + outer + in_memory + block + converted + activations
-    walk = base + in_memory + 2 * block + converted + sums + max(activations, choosing)
+    walk = base + in_memory + 2 * block + converted + appetite.sums + max(activations, choosing)
     parameters = source.parameter_count * size
     verify = base + activations + (parameters if parameters <= budget else 2 * block + converted)
     memory = {"start": start, "walk": max(start, walk), "verify": max(start, walk, verify)}

@@ -46,11 +46,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .catalogue import find_method
 from .errors import InputError, nearest
+from .jobs import check_options
 from .recipe import Calibration, Recipe, first_sentence
 from .report.table import COLUMNS
-from .sparsify.linear import Sparsifier
 
 _SECTIONS = ("calibration", "parts")
 _OVERRIDES = "parts.budget.overrides."  # a glob follows, which may hold dots
@@ -171,7 +170,7 @@ class Grid(BaseModel):
                     )
             section[last] = copy.deepcopy(value)
         recipe = Recipe.build(values)
-        Sparsifier.of(find_method(recipe.method), recipe.parts, recipe.seed)  # options its parts do not have
+        check_options(recipe)
         return _plain(recipe)
 
 

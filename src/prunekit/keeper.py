@@ -41,13 +41,17 @@ class Keeper:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def shard(self, position: int, pieces: Iterable[Piece], linears: list[dict[str, Any]]) -> None:
+    def shard(
+        self, position: int, pieces: Iterable[Piece], linears: list[dict[str, Any]], noted: dict[str, Any]
+    ) -> None:
         """Begin to write a shard and to note it, in the first process; the others have nothing to write."""
         if self._ranks.first:
-            self._shard = self._thread.submit(self._write_shard, position, pieces, linears)
+            self._shard = self._thread.submit(self._write_shard, position, pieces, linears, noted)
 
-    def _write_shard(self, position: int, pieces: Iterable[Piece], linears: list[dict[str, Any]]) -> None:
-        self._journal.add(self._writer.write_shard(position, pieces), linears)
+    def _write_shard(
+        self, position: int, pieces: Iterable[Piece], linears: list[dict[str, Any]], noted: dict[str, Any]
+    ) -> None:
+        self._journal.add(self._writer.write_shard(position, pieces), linears, noted)
 
     def hidden(self, index: int, states: States) -> None:
         """Begin to save the inputs of block `index`."""

@@ -26,6 +26,9 @@ _HOMES = {
     "refine": "prunekit.sparsify.refine",
     "reconstruct": "prunekit.sparsify.reconstruct",
     "tune": "prunekit.sparsify.tune",
+    "unit-score": "prunekit.shrink.scores",
+    "unit-budget": "prunekit.shrink.budget",
+    "compensate": "prunekit.shrink.compensate",
 }
 _REGISTERED: dict[str, dict[str, Part]] = {kind: {} for kind in _HOMES}
 
@@ -65,13 +68,15 @@ class Part:
     """A pure function on tensors, with what it declares about itself.
 
     Attributes:
-        kind: `score`, `refine`, `reconstruct`, `tune` or `budget`.
+        kind: `score`, `refine`, `reconstruct`, `tune` or `budget`; of methods that remove structures `unit-score`, `unit-budget` or
+            `compensate`.
         needs: names of the `Statistics` sums it reads; nothing else is measured.
         rowwise: the result for some rows depends on those rows alone (and on `Statistics`, which know the norms of the whole weight's
             columns), so they may be computed in chunks.
         random: it draws at random, from a generator it is given as the keyword `generator`.
         chooses: a reconstruction that finds the keep-mask itself where it is given none.
         measure: what a budget wants to know of every dense block before the first is pruned.
+        objective: what a score differentiates, where it reads gradients.
         note: what to know before it is used, such as a group within which a score says no more than a simpler one.
         options: its keyword-only parameters.
     """
@@ -87,6 +92,17 @@ class Part:
     chooses: bool = False
     measure: Callable[..., float] | None = None
     note: str = ""
+    objective: str = ""
+
+    @property
+    def word(self) -> str:
+        """What its kind is called in recipes: a method has one kind of score and of budget."""
+        return self.kind.removeprefix("unit-")
+
+    @property
+    def to(self) -> str:
+        """To which kind of method it belongs."""
+        return "shrink" if self.kind.startswith("unit-") or self.kind == "compensate" else "sparsify"
 
     @property
     def summary(self) -> str:
@@ -97,11 +113,11 @@ class Part:
         """The options with their defaults, `values` laid over them and checked. Raises `InputError`."""
         for name, value in values.items():
             if name not in self.options:
-                known = nearest(name, self.options) if self.options else f"{self.kind} '{self.name}' has no options"
-                raise InputError(f"'{self.kind}.{name}' is not an option of {self.kind} '{self.name}': {known}")
+                known = nearest(name, self.options) if self.options else f"{self.word} '{self.name}' has no options"
+                raise InputError(f"'{self.word}.{name}' is not an option of {self.word} '{self.name}': {known}")
             wanted = self.options[name].annotation
             if not _fits(value, wanted):
-                raise InputError(f"'{self.kind}.{name}' cannot be {value!r}: it takes {_spell(wanted)}")
+                raise InputError(f"'{self.word}.{name}' cannot be {value!r}: it takes {_spell(wanted)}")
         return {name: values.get(name, option.default) for name, option in self.options.items()}
 
 
@@ -150,6 +166,32 @@ def budget(
     return _register("budget", needs or set(), paper, measure=measure)
 
 
+def unit_score(
+    *, needs: set[str], paper: str, objective: str = "", random: bool = False, note: str = ""
+) -> Callable[[Function], Function]:
+    """Register `function(view, structure, *, options...) -> importance of its units`, [units]; larger is kept.
+
+    `view` shows the structure's block, see `shrink/view.py`. Scores of one kind of structure may be compared over blocks.
+    """
+    return _register("unit-score", needs, paper, objective=objective, random=random, note=note)
+
+
+def unit_budget(*, paper: str = "", scored: bool = False) -> Callable[[Function], Function]:
+    """Register `function(demand, *, options...) -> how many units of each structure stay`; see `shrink/budget.py`.
+
+    One that is `scored` wants the scores of all blocks first.
+    """
+    return _register("unit-budget", {"scores"} if scored else set(), paper)
+
+
+def compensate(*, needs: set[str], paper: str) -> Callable[[Function], Function]:
+    """Register `function(weight, keep, stats, *, options...) -> (weight, bias or None)` of a linear that loses inputs.
+
+    Shapes: weight [out, in] float32 or float64, keep [kept] int64 -> [out, kept], and what is added to its output, [out].
+    """
+    return _register("compensate", needs, paper)
+
+
 def _register(
     kind: str,
     needs: set[str],
@@ -160,6 +202,7 @@ def _register(
     chooses: bool = False,
     measure: Callable[..., float] | None = None,
     note: str = "",
+    objective: str = "",
 ) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
         name = function.__name__.replace("_", "-")
@@ -171,7 +214,7 @@ def _register(
                     raise TypeError(f"option '{parameter.name}' of {kind} '{name}' needs an annotation and a default")
                 options[parameter.name] = Option(parameter.name, hints[parameter.name], parameter.default)
         _REGISTERED[kind][name] = Part(
-            kind, name, function, frozenset(needs), paper, rowwise, options, random, chooses, measure, note
+            kind, name, function, frozenset(needs), paper, rowwise, options, random, chooses, measure, note, objective
         )
         return function
 
@@ -190,7 +233,7 @@ def find_part(kind: str, name: str) -> Part:
     """The part of that kind and name. Raises `InputError` with the nearest known name otherwise."""
     known = parts(kind)
     if name not in known:
-        raise InputError(f"{kind} '{name}' is unknown: {nearest(name, known)}")
+        raise InputError(f"{kind.removeprefix('unit-')} '{name}' is unknown: {nearest(name, known)}")
     return known[name]
 
 

@@ -13,16 +13,18 @@ from typing import Any
 import torch
 
 from . import machine
+from .blockwalk import BlockWalk, Job
 from .calibration.windows import load_tokenizer, window_length
 from .checkpoint.locate import locate
 from .checkpoint.reader import bytes_of
+from .distributed import Ranks
 from .estimate import Needs, hidden_width, needs_of, refuse_disk, refuse_memory
+from .jobs import job_of
 from .model.source import StreamedModel
 from .model.stream import Walk, Windows, batch_size
 from .progress import Progress, Silent
-from .recipe import Pattern, Recipe
-from .sparsify.linear import Sparsifier
-from .sparsify.walk import SparsifyWalk, parts_of, stored_place, windows_needed
+from .recipe import Recipe
+from .sparsify.walk import stored_place
 
 _TRIED = 3  # batches that are sent through the first block
 
@@ -68,13 +70,11 @@ class _Outline:
     """What is known of a run from its recipe and the model's shapes."""
 
     source: StreamedModel
-    sparsifier: Sparsifier
-    patterns: dict[str, Pattern | None]
+    job: Job
     windows: int
     length: int
     batch: int
     needs: Needs
-    profiled: bool
 
     @classmethod
     def of(cls, recipe: Recipe, out: Path, progress: Progress, memory_budget: int | None) -> _Outline:
@@ -86,9 +86,9 @@ class _Outline:
             folder, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
         )
         calibration = recipe.calibration
-        sparsifier, allowed, patterns = parts_of(recipe, source.anatomy)
+        job = job_of(recipe, source)
         length = window_length(source.module.config, calibration.length, progress)
-        windows = windows_needed(sparsifier, allowed, calibration.samples)
+        windows = calibration.samples if job.looks_at_data else 1
         batch = min(windows, calibration.batch or batch_size(length))
         load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)  # a run has its code in memory too
         machine.return_memory()
@@ -100,14 +100,13 @@ class _Outline:
             length=length,
             batch=batch,
             width=hidden_width(source),
-            sparsifier=sparsifier,
+            appetite=job.appetite(),
             budget=machine.available_memory_bytes() // 2 if memory_budget is None else memory_budget,
             base=base,
         )
         refuse_memory(needs, base=base, processes=1)
         refuse_disk(out, needs.disk["peak"], weights=needs.disk["weights"], hidden=needs.disk["hidden"], replaced=0)
-        profiled = allowed.part.measure is not None
-        return cls(source, sparsifier, patterns, windows, length, batch, needs, profiled)
+        return cls(source, job, windows, length, batch, needs)
 
 
 def predicted_memory(recipe: Recipe, out: Path) -> int:
@@ -125,10 +124,10 @@ def make_plan(recipe: Recipe, out: Path, progress: Progress, memory_budget: int 
     ids = _draw(source, batch * min(batches, _TRIED), outline.length)
     walk = Walk(source, Windows(ids), batch)
     dense = recipe.calibration.mode == "dense"
-    trial = SparsifyWalk(walk, outline.sparsifier, outline.patterns, dense=dense)
+    trial = outline.job.work(walk, dense=dense, ranks=Ranks(), first=0, total=None)
     seconds = _Trial(trial, source, out).extrapolate(batches, needs.hidden)
     seconds["start"] += opened
-    if outline.profiled:  # the budget walks through the dense model first
+    if outline.job.looks_ahead:  # the dense model is walked through first
         seconds["forward"] *= 1.5
     seconds["total"] = sum(seconds.values())
     return Plan(
@@ -154,7 +153,7 @@ def make_plan(recipe: Recipe, out: Path, progress: Progress, memory_budget: int 
 class _Trial:
     """The first block measured, pruned and run as a run does it, on a few batches of random tokens; nothing of it is kept."""
 
-    def __init__(self, trial: SparsifyWalk, source: StreamedModel, out: Path) -> None:
+    def __init__(self, trial: BlockWalk, source: StreamedModel, out: Path) -> None:
         self._source = source
         self._blocks = len(source.anatomy.blocks)
         block = source.anatomy.blocks[0]

@@ -7,7 +7,7 @@ and config come last; what was written is loaded again and compared; the manifes
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import machine
+from .blockwalk import BlockWalk, LinearReport, Seconds, block_parameters
 from .calibration.text import documents
 from .calibration.windows import (
     calibration_windows,
@@ -46,8 +47,8 @@ from .checkpoint.writer import (
 from .distributed import Ranks, find_ranks
 from .errors import InputError, PrunekitError, StorageError, VerificationError
 from .estimate import Needs, hidden_width, needs_of, refuse_disk, refuse_memory
+from .jobs import job_of
 from .keeper import Keeper, saved_blocks
-from .model.anatomy import Block
 from .model.hidden import HiddenStates, InFiles, Place
 from .model.source import ResidentModel, StreamedModel, evaluating
 from .model.stream import Walk, Windows, batch_size
@@ -55,17 +56,7 @@ from .progress import Progress, Silent
 from .recipe import Recipe
 from .report.card import model_card
 from .report.page import run_page
-from .sparsify.budget import Budget
-from .sparsify.walk import (
-    LinearReport,
-    Seconds,
-    SparsifyWalk,
-    parts_of,
-    resident_place,
-    resolved_parts,
-    stored_place,
-    windows_needed,
-)
+from .sparsify.walk import resident_place, stored_place
 from .verify import Verification, compared_tokens, verify
 
 if TYPE_CHECKING:
@@ -75,6 +66,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Result:
     """What a run did. `linears` has one report per linear, in the model's order; `out` is None for a model pruned in memory.
+
+    `parameters` are those of the dense model, `block_parameters` those of its blocks, and `removed` went with structures.
 
     `memory` is the process's peak in bytes up to the end of each phase, as `Plan.memory` predicts it.
     """
@@ -90,6 +83,13 @@ class Result:
     peak_rss_bytes: int
     verification: Verification | None = None
     memory: dict[str, int] | None = None
+    removed: int = 0
+    block_parameters: int = 0
+
+    @property
+    def ratio(self) -> float:
+        """Parameters removed divided by those of the blocks."""
+        return self.removed / self.block_parameters if self.block_parameters else 0.0
 
     @property
     def weights(self) -> int:
@@ -113,7 +113,7 @@ class Result:
         return sum(asked) if asked else None
 
     def summary(self) -> dict[str, Any]:
-        """The figures `--json` prints. Zeroing weights removes no parameters: `after` counts those still stored."""
+        """The figures `--json` prints. `after` counts the parameters still stored: zeroing removes none."""
         return {
             "out": None if self.out is None else str(self.out),
             "method": self.method,
@@ -121,7 +121,8 @@ class Result:
             "weights": self.weights,
             "zeros": self.zeros,
             "permuted": self.permuted,
-            "parameters": {"before": self.parameters, "after": self.parameters},
+            "parameters": {"before": self.parameters, "after": self.parameters - self.removed},
+            "ratio": self.ratio,
             "blocks": self.blocks,
             "windows": self.windows,
             "tokens": self.tokens,
@@ -142,8 +143,7 @@ class _Run:
 
     recipe: Recipe
     source: StreamedModel
-    sparsify: SparsifyWalk
-    budget: Budget
+    work: BlockWalk
     windows: Windows
     identity: dict[str, Any]
     needs: Needs
@@ -202,7 +202,7 @@ def run(
             progress.say(f"{out} is finished already")
             return finished
         with ranks.together():
-            prepared.sparsify.walk.prepare()
+            prepared.work.walk.prepare()
         machine.return_memory()
         ranks.share(lambda: take_output(folder, out, held, resume=resume, overwrite=overwrite))
         journal = ranks.share(lambda: _journal(out, prepared, resume=resume, overwrite=overwrite))
@@ -211,8 +211,9 @@ def run(
         _adopt_threads(journal, progress)
         writer = Writer(out, len(prepared.source.anatomy.blocks) + 1)
         with _orderly_end(out, journal, prepared), Keeper(writer, journal, ranks) as keeper:
-            prepared.sparsify.seconds.start = time.perf_counter() - begun
-            _allot(prepared, journal)
+            prepared.work.seconds.start = time.perf_counter() - begun
+            _look_ahead(prepared, journal)
+            writer.shards = len(prepared.work.blocks) + 1
             reference = _walk(prepared, keeper, writer, journal, begun)
             result = ranks.share(lambda: _finish(prepared, writer, journal, reference, begun))
         progress.stop()
@@ -229,36 +230,39 @@ def prune_in_memory(
         source = ResidentModel(model)
         check_vocabulary(windows, model)
         window_length(model.config, windows.length, progress)
-        sparsifier, budget, patterns = parts_of(recipe, source.anatomy)
+        job = job_of(recipe, source)
+        parameters, dense_parameters = source.parameter_count, sum(block_parameters(source))
         asked = len(windows)
-        windows = windows[asked - windows_needed(sparsifier, budget, asked) :]
+        windows = windows[0 if job.looks_at_data else asked - 1 :]
         walk = Walk(source, windows, recipe.calibration.batch)
-        sparsify = SparsifyWalk(walk, sparsifier, patterns, dense=recipe.calibration.mode == "dense")
-        if budget.part.measure is not None:
+        work = job.work(walk, dense=recipe.calibration.mode == "dense", ranks=Ranks(), first=0, total=None)
+        stored = partial(resident_place, model)
+        if work.looks_ahead:
             walk.prepare()
-            progress.start(budget.part.name, len(source.anatomy.blocks))
-            profile = sparsify.profile(budget, partial(resident_place, model), progress.step)
-            sparsify.patterns = budget.allot(source.anatomy, recipe.target, profile)
-        sparsify.start()
+            progress.start(work.looks_ahead, len(source.anatomy.blocks))
+            work.look_ahead(None, stored, progress.step)
+        work.start()
         reports: list[LinearReport] = []
-        progress.start(recipe.method, len(source.anatomy.blocks))
-        for block in source.anatomy.blocks:
+        progress.start(recipe.method, len(work.blocks))
+        for block in work.blocks:
             module = source.load_block(block.index)
-            reports += sparsify.prune_block(block, module, partial(resident_place, model))
-            sparsify.pass_on(block.index, module)
+            reports += work.prune_block(block, module, stored)
+            work.pass_on(block.index, module)
             progress.step()
         progress.stop()
-    sparsify.seconds.total = time.perf_counter() - begun
+    work.seconds.total = time.perf_counter() - begun
     return Result(
         out=None,
         method=recipe.method,
         linears=reports,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        blocks=len(source.anatomy.blocks),
+        parameters=parameters,
+        blocks=len(work.blocks),
         windows=len(windows),
         tokens=windows.tokens,
-        seconds=sparsify.seconds,
+        seconds=work.seconds,
         peak_rss_bytes=machine.peak_rss_bytes(),
+        removed=work.removed,
+        block_parameters=dense_parameters,
     )
 
 
@@ -266,7 +270,7 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
     source = StreamedModel.open(
         folder, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
     )
-    sparsifier, budget, patterns = parts_of(recipe, source.anatomy)
+    job = job_of(recipe, source)
     calibration = recipe.calibration
     length = window_length(source.module.config, calibration.length, progress)
 
@@ -275,7 +279,7 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
         windows = calibration_windows(
             documents(calibration.source, "calibration"),
             tokenizer,
-            samples=max(ranks.size, windows_needed(sparsifier, budget, calibration.samples)),
+            samples=max(ranks.size, calibration.samples if job.looks_at_data else 1),
             length=length,
             seed=recipe.seed,
             sampling=calibration.sampling,
@@ -290,11 +294,11 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
     windows, inputs = ranks.share(read)
     resolved = recipe.model_copy(
         update={
-            "sparsity": None if recipe.pattern is not None else float(recipe.target.fraction),
+            **_said(recipe),
             "dtype": str(source.dtype).removeprefix("torch."),
             "device": str(source.device),
             "calibration": calibration.model_copy(update={"length": length}),
-            "parts": resolved_parts(sparsifier, budget, recipe),
+            "parts": job.resolved,
         }
     )
     machine.return_memory()  # what tokenising took
@@ -309,15 +313,7 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
     batch = min(calibration.batch or batch_size(length), len(windows) // ranks.size)
     mine = ranks.share_of(-(-len(windows) // batch))
     walk = Walk(source, windows[mine.start * batch : mine.stop * batch], batch)
-    sparsify = SparsifyWalk(
-        walk,
-        sparsifier,
-        patterns,
-        dense=calibration.mode == "dense",
-        ranks=ranks,
-        first=mine.start * batch,
-        total=len(windows),
-    )
+    work = job.work(walk, dense=calibration.mode == "dense", ranks=ranks, first=mine.start * batch, total=len(windows))
     room = machine.available_memory_bytes() // 2 // ranks.here if memory_budget is None else memory_budget
     base = machine.rss_bytes()
     needs = needs_of(
@@ -327,12 +323,20 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
         length=length,
         batch=batch,
         width=hidden_width(source),
-        sparsifier=sparsifier,
+        appetite=job.appetite(),
         budget=room,
         base=base,
     )
     ranks.share(lambda: refuse_memory(needs, base=base, processes=ranks.here))
-    return _Run(resolved, source, sparsify, budget, windows, identity, needs, room, progress, ranks)
+    return _Run(resolved, source, work, windows, identity, needs, room, progress, ranks)
+
+
+def _said(recipe: Recipe) -> dict[str, float | None]:
+    """What is to be removed, said in one way."""
+    fraction = float(recipe.target.fraction)
+    if recipe.removes:
+        return {"ratio": fraction}
+    return {"sparsity": None if recipe.pattern is not None else fraction}
 
 
 def _journal(out: Path, run_: _Run, *, resume: bool, overwrite: bool) -> Journal:
@@ -409,6 +413,8 @@ def result_of(out: Path, manifest: dict[str, Any]) -> Result:
         peak_rss_bytes=run_["peak_rss_bytes"],
         verification=Verification(**manifest["verification"]),
         memory=run_["memory"],
+        removed=run_["removed"],
+        block_parameters=run_["block_parameters"],
     )
 
 
@@ -436,63 +442,67 @@ def _orderly_end(out: Path, journal: Journal, run_: _Run) -> Iterator[None]:
         raise
 
 
-def _allot(run_: _Run, journal: Journal) -> None:
-    """Where the budget measures, walk through the dense model first; a run that goes on finds what came of it in the journal."""
-    budget, sparsify, anatomy = run_.budget, run_.sparsify, run_.source.anatomy
-    if budget.part.measure is None:
+def _look_ahead(run_: _Run, journal: Journal) -> None:
+    """Where the method wants it, walk through the dense model first; a run that goes on finds what came of it in the journal."""
+    work = run_.work
+    if not work.looks_ahead:
         return
-    profile = run_.ranks.share(lambda: journal.profile)
-    if profile is None:
-        run_.progress.start(budget.part.name, len(anatomy.blocks))
-        profile = sparsify.profile(budget, partial(stored_place, run_.source), run_.progress.step)
-        journal.profile = profile
+    known = run_.ranks.share(lambda: journal.profile)
+    if known is None:
+        run_.progress.start(work.looks_ahead, len(run_.source.anatomy.blocks))
+    found = work.look_ahead(known, partial(stored_place, run_.source), run_.progress.step)
+    if known is None:
+        journal.profile = found
         run_.ranks.share(journal.save)
-    sparsify.patterns = budget.allot(anatomy, run_.recipe.target, profile)
 
 
 def _walk(run_: _Run, keeper: Keeper, writer: Writer, journal: Journal, begun: float) -> Tensor:
-    """Prune and write every block that is not finished; returns the final hidden states the reload is compared with."""
-    source, sparsify, progress = run_.source, run_.sparsify, run_.progress
-    seconds = sparsify.seconds
-    blocks = source.anatomy.blocks
-    whole = run_.ranks.share(lambda: {shard["position"] for shard in journal.shards})
+    """Prune and write every block that is not finished; returns the final hidden states the reload is compared with.
+
+    Blocks are numbered as they are written: those that go are not walked.
+    """
+    source, work, progress = run_.source, run_.work, run_.progress
+    seconds = work.seconds
+    blocks = work.blocks
+    whole = run_.ranks.share(lambda: {shard["position"]: shard["noted"] for shard in journal.shards})
     if 0 not in whole:
         with seconds.timed("write"):
-            keeper.shard(0, [Piece.stored(key, source.reader) for key in source.outer_keys()], [])
+            keeper.shard(0, [Piece.stored(key, source.reader) for key in source.outer_keys()], [], {})
             keeper.settle()
     begin = _start(run_, writer.folder, journal, whole)
     progress.start(run_.recipe.method, len(blocks))
     for _ in range(begin):
         progress.step("finished before")
-    for block in blocks[begin:]:
+    for number, block in enumerate(blocks[begin:], begin):
         entered = time.perf_counter()
-        if sparsify.dense:  # measuring a block overwrites its inputs
+        if work.dense:  # measuring a block overwrites its inputs
             with seconds.timed("write"):
                 keeper.settle()
-        done = block.index + 1 in whole
+        done = number + 1 in whole
         if done:
-            module = _finished_block(run_, writer, block)
+            module = _finished_block(run_, writer, number, whole[number + 1])
         else:
             with seconds.timed("read"):
                 module = source.load_block(block.index)
-            if block.index + 2 not in whole:
-                source.prefetch(block.index + 1)
-            reports = sparsify.prune_block(block, module, partial(stored_place, source))
+            if number + 2 not in whole and number + 1 < len(blocks):
+                source.prefetch(blocks[number + 1].index)
+            reports = work.prune_block(block, module, partial(stored_place, source))
         with seconds.timed("write"):
             keeper.settle()
             if not done:
-                stored = source.stored[block.index]
+                tensors = work.shard(block, source.stored[block.index])
                 keeper.shard(
-                    block.index + 1,
-                    [Piece.of(name, tensor) for name, tensor in stored.items()],
+                    number + 1,
+                    [Piece.of(name, tensor) for name, tensor in tensors.items()],
                     [asdict(report) for report in reports],
+                    work.noted(block),
                 )
-                del stored
-        sparsify.pass_on(block.index, module)
+                del tensors
+        work.pass_on(block.index, module)
         with seconds.timed("write"):
             keeper.settle()
-            if block.index + 1 < len(blocks):
-                keeper.hidden(block.index + 1, sparsify.states(writer.folder))
+            if number + 1 < len(blocks):
+                keeper.hidden(number + 1, work.states(writer.folder))
         left = time.perf_counter()
         when = {"seconds": left - begun, "took": left - entered}
         run_.blocks.append({"block": block.index, **when, "rss_bytes": machine.rss_bytes()})
@@ -500,18 +510,18 @@ def _walk(run_: _Run, keeper: Keeper, writer: Writer, journal: Journal, begun: f
         machine.return_memory()
         progress.step(f"block {block.index}")
     run_.memory["walk"] = machine.peak_rss_bytes()
-    check = sparsify.check
+    check = work.check
     tokens = compared_tokens(run_.windows)
-    last = torch.empty((tokens, sparsify.walk.shape[-1]), dtype=sparsify.walk.dtype) if check is None else check[:][-1]
+    last = torch.empty((tokens, work.walk.shape[-1]), dtype=work.walk.dtype) if check is None else check[:][-1]
     return run_.ranks.from_last(last[-tokens:].clone())
 
 
-def _start(run_: _Run, out: Path, journal: Journal, whole: set[int]) -> int:
-    """Take up the hidden states where it costs least; returns the block they are the inputs of."""
-    sparsify, walk = run_.sparsify, run_.sparsify.walk
-    blocks = len(run_.source.anatomy.blocks)
+def _start(run_: _Run, out: Path, journal: Journal, whole: Mapping[int, Any]) -> int:
+    """Take up the hidden states where it costs least; returns the number of the block they are the inputs of."""
+    work, walk = run_.work, run_.work.walk
+    blocks = len(work.blocks)
     window = torch.Size(walk.shape[1:]).numel() * walk.dtype.itemsize
-    wanted = next((index for index in range(blocks) if index + 1 not in whole), blocks - 1)
+    wanted = next((number for number in range(blocks) if number + 1 not in whole), blocks - 1)
     saved = run_.ranks.share(lambda: [block for block in saved_blocks(journal, window) if block <= wanted])
     begin = max(saved, default=0)
     hidden: HiddenStates | None = None
@@ -519,12 +529,14 @@ def _start(run_: _Run, out: Path, journal: Journal, whole: set[int]) -> int:
         run_.progress.say(
             f"hidden states ({walk.hidden_bytes / 1e9:.2f} GB) go to files: the memory budget is {run_.room / 1e9:.2f} GB"
         )
-        hidden = InFiles(walk.shape, walk.dtype, Place(out, sparsify.first))
-    sparsify.start(hidden, keep=begin == 0)
+        hidden = InFiles(walk.shape, walk.dtype, Place(out, work.first))
+    work.start(hidden, keep=begin == 0)
     run_.memory["start"] = machine.peak_rss_bytes()
     if begin:
-        for states, place in sparsify.states(out):
+        for states, place in work.states(out):
             states.load(place, begin)
+    for number in range(begin):
+        work.skip(work.blocks[number], whole[number + 1])
     if len(whole) > 1:
         run_.progress.say(
             f"resuming: {len(whole) - 1} of {blocks} blocks are finished, hidden states are those behind block {begin}"
@@ -532,38 +544,41 @@ def _start(run_: _Run, out: Path, journal: Journal, whole: set[int]) -> int:
     return begin
 
 
-def _finished_block(run_: _Run, writer: Writer, block: Block) -> nn.Module:
+def _finished_block(run_: _Run, writer: Writer, number: int, noted: Mapping[str, Any]) -> nn.Module:
     """A block that an earlier run has finished, as it wrote it."""
-    source, sparsify = run_.source, run_.sparsify
-    if sparsify.dense:
-        sparsify.pass_on_dense(block.index, source.load_block(block.index))
+    source, work = run_.source, run_.work
+    block = work.blocks[number]
+    if work.dense:
+        work.pass_on_dense(block.index, source.load_block(block.index))
         source.free_block(block.index)
-    path = writer.folder / writer.shard_name(block.index + 1)
-    with sparsify.seconds.timed("read"):
+    path = writer.folder / writer.shard_name(number + 1)
+    with work.seconds.timed("read"):
         try:
             tensors = read_file(path)
         except InputError as problem:  # it was whole when we began; as wrong input it would have everything removed
             raise StorageError(f"'{path}' cannot be read again: {problem}") from problem
-        return source.load_block(block.index, tensors)
+        return work.take_up(block, tensors, noted)
 
 
 def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: float) -> Result:
     """Index, config and tokenizer; then the reload check; then the manifest. `final` is [tokens, hidden], behind the last block."""
-    source, seconds, out = run_.source, run_.sparsify.seconds, writer.folder
+    source, seconds, out = run_.source, run_.work.seconds, writer.folder
     with seconds.timed("verify"):
         ids = run_.windows.ids[-1, -len(final) :]
         source.load_outer(ids, "chunked")
-        reference = run_.sparsify.walk.logits(final, ids)
+        reference = run_.work.walk.logits(final, ids)
         source.free_outer()
     with seconds.timed("write"):
         writer.write_index(journal.shards)
-        carried = writer.carry_over(source.reader.folder, with_code=run_.recipe.trust_remote_code)
-    width = run_.sparsify.walk.batches[0].stop  # the last batch of all, as it was computed
+        carried = writer.carry_over(
+            source.reader.folder, with_code=run_.recipe.trust_remote_code, instead=run_.work.files()
+        )
+    width = run_.work.walk.batches[0].stop  # the last batch of all, as it was computed
     batch = run_.windows[(len(run_.windows) - 1) // width * width :]
     dtype, device = source.dtype, source.device
-    parameters, blocks = source.parameter_count, len(source.anatomy.blocks)
+    parameters, blocks = source.parameter_count, len(run_.work.blocks)
     run_.progress.say("loading what was written and comparing its logits")
-    run_.sparsify.release()
+    run_.work.release()
     machine.return_memory()
     with seconds.timed("verify"):
         try:
@@ -600,6 +615,8 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
         peak_rss_bytes=machine.peak_rss_bytes(),
         verification=verification,
         memory={**run_.memory, "verify": machine.peak_rss_bytes()},
+        removed=run_.work.removed,
+        block_parameters=sum(block_parameters(source)),
     )
     manifest = {
         "format": FORMAT,
@@ -608,7 +625,12 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
         "run": {
             name: value for name, value in result.summary().items() if name not in ("out", "method", "verification")
         }
-        | {"parameters": parameters, "processes": run_.ranks.size},
+        | {
+            "parameters": parameters,
+            "removed": result.removed,
+            "block_parameters": result.block_parameters,
+            "processes": run_.ranks.size,
+        },
         "verification": asdict(verification),
         "outputs": {name: sha256_file(out / name) for name in (INDEX_NAME, *carried)}
         | {shard["file"]: shard["sha256"] for shard in journal.shards},

@@ -39,7 +39,12 @@ else:
     import tomli as tomllib
 
 DEFAULT_LENGTH = 2048
-KINDS = ("score", "pattern", "refine", "reconstruct", "tune", "budget")
+# the parts a method may have, by what it does
+KINDS = {
+    "sparsify": ("score", "pattern", "refine", "reconstruct", "tune", "budget"),
+    "shrink": ("score", "budget", "compensate"),
+}
+DEFAULT_RATIO = 0.2
 
 
 class _Yaml(yaml.SafeLoader):
@@ -142,18 +147,22 @@ class Recipe(_Section):
     def _fraction_as_text(cls, pattern: Any) -> Any:
         return str(pattern) if isinstance(pattern, (int, float)) and not isinstance(pattern, bool) else pattern
 
-    @field_validator("parts")
-    @classmethod
-    def _known_parts(cls, parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        for part in parts:
-            if part not in KINDS:
-                raise ValueError(f"'{part}' is no part of a method: the parts are {', '.join(KINDS)}")
-        return parts
-
     @model_validator(mode="after")
     def _one_target(self) -> Recipe:
         method = find_method(self.method)
-        if self.ratio is not None:
+        for part in self.parts:
+            if part not in KINDS[method.kind]:
+                raise ValueError(
+                    f"'{part}' is no part of '{method.name}': the parts are {', '.join(KINDS[method.kind])}"
+                )
+        if method.kind == "shrink":
+            said = "sparsity" if self.sparsity is not None else "pattern" if self.pattern is not None else None
+            if said is not None:
+                raise ValueError(
+                    f"{said} {getattr(self, said)} is for methods that zero single weights; '{method.name}' removes structures: "
+                    "use --ratio"
+                )
+        elif self.ratio is not None:
             raise ValueError(
                 f"ratio {self.ratio} is for methods that remove structures; '{method.name}' zeroes single weights: "
                 "use --sparsity or --pattern"
@@ -164,8 +173,20 @@ class Recipe(_Section):
         return self
 
     @property
+    def removes(self) -> bool:
+        """Whether structures are removed, and not weights zeroed."""
+        return find_method(self.method).kind == "shrink"
+
+    @property
     def target(self) -> Pattern:
-        """The pattern asked for; half of the weights where nothing was said."""
+        """The pattern asked for, half of the weights where nothing was said; of a method that removes structures the ratio, a fifth."""
+        if self.removes:
+            ratio = DEFAULT_RATIO if self.ratio is None else self.ratio
+            if not 0 <= ratio < 1:
+                raise ValueError(
+                    f"ratio {ratio} is outside [0, 1): give the fraction of the block parameters to remove, like 0.2"
+                )
+            return Pattern.parse(ratio)
         if self.pattern is not None:
             return Pattern.parse(self.pattern)
         return Pattern.parse(0.5 if self.sparsity is None else self.sparsity)
@@ -173,7 +194,8 @@ class Recipe(_Section):
     def command(self, out: str) -> str:
         """The command line that repeats this recipe."""
         words = ["prunekit", "prune", self.model, "--method", self.method]
-        words += ["--sparsity" if self.pattern is None else "--pattern", str(self.target)]
+        said = "--ratio" if self.removes else "--sparsity" if self.pattern is None else "--pattern"
+        words += [said, str(self.target)]
         calibration = self.calibration
         words += ["--calibration", calibration.source, "--samples", str(calibration.samples)]
         words += [] if calibration.length is None else ["--length", str(calibration.length)]

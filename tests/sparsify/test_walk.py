@@ -16,15 +16,13 @@ from transformers import BatchEncoding, PreTrainedModel
 
 import prunekit
 import tiny
-from prunekit.catalogue import find_method
 from prunekit.errors import InputError
 from prunekit.model.source import ResidentModel
 from prunekit.model.stream import Walk, Windows
 from prunekit.progress import Silent
-from prunekit.recipe import Pattern
+from prunekit.recipe import Pattern, Recipe
 from prunekit.sparsify.folding import in_module
-from prunekit.sparsify.linear import Sparsifier
-from prunekit.sparsify.walk import SparsifyWalk
+from prunekit.sparsify.walk import Sparsification
 
 BLOCKS = {
     "llama": "model.layers",
@@ -298,8 +296,8 @@ def test_check_is_what_the_pruned_model_computes(dense: bool) -> None:
     model = tiny.make_model("llama")
     source = ResidentModel(model)
     walk = Walk(source, Windows(draw_ids(5)), 2)
-    patterns: dict[str, Pattern | None] = {linear.full_name: Pattern.parse(0.5) for linear in source.anatomy.linears()}
-    sparsify = SparsifyWalk(walk, Sparsifier.of(find_method("wanda"), {}), patterns, dense=dense)
+    recipe = Recipe(model="", method="wanda", sparsity=0.5)
+    sparsify = Sparsification.of(recipe, source.anatomy).work(walk, dense=dense)
     sparsify.start()
     for block in source.anatomy.blocks:
         module = source.load_block(block.index)

@@ -61,7 +61,7 @@ class Journal:
     Attributes:
         identity: what must be equal for a resume: recipe, input hashes, calibration tokens, versions.
         shards: one record per finished shard, by position: `position`, `file`, `sha256`, `tensors`, `bytes`, and the reports of
-            its `linears`.
+            its `linears`, and what else was `noted` of its block.
         hidden: which blocks' inputs are saved, at most the latest two: `block` and `parts` (`start`, `stop`, `sha256`).
     """
 
@@ -86,17 +86,21 @@ class Journal:
             content = json.loads(path.read_text(encoding="utf-8"))
             identity, shards = content["identity"], content["shards"]
             hidden = content["hidden"]
-            described = all(shard["file"] and shard["sha256"] and shard["position"] >= 0 for shard in shards)
+            described = all(
+                shard["file"] and shard["sha256"] and shard["position"] >= 0 and "noted" in shard for shard in shards
+            )
             if not (isinstance(identity, dict) and described and all(note["parts"] for note in hidden)):
                 raise TypeError("not a journal")
             return cls(path, identity, shards, hidden, content["profile"])
         except (ValueError, KeyError, TypeError, OSError) as problem:
             raise InputError(f"'{path}' cannot be read ({problem}): start afresh with --overwrite") from None
 
-    def add(self, shard: dict[str, Any], linears: list[dict[str, Any]]) -> None:
-        """Note a shard that is durable, with the reports of its linears, and make the note durable."""
+    def add(self, shard: dict[str, Any], linears: list[dict[str, Any]], noted: Mapping[str, Any] | None = None) -> None:
+        """Note a shard that is durable, with the reports of its linears and what else a resume must know, and make that durable."""
         others = [record for record in self.shards if record["position"] != shard["position"]]
-        self.shards = sorted([*others, {**shard, "linears": linears}], key=lambda record: record["position"])
+        self.shards = sorted(
+            [*others, {**shard, "linears": linears, "noted": noted or {}}], key=lambda record: record["position"]
+        )
         self.save()
 
     def note_hidden(self, block: int, parts: list[dict[str, Any]]) -> None:
@@ -179,9 +183,16 @@ class Writer:
         """Take the index away: nothing loads the folder any more."""
         remove(self.folder / self.index)
 
-    def carry_over(self, source: Path, with_code: bool) -> list[str]:
-        """Copy config, tokenizer, chat template, generation and licence files as they are; config.json comes last."""
+    def carry_over(self, source: Path, with_code: bool, instead: Mapping[str, str] | None = None) -> list[str]:
+        """Copy config, tokenizer, chat template, generation and licence files as they are; config.json comes last.
+
+        `instead` are texts of files that are not copied, or that the source does not have.
+        """
+        given = dict(instead or {})
         carried = []
+        for name in sorted(set(given) - {"config.json"}):
+            write_text(self.folder / name, given[name])
+            carried.append(name)
         for path in sorted(source.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
             if path.is_dir() and path.name == _TEMPLATES:
                 try:
@@ -191,7 +202,10 @@ class Writer:
                 for template in sorted(path.glob("*.jinja")):
                     replace_file(self.folder / _TEMPLATES / template.name, partial(_copy, template))
                     carried.append(f"{_TEMPLATES}/{template.name}")
-            elif path.is_file() and _is_carried(path, with_code):
+            elif path.name == "config.json" and "config.json" in given:
+                write_text(self.folder / path.name, given[path.name])
+                carried.append(path.name)
+            elif path.is_file() and path.name not in given and _is_carried(path, with_code):
                 replace_file(self.folder / path.name, partial(_copy, path))
                 carried.append(path.name)
         return carried

@@ -80,6 +80,11 @@ class ResidentModel:
         self.device = first.device
         self.dtype = first.dtype
 
+    @property
+    def parameter_count(self) -> int:
+        """All parameters; a tied head counts once."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
     def load_outer(self, ids: Tensor, head: Head = "none") -> None:
         """Nothing to do."""
 

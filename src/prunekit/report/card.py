@@ -17,9 +17,10 @@ from .findings import spelt
 
 _FIGURES = "## Before and after"
 _AFTER_FIGURES = "The zeros are stored"
+_AFTER_SHAPES = "The widths are"
 # what an evaluation puts into a card: the last names of the metadata, and a section
 _IN_METADATA = re.compile(r"^metrics:\n(?:- .*\n)+model-index:\n(?:[- ] .*\n)+", re.MULTILINE)
-_IN_TEXT = re.compile(rf"^{_FIGURES}\n.*?(?=^{_AFTER_FIGURES})", re.MULTILINE | re.DOTALL)
+_IN_TEXT = re.compile(rf"^{_FIGURES}\n.*?(?=^{_AFTER_FIGURES}|^{_AFTER_SHAPES})", re.MULTILINE | re.DOTALL)
 
 
 def is_ours(card: str, manifest: dict[str, Any], folder: Path) -> bool:
@@ -37,15 +38,13 @@ def model_card(manifest: dict[str, Any], source: Path, evaluation: EvaluationRec
     front += [f"base_model: {base}", "base_model_relation: finetune"] if base else []
     front += [f"license: {licence}"] if (licence := _licence(source)) else []
     name = Path(recipe.model).name
-    front += ["tags:", "- pruned", "- sparse", f"- {method.name}"]
+    front += ["tags:", "- pruned", *([] if recipe.removes else ["- sparse"]), f"- {method.name}"]
     front += [] if evaluation is None else _metadata(f"{name}-{method.name}", evaluation)
     front += ["---"]
     errors = [line["output_error"] for line in manifest["linears"] if line["output_error"] is not None]
     rows = {
         "method": f"{method.name} ({method.paper})",
-        "pattern": str(recipe.target),
-        "sparsity (zeros / weights of the block linears)": f"{run['sparsity']:.4f} ({run['zeros']:,} of {run['weights']:,})",
-        "parameters": f"{run['parameters']:,}; none removed, shapes are those of the original",
+        **_what_went(recipe, run),
         "calibration": f"{recipe.calibration.source}, {run['windows']} windows, {run['tokens']:,} tokens, seed {recipe.seed}",
         "output error of the linears": f"median {median(errors):.3f}, largest {max(errors):.3f}" if errors else "–",
         "reload check": f"logits differ by {manifest['verification']['difference']:.1e} of their norm",
@@ -54,15 +53,50 @@ def model_card(manifest: dict[str, Any], source: Path, evaluation: EvaluationRec
     table = "\n".join(f"| {left} | {right} |" for left, right in rows.items())
     return "\n".join(front) + (
         f"\n\n# {name}, pruned with {method.name}\n\n"
-        f"Made by prunekit. {method.summary} Embeddings, output head, norms and biases are untouched; kept weights are "
-        "bit-identical to the original's.\n\n"
+        f"Made by prunekit. {method.summary} {_untouched(recipe)}\n\n"
         f"| | |\n|---|---|\n{table}\n\n"
         f"{'' if evaluation is None else _figures(evaluation)}"
-        f"{_AFTER_FIGURES} like any other number: the folder loads with `AutoModelForCausalLM.from_pretrained`, and a dense "
-        "runtime is neither faster nor smaller for them.\n\n"
+        f"{_loads(recipe)}\n\n"
         f"Repeat it with\n\n```\n{recipe.command('OUT')}\n```\n\n"
         "`prunekit.json` holds the whole record: recipe, versions, hashes of inputs and outputs, a line per linear; `report.html` "
         "shows it.\n"
+    )
+
+
+def _what_went(recipe: Recipe, run: dict[str, Any]) -> dict[str, str]:
+    """The lines of the table that say what is gone."""
+    if not recipe.removes:
+        return {
+            "pattern": str(recipe.target),
+            "sparsity (zeros / weights of the block linears)": f"{run['sparsity']:.4f} ({run['zeros']:,} of {run['weights']:,})",
+            "parameters": f"{run['parameters']:,}; none removed, shapes are those of the original",
+        }
+    after, removed = run["parameters"] - run["removed"], run["removed"]
+    return {
+        "parameters": f"{after:,} of {run['parameters']:,}",
+        "ratio (parameters removed / block parameters)": f"{removed / run['block_parameters']:.4f} "
+        f"({removed:,} of {run['block_parameters']:,})",
+    }
+
+
+def _untouched(recipe: Recipe) -> str:
+    if not recipe.removes:
+        return (
+            "Embeddings, output head, norms and biases are untouched; kept weights are bit-identical to the original's."
+        )
+    refitted = recipe.parts.get("compensate", {}).get("name")
+    kept = f"those that lost inputs were refitted ({refitted})" if refitted else "what is kept is bit-identical"
+    return f"Embeddings and output head are untouched; of the blocks' matrices, {kept}."
+
+
+def _loads(recipe: Recipe) -> str:
+    if not recipe.removes:
+        return (
+            f"{_AFTER_FIGURES} like any other number: the folder loads with `AutoModelForCausalLM.from_pretrained`, and a dense "
+            "runtime is neither faster nor smaller for them."
+        )
+    return (
+        f"{_AFTER_SHAPES} like those of a model that was trained with them: it is smaller and faster wherever it loads."
     )
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-KINDS = ("score", "refine", "reconstruct", "tune", "budget")
-
 
 def as_markdown(rows: Sequence[Mapping[str, Any]], parts: Sequence[Mapping[str, Any]]) -> str:
     """A section per method, and a table of the parts that can be added to one by name."""
@@ -17,16 +15,27 @@ def as_markdown(rows: Sequence[Mapping[str, Any]], parts: Sequence[Mapping[str, 
         "stays, **refine** moves that mask, **reconstruct** changes the kept weights of a linear and **tune** those of a whole block;",
         "a **budget** says how much goes from where. Any option is set with `--set part.option=value`, a part is exchanged with",
         "`--set part.name=other`, and the parts of the last table are added to any method by name: `--method ria+dsnot+least-squares`.",
+        "A method that removes structures has a score for units, a budget, and perhaps **compensate**, which refits what lost inputs.",
         "",
     ]
     for row in rows:
         lines += [f"## {row['name']}", "", row["summary"], ""]
         lines += [f"- {kind}: `{row[kind]}`. {formula}" for kind, formula in row["formulas"].items()]
         lines += [f"- note: {note}" for note in row["notes"]]
-        lines.append(f"- compares weights of the same {row['group']}; a K:G pattern those of the same group of G")
+        if row["kind"] == "shrink":
+            lines.append("- removes groups of heads and channels")
+        else:
+            lines.append(f"- compares weights of the same {row['group']}; a K:G pattern those of the same group of G")
         lines.append(f"- measures {', '.join(f'`{need}`' for need in row['needs']) or 'nothing'}")
         lines.append(f"- options: {', '.join(f'`{name}={value}`' for name, value in row['options'].items())}")
         lines += [f"- paper: {row['paper']}", ""]
-    lines += ["## Parts that can be added", "", "| part | kind | what it does | paper |", "|---|---|---|---|"]
-    lines += [f"| `{part['name']}` | {part['kind']} | {part['summary']} | {part['paper']} |" for part in parts]
+    lines += [
+        "## Parts that can be added",
+        "",
+        "| part | kind | of methods that | what it does | paper |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| `{part['name']}` | {part['kind']} | {part['to']} | {part['summary']} | {part['paper']} |" for part in parts
+    ]
     return "\n".join(lines) + "\n"

@@ -61,6 +61,8 @@ def run_page(manifest: Mapping[str, Any], evaluation: EvaluationRecord | None = 
         title=f"{short(recipe.model)}, pruned with {method.name}",
         recipe=recipe,
         method=method,
+        asked=_asked(recipe, manifest),
+        removed=bool(run.get("removed")),
         headlines=_headlines(manifest, evaluation),
         evaluation=evaluation,
         heat=_heat(linears),
@@ -75,6 +77,17 @@ def run_page(manifest: Mapping[str, Any], evaluation: EvaluationRecord | None = 
         recipe_json=json.dumps(manifest["recipe"], indent=2, ensure_ascii=False),
         manifest=manifest,
     )
+
+
+def _asked(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
+    """What was to go, in words."""
+    target, parts = recipe.target, manifest["recipe"]["parts"]
+    if recipe.removes:
+        widths = "all blocks as wide" if parts["budget"]["shape"] == "uniform" else "blocks of their own widths"
+        return f"{target} of the block parameters, {widths}"
+    if target.group is None:
+        return f"{target} of the weights, compared within the {parts['pattern']['group']}"
+    return f"{target}: {target.keep} of every {target.group} consecutive inputs are kept"
 
 
 @cache
@@ -124,7 +137,12 @@ def _headlines(manifest: Mapping[str, Any], evaluation: EvaluationRecord | None)
         first = evaluation.texts[0]
         before = f"{spelt(first.before)} before, {first.ratio:.3f} ×, on" if first.before is not None else "on"
         found.append(Headline("perplexity", spelt(first.perplexity), f"{before} {first.text}"))
-    zeros = Headline("zeros", f"{100 * run['sparsity']:.2f} %", f"{run['zeros']:,} of {run['weights']:,} block weights")
+    if run.get("removed"):
+        note = f"of the block parameters: {run['removed']:,} of {run['block_parameters']:,}"
+        gone = Headline("removed", f"{100 * run['removed'] / run['block_parameters']:.2f} %", note)
+    else:
+        note = f"{run['zeros']:,} of {run['weights']:,} block weights"
+        gone = Headline("zeros", f"{100 * run['sparsity']:.2f} %", note)
     errors = [line["output_error"] for line in manifest["linears"] if line["output_error"] is not None]
     if errors:
         note = f"median of {len(errors)} linears, most {max(errors):.3f}"
@@ -133,7 +151,7 @@ def _headlines(manifest: Mapping[str, Any], evaluation: EvaluationRecord | None)
         ", difference to their norm" if difference else ""
     )
     return [
-        zeros,
+        gone,
         *found,
         Headline("time", duration(run["seconds"]["total"]), f"{run['blocks']} blocks, {run['tokens']:,} tokens"),
         Headline("memory", f"{run['peak_rss_bytes'] / 1e9:.2f} GB", "most that was resident"),
@@ -156,7 +174,7 @@ class _HeatCell:
 
 
 def _heat(linears: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Zeros of every linear, a row a block, a column a linear, and of every block in a last column."""
+    """Zeros, or what was removed, of every linear: a row a block, a column a linear, and of every block in a last column."""
     blocks: dict[int, dict[str, Mapping[str, Any]]] = {}
     for line in linears:
         block, name = place_of(line["name"])
@@ -166,17 +184,27 @@ def _heat(linears: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     heads = [short if last.count(short) == 1 else name for short, name in zip(last, names, strict=True)]
     rows = []
     for block, own in blocks.items():
-        zeros, weights = (sum(line[part] for line in own.values()) for part in ("zeros", "weights"))
-        total = _HeatCell(zeros / weights, f"block {block}: {zeros:,} zeros of {weights:,} weights")
+        gone, weights = (sum(counts) for counts in zip(*map(_gone, own.values()), strict=True))
+        total = _HeatCell(gone / weights, f"block {block}: {gone:,} of {weights:,} weights")
         rows.append((block, [_heat_cell(own[name]) if name in own else None for name in names], total))
     return {"heads": list(zip(heads, names, strict=True)), "rows": rows}
 
 
+def _gone(line: Mapping[str, Any]) -> tuple[int, int]:
+    """How many of a linear's weights are zero or removed, and how many it had."""
+    removed = line.get("removed", 0)
+    return removed or line["zeros"], line["weights"] + removed
+
+
 def _heat_cell(line: Mapping[str, Any]) -> _HeatCell:
     error = "" if line["output_error"] is None else f", output error {line['output_error']:.3f}"
-    asked = "left dense" if line["pattern"] is None else f"asked for {line['pattern']}"
-    tip = f"{line['name']}: {line['zeros']:,} zeros of {line['weights']:,} weights, {asked}{error}"
-    return _HeatCell(line["zeros"] / line["weights"], tip)
+    gone, weights = _gone(line)
+    if line.get("removed"):
+        said = f"{gone:,} of {weights:,} weights removed, {line['shape'][0]} x {line['shape'][1]} left"
+    else:
+        asked = "left dense" if line["pattern"] is None else f"asked for {line['pattern']}"
+        said = f"{gone:,} zeros of {weights:,} weights, {asked}"
+    return _HeatCell(gone / weights, f"{line['name']}: {said}{error}")
 
 
 def _errors(linears: Sequence[Mapping[str, Any]]) -> list[Error]:

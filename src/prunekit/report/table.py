@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..blockwalk import Seconds
 from ..checkpoint.storage import replace_file, write_text
-from ..sparsify.walk import Seconds
 
 _HEAD = {"name": str, "status": str, "model": str, "method": str, "target": str, "seed": int}
 _PRUNED: dict[str, type] = {

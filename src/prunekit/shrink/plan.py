@@ -24,8 +24,8 @@ Structures = Sequence[Sequence[Structure]]
 class Plan:
     """What is kept of every block of the original model, in its order.
 
-    `blocks[i]` says for each structure of block i (by its consumer's name, like `mlp.down_proj`) which units stay, ascending; it is None
-    where the whole block goes. A structure that is not named stays whole.
+    `blocks[i]` says for each structure of block i (by its consumer's name, like `mlp.down_proj`) which units stay, ascending; it is
+    None where the whole block goes. A structure that is not named stays whole.
     """
 
     blocks: tuple[Mapping[str, tuple[int, ...]] | None, ...]

@@ -102,7 +102,7 @@ class Structure:
 
     def by_unit(self, values: Tensor) -> Tensor:
         """Values of the consumer's inputs [..., in], summed over each unit: [..., units]."""
-        return values.unflatten(-1, (self.count, self.size)).sum(-1)
+        return values.reshape(*values.shape[:-1], self.count, self.size).sum(-1)
 
 
 def find_structures(model: Any, anatomy: Anatomy) -> list[tuple[Structure, ...]]:

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ..binding import Bound, bind, named_generator
 from ..bits import all_finite, row_chunks
-from ..catalogue import PARTS, Method
+from ..catalogue import Method
 from ..errors import InputError, PrunekitError
-from ..parts import Part, find_part
 from ..recipe import Pattern
 from ..statistics import Statistics
 from .patterns import Group, Selection
 from .permutation import require_scipy
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A part with its options filled in."""
-
-    part: Part
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __call__(self, *arguments: Any, **more: Any) -> Any:
-        """What the part's function returns."""
-        return self.part.function(*arguments, **self.options, **more)
 
 
 @dataclass(frozen=True)
@@ -61,7 +48,7 @@ class Sparsifier:
     @classmethod
     def of(cls, method: Method, options: Mapping[str, Mapping[str, Any]], seed: int = 0) -> Sparsifier:
         """The method's parts with a recipe's options laid over their defaults. Raises `InputError`."""
-        bound = {kind: _bind(kind, method, options) for kind in ("score", "refine", "reconstruct", "tune")}
+        bound = {kind: bind(kind, method, options) for kind in ("score", "refine", "reconstruct", "tune")}
         pattern = {"group": method.group, "permute": False, **options.get("pattern", {})}
         group, permute = pattern.pop("group"), pattern.pop("permute")
         if group not in ("row", "layer"):
@@ -169,7 +156,7 @@ class Sparsifier:
     def _scores(self, weight: Tensor, stats: Statistics, name: str) -> Tensor:
         assert self.score is not None
         exact = _exact(weight, stats)
-        more = {"generator": _generator(self.seed, name, exact.device)} if self.score.part.random else {}
+        more = {"generator": named_generator(self.seed, name, exact.device)} if self.score.part.random else {}
         scores = self.score(exact, stats, **more)
         if scores.shape != weight.shape:
             raise PrunekitError(
@@ -191,30 +178,6 @@ class Sparsifier:
         return keep
 
 
-def _bind(kind: str, method: Method, options: Mapping[str, Mapping[str, Any]]) -> Bound | None:
-    """The part of that kind: the recipe's `name` wins over the method's, whose own options then do not apply."""
-    given = dict(options.get(kind, {}))
-    own = getattr(method, kind)
-    name = given.pop("name", own)
-    if name is None:
-        if given:
-            known = ", ".join(part for part, its in PARTS.items() if its == kind)
-            raise InputError(
-                f"'{kind}.{next(iter(given))}' is an option of a {kind} and method '{method.name}' has none: "
-                f"name one with --set {kind}.name=... ({known})"
-            )
-        return None
-    defaults = method.options.get(kind, {}) if name == own else {}
-    part = find_part(kind, name)
-    return Bound(part, part.bind({**defaults, **given}))
-
-
 def _exact(weight: Tensor, stats: Statistics) -> Tensor:
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return weight.to(device=stats.device or weight.device, dtype=dtype)
-
-
-def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
-    """What a linear's score draws from: decided by seed and name, so that neither order nor number of processes matters."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))

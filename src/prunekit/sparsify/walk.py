@@ -7,82 +7,100 @@ measure and once, pruned, for the next block's inputs; in dense mode the first p
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..bits import apply_mask, count_zeros, removed_part, row_chunks
+from ..bits import apply_mask, count_zeros, removed_part
+from ..blockwalk import Appetite, BlockWalk, LinearReport, Stored
 from ..catalogue import find_method
 from ..distributed import Ranks
 from ..errors import InputError
 from ..model.anatomy import Anatomy, Block, Linear, weight_of
-from ..model.hidden import HiddenStates, InMemory, Place, room_for
+from ..model.hidden import HiddenStates, room_for
 from ..model.source import StreamedModel, exchanged
 from ..model.stream import Walk
 from ..recipe import Pattern, Recipe
 from ..statistics import Collector, Statistics
 from .budget import Budget
-from .folding import Place as Stored
 from .folding import find_spaces, fold, in_module, permute_statistics
 from .linear import Sparsifier
 
-ERROR_TOKENS = 256  # inputs of the last window on which a linear's output error is measured
-
-
-def parts_of(recipe: Recipe, anatomy: Anatomy) -> tuple[Sparsifier, Budget, dict[str, Pattern | None]]:
-    """The recipe's method with its options bound, its budget, and the pattern of every linear before anything is measured.
-
-    Raises `InputError`.
-    """
-    method = find_method(recipe.method)
-    budget = Budget.of(method, recipe.parts.get("budget"))
-    sparsifier = Sparsifier.of(method, recipe.parts, recipe.seed)
-    if sparsifier.tune is not None and recipe.calibration.mode == "dense":
-        raise InputError(
-            f"tune '{sparsifier.tune.part.name}' goes from block to pruned block: leave out --set calibration.mode=dense"
-        )
-    return sparsifier, budget, budget.allot(anatomy, recipe.target)
-
-
-def windows_needed(sparsifier: Sparsifier, budget: Budget, asked: int) -> int:
-    """As many windows as asked; one where nothing looks at data, for the output errors and the reload check."""
-    return asked if sparsifier.needs | budget.part.needs else 1
-
-
-def resolved_parts(sparsifier: Sparsifier, budget: Budget, recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """A recipe's part options with the names and defaults that hold today filled in."""
-    parts = sparsifier.resolved(recipe.parts)
-    return {**parts, "budget": {**parts.get("budget", {}), **budget.resolved}}
+_CHUNKS = 32 << 20
 
 
 @dataclass(frozen=True)
-class LinearReport:
-    """What happened to one linear.
+class Sparsification:
+    """A recipe's method with its options bound, and what goes from each linear before anything is measured."""
 
-    `output_error` is ‖X(W̃−W)‖_F / ‖XW‖_F over the last 256 tokens of the last window, X being what the linear was fed when it was
-    measured; None where it was left dense. `seconds` is scoring, masking and that error. `permuted` says, where that was asked for,
-    whether its inputs have a new order; those that nothing can hand over in another order (the residual stream) keep theirs.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    pattern: str | None
-    weights: int
-    zeros: int
-    output_error: float | None
-    seconds: float
-    permuted: bool | None = None
+    sparsifier: Sparsifier
+    budget: Budget
+    patterns: dict[str, Pattern | None]
+    recipe: Recipe
+    anatomy: Anatomy
 
     @classmethod
-    def of(cls, line: dict[str, Any]) -> LinearReport:
-        """The report a line of the manifest or the journal was written from."""
-        return cls(**{**line, "shape": tuple(line["shape"])})
+    def of(cls, recipe: Recipe, anatomy: Anatomy) -> Sparsification:
+        """Raises `InputError` for what the method or its budget cannot do."""
+        method = find_method(recipe.method)
+        budget = Budget.of(method, recipe.parts.get("budget"))
+        sparsifier = Sparsifier.of(method, recipe.parts, recipe.seed)
+        if sparsifier.tune is not None and recipe.calibration.mode == "dense":
+            raise InputError(
+                f"tune '{sparsifier.tune.part.name}' goes from block to pruned block: leave out --set calibration.mode=dense"
+            )
+        return cls(sparsifier, budget, budget.allot(anatomy, recipe.target), recipe, anatomy)
+
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether a part reads statistics."""
+        return bool(self.sparsifier.needs | self.budget.part.needs)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the budget measures."""
+        return self.budget.part.measure is not None
+
+    @property
+    def resolved(self) -> dict[str, dict[str, Any]]:
+        """The recipe's part options with the names and defaults that hold today filled in."""
+        parts = self.sparsifier.resolved(self.recipe.parts)
+        return {**parts, "budget": {**parts.get("budget", {}), **self.budget.resolved}}
+
+    def appetite(self) -> Appetite:
+        """Sums of every linear's inputs, and what scoring and refitting a linear takes."""
+        sparsifier, linears = self.sparsifier, list(self.anatomy.linears())
+        largest = max(linear.count for linear in linears)
+        gram = "gram" in sparsifier.needs
+        sums = max(sum(linear.in_features**2 * 4 for linear in block.linears) for block in self.anatomy.blocks)
+        choosing = largest + _CHUNKS  # a mask, and chunks of weights in float32, scores, and what they are made of
+        by_rows = all(bound.part.rowwise for bound in sparsifier.parts if bound is not sparsifier.tune)
+        if not by_rows or sparsifier.group == "layer":
+            choosing += 3 * largest * 4  # the same of a whole linear
+        if gram:
+            choosing += 4 * largest * 4 + 3 * max(linear.in_features for linear in linears) ** 2 * 4
+        return Appetite(sums if gram else 0, choosing, sparsifier.tune is not None)
+
+    def work(
+        self, walk: Walk, *, dense: bool, ranks: Ranks | None = None, first: int = 0, total: int | None = None
+    ) -> SparsifyWalk:
+        """What zeroes weights of the blocks of `walk`'s model."""
+        return SparsifyWalk(
+            walk,
+            self.sparsifier,
+            self.patterns,
+            self.budget,
+            self.recipe.target,
+            dense=dense,
+            ranks=Ranks() if ranks is None else ranks,
+            first=first,
+            total=total,
+        )
 
 
 @dataclass(frozen=True)
@@ -94,91 +112,17 @@ class Measured:
 
 
 @dataclass
-class Seconds:
-    """Where the time went. `start` is all before the walk; `write` is what the walk waited for: writing goes on meanwhile."""
-
-    forward: float = 0.0
-    prune: float = 0.0
-    tune: float = 0.0
-    write: float = 0.0
-    read: float = 0.0
-    verify: float = 0.0
-    start: float = 0.0
-    total: float = 0.0
-
-    def timed(self, name: str) -> _Timer:
-        """A context that adds its duration to field `name`."""
-        return _Timer(self, name)
-
-
-class _Timer:
-    def __init__(self, seconds: Seconds, name: str) -> None:
-        self._seconds = seconds
-        self._name = name
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        spent = time.perf_counter() - self._start
-        setattr(self._seconds, self._name, getattr(self._seconds, self._name) + spent)
-
-
-@dataclass
-class SparsifyWalk:
-    """Prunes the blocks of `walk`'s model in order.
+class SparsifyWalk(BlockWalk):
+    """Zeroes weights of the blocks of `walk`'s model in order.
 
     Attributes:
         patterns: linear full name -> what to remove; None = leave dense.
-        dense: take all statistics from the dense model.
-        ranks: the processes that share the windows; each has those of its own `walk`, in the order of the ranks.
-        first, total: number of the first of our windows, and how many there are in all.
-        check: hidden states of the last batch of all, computed by the pruned model; what a reload is compared with. In dense mode
-            they go along from the start; in sequential mode they are there after the last block. None in every process but the last.
     """
 
-    walk: Walk
     sparsifier: Sparsifier
     patterns: dict[str, Pattern | None]
-    dense: bool = False
-    ranks: Ranks = field(default_factory=Ranks)
-    first: int = 0
-    total: int | None = None
-    seconds: Seconds = field(default_factory=Seconds)
-    check: InMemory | None = field(init=False, default=None)
-
-    @property
-    def _checks(self) -> bool:
-        return self.ranks.rank == self.ranks.size - 1
-
-    def start(self, hidden: HiddenStates | None = None, *, keep: bool = True) -> None:
-        """Run the model around its blocks; `walk.hidden` then holds the first block's inputs, unless `keep` is False."""
-        with self.seconds.timed("forward"), self.ranks.together():
-            self.walk.start(hidden, keep=keep)
-        if self.dense and self._checks:
-            self.check = self._last_batch(self.walk.hidden[self.walk.batches[-1]] if keep else None)
-
-    def _last_batch(self, values: Tensor | None) -> InMemory:
-        batch = self.walk.batches[-1]
-        check = InMemory((batch.stop - batch.start, *self.walk.shape[1:]), self.walk.dtype, self.walk.source.device)
-        if values is not None:
-            check[:] = values
-            check.turn()
-        return check
-
-    def states(self, folder: Path) -> list[tuple[HiddenStates, Place]]:
-        """What has to be saved to go on from here, and where: `check` as if it were more windows behind the last."""
-        own: list[tuple[HiddenStates, Place]] = [(self.walk.hidden, Place(folder, self.first))]
-        if self.dense and self.check is not None:
-            total = len(self.walk.windows) if self.total is None else self.total
-            own.append((self.check, Place(folder, total)))
-        return own
-
-    def release(self) -> None:
-        """Give the hidden states back; the walk is over."""
-        if self.check is not None:
-            self.check.close()
-        self.walk.release()
+    budget: Budget
+    target: Pattern
 
     def prune_block(self, block: Block, module: nn.Module, stored: Stored) -> list[LinearReport]:
         """Measure and prune one block in place; `pass_on` then sends the windows through it.
@@ -345,36 +289,21 @@ class SparsifyWalk:
             permuted=permuted,
         )
 
-    def _output_error(self, weight: Tensor, change: Callable[[slice], Tensor], sample: Tensor) -> float:
-        mine = self.ranks.share_of(len(weight))
-        squares = error_squares(weight, change, sample, mine)
-        self.ranks.sum_up([squares])
-        lost, whole = squares.sqrt().tolist()
-        return float(lost / whole) if whole > 0 else 0.0
+    @property
+    def looks_ahead(self) -> str:
+        """The budget's name, where it measures."""
+        return self.budget.part.name if self.budget.part.measure is not None else ""
+
+    def look_ahead(self, known: Any, stored: Stored, step: Callable[[], None]) -> Any:
+        """What the budget wants to know of every block of the dense model, and the patterns that come of it."""
+        if not self.looks_ahead:
+            return None
+        profile: list[float] = self._profile(stored, step) if known is None else known
+        self.patterns = self.budget.allot(self.walk.source.anatomy, self.target, profile)
+        return profile
 
     @torch.inference_mode()
-    def pass_on(self, index: int, module: nn.Module) -> None:
-        """Send the windows through a pruned block to become the next block's inputs."""
-        with self.seconds.timed("forward"), self.ranks.together():
-            last = len(self.walk.batches) - 1
-            if self.dense:
-                if self.check is not None:
-                    self.check[:] = self.walk.run_batch(index, module, last, self.check[:])
-                    self.check.turn()
-            elif index + 1 < len(self.walk.source.anatomy.blocks):
-                self.walk.run(index, module)
-            elif self._checks:  # no block waits for the others
-                inputs = self.walk.hidden[self.walk.batches[last]]
-                self.check = self._last_batch(self.walk.run_batch(index, module, last, inputs))
-
-    @torch.inference_mode()
-    def pass_on_dense(self, index: int, module: nn.Module) -> None:
-        """Send the windows through a block that is still dense; in dense mode this gives the next block's inputs."""
-        with self.seconds.timed("forward"), self.ranks.together():
-            self.walk.run(index, module)
-
-    @torch.inference_mode()
-    def profile(self, budget: Budget, stored: Stored, step: Callable[[], None]) -> list[float]:
+    def _profile(self, stored: Stored, step: Callable[[], None]) -> list[float]:
         """What a budget wants to know of every block of the dense model: a walk of its own, before the one that prunes."""
         walk, found = self.walk, []
         with room_for(walk.shape, walk.dtype, walk.source.device) as hidden:
@@ -384,12 +313,12 @@ class SparsifyWalk:
                 with self.seconds.timed("read"):
                     module = walk.source.load_block(block.index)
                 walk.source.prefetch(block.index + 1)
-                collector = self._measure(block, module, budget.part.needs, walk.hidden)
+                collector = self._measure(block, module, self.budget.part.needs, walk.hidden)
                 with self.seconds.timed("prune"):
                     measured = collector.statistics(self.ranks.sum_up)
                     weights = [linear.matrix(stored(linear)[0]) for linear in block.linears]
                     stats = [measured[linear.name].to(torch.float32) for linear in block.linears]
-                    found.append(budget.measure(weights, stats))
+                    found.append(self.budget.measure(weights, stats))
                 walk.source.free_block(block.index)
                 step()
             walk.release()
@@ -401,20 +330,7 @@ class SparsifyWalk:
     ) -> Collector:
         """Statistics of a block's linears, and its outputs where they are wanted, be it in the place of its inputs."""
         linears = {linear.name: module.get_submodule(linear.name) for linear in block.linears}
-        collector = Collector(linears, needs, result_used=outputs is not None)
-        last = len(self.walk.batches) - 1
-        with self.seconds.timed("forward"), self.ranks.together(), collector:
-            for position, batch in enumerate(self.walk.batches):
-                collector.windows = batch.stop - batch.start
-                collector.keep = self.walk.windows[batch].keep
-                collector.sample_tokens = ERROR_TOKENS if position == last else 0
-                output = self.walk.run_batch(block.index, module, position, self.walk.hidden[batch])
-                collector.end_batch()
-                if outputs is not None:
-                    outputs[batch] = output
-            if outputs is not None:
-                outputs.turn()
-        return collector
+        return self._collect(block, module, linears, needs, outputs)
 
 
 def stored_place(source: StreamedModel, linear: Linear) -> tuple[Tensor, Tensor | None]:
@@ -429,18 +345,3 @@ def resident_place(model: nn.Module, linear: Linear) -> tuple[Tensor, Tensor | N
     module = model.get_submodule(linear.full_name)
     bias = module.bias
     return weight_of(module), bias.detach() if isinstance(bias, Tensor) else None
-
-
-def error_squares(weight: Tensor, change: Callable[[slice], Tensor], inputs: Tensor, rows: slice) -> Tensor:
-    """‖X(W−W̃)ᵀ‖²_F and ‖XWᵀ‖²_F over some rows of W, products in the model's dtype, sums in float64: [2].
-
-    Shapes: weight [out, in], inputs [tokens, in]; `change(rows)` gives W−W̃, [rows, in].
-    """
-    norm_dtype = torch.promote_types(weight.dtype, torch.float32)
-    squares = torch.zeros(2, dtype=torch.float64, device=weight.device)
-    for part in row_chunks(rows.stop - rows.start, weight.shape[1]):
-        chunk = slice(rows.start + part.start, rows.start + part.stop)
-        lost = torch.linalg.vector_norm(inputs @ change(chunk).t(), dtype=norm_dtype)
-        whole = torch.linalg.vector_norm(inputs @ weight[chunk].t(), dtype=norm_dtype)
-        squares += torch.stack([lost, whole]).double().square()
-    return squares

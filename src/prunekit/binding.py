@@ -1,0 +1,54 @@
+"""A method's parts with a recipe's options laid over their defaults."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .catalogue import PARTS, Method
+from .errors import InputError
+from .parts import Part, find_part
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A part with its options filled in."""
+
+    part: Part
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, *arguments: Any, **more: Any) -> Any:
+        """What the part's function returns."""
+        return self.part.function(*arguments, **self.options, **more)
+
+
+def bind(kind: str, method: Method, options: Mapping[str, Mapping[str, Any]]) -> Bound | None:
+    """The part of that kind: the recipe's `name` wins over the method's, whose own options then do not apply.
+
+    `options` are a recipe's, by the word recipes have for a kind. Raises `InputError`.
+    """
+    word = kind.removeprefix("unit-")
+    given = dict(options.get(word, {}))
+    own = getattr(method, word)
+    name = given.pop("name", own)
+    if name is None or name == "none":
+        if given:
+            known = ", ".join(part for part, its in PARTS.items() if its == kind)
+            raise InputError(
+                f"'{word}.{next(iter(given))}' is an option of a {word} and method '{method.name}' has none: "
+                f"name one with --set {word}.name=... ({known})"
+            )
+        return None
+    defaults = method.options.get(word, {}) if name == own else {}
+    part = find_part(kind, name)
+    return Bound(part, part.bind({**defaults, **given}))
+
+
+def named_generator(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """What is drawn for a linear: decided by seed and name, so that neither order nor number of processes matters."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))

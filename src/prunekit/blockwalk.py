@@ -1,0 +1,306 @@
+"""What pruning a model block by block has in common, whatever is done to a block.
+
+The windows go through the model once; per block they are measured, the block is changed by whoever derives from `BlockWalk`, and they
+go on through the changed block. What the last batch comes to behind the last block is what a reload is compared with.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .bits import row_chunks
+from .distributed import Ranks
+from .model.anatomy import Block, Linear
+from .model.hidden import HiddenStates, InMemory, Place
+from .model.source import Source, StreamedModel
+from .model.stream import Walk
+from .statistics import Collector
+
+ERROR_TOKENS = 256  # inputs of the last window on which a linear's output error is measured
+
+# weight and bias of a linear as the checkpoint holds them
+Stored = Callable[[Linear], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """What happened to one linear.
+
+    `output_error` is ‖X(W̃−W)‖_F / ‖XW‖_F over the last 256 tokens of the last window, X being what the linear was fed when it was
+    measured; None where it was left dense. `seconds` is scoring, masking and that error. `permuted` says, where that was asked for,
+    whether its inputs have a new order; those that nothing can hand over in another order (the residual stream) keep theirs.
+    `shape` and `weights` are those of what is stored; `removed` weights went with structures and are not.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str | None
+    weights: int
+    zeros: int
+    output_error: float | None
+    seconds: float
+    permuted: bool | None = None
+    removed: int = 0
+
+    @classmethod
+    def of(cls, line: dict[str, Any]) -> LinearReport:
+        """The report a line of the manifest or the journal was written from."""
+        return cls(**{**line, "shape": tuple(line["shape"])})
+
+
+@dataclass
+class Seconds:
+    """Where the time went. `start` is all before the walk; `write` is what the walk waited for: writing goes on meanwhile."""
+
+    forward: float = 0.0
+    prune: float = 0.0
+    tune: float = 0.0
+    write: float = 0.0
+    read: float = 0.0
+    verify: float = 0.0
+    start: float = 0.0
+    total: float = 0.0
+
+    def timed(self, name: str) -> _Timer:
+        """A context that adds its duration to field `name`."""
+        return _Timer(self, name)
+
+
+class _Timer:
+    def __init__(self, seconds: Seconds, name: str) -> None:
+        self._seconds = seconds
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        spent = time.perf_counter() - self._start
+        setattr(self._seconds, self._name, getattr(self._seconds, self._name) + spent)
+
+
+@dataclass(frozen=True)
+class Appetite:
+    """Bytes a method takes besides blocks, hidden states and activations.
+
+    Attributes:
+        sums: of a block's statistics, at most.
+        choosing: while it works on a linear.
+        tunes: whether it runs blocks with gradients, towards the outputs of the dense ones.
+    """
+
+    sums: int
+    choosing: int
+    tunes: bool = False
+
+
+class Job(Protocol):
+    """A recipe's method bound to a model: what a run does to its blocks."""
+
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether anything depends on the calibration tokens; else one window does, for output errors and the reload check."""
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the dense model is walked once before the first block is changed."""
+
+    @property
+    def resolved(self) -> dict[str, dict[str, Any]]:
+        """The recipe's part options with the names and defaults that hold today filled in."""
+
+    def appetite(self) -> Appetite:
+        """What it takes of memory."""
+
+    def work(self, walk: Walk, *, dense: bool, ranks: Ranks, first: int, total: int | None) -> BlockWalk:
+        """What changes the blocks of `walk`'s model."""
+
+
+@dataclass
+class BlockWalk(ABC):
+    """Changes the blocks of `walk`'s model in order.
+
+    Attributes:
+        dense: take all statistics from the dense model.
+        ranks: the processes that share the windows; each has those of its own `walk`, in the order of the ranks.
+        first, total: number of the first of our windows, and how many there are in all.
+        check: hidden states of the last batch of all, computed by the pruned model; what a reload is compared with. In dense mode
+            they go along from the start; in sequential mode they are there after the last block. None in every process but the last.
+    """
+
+    walk: Walk
+    dense: bool = field(default=False, kw_only=True)
+    ranks: Ranks = field(default_factory=Ranks, kw_only=True)
+    first: int = field(default=0, kw_only=True)
+    total: int | None = field(default=None, kw_only=True)
+    seconds: Seconds = field(default_factory=Seconds, kw_only=True)
+    check: InMemory | None = field(init=False, default=None)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks that stay, in order."""
+        return self.walk.source.anatomy.blocks
+
+    @abstractmethod
+    def prune_block(self, block: Block, module: nn.Module, stored: Stored) -> list[LinearReport]:
+        """Measure and change one block in place; `pass_on` then sends the windows through it.
+
+        `stored(linear)` is weight and bias as the checkpoint holds them: they are what methods see and change along with the module's.
+        """
+
+    def look_ahead(self, known: Any, stored: Stored, step: Callable[[], None]) -> Any:
+        """What has to be known of the whole model before its first block is changed, as JSON for the journal: None for nothing.
+
+        It may take a walk of its own; `known` is what an interrupted run found, or None. `walk` is prepared, and is so again behind it.
+        """
+        return None
+
+    @property
+    def looks_ahead(self) -> str:
+        """The name of the part that wants `look_ahead`; empty where none does."""
+        return ""
+
+    def shard(self, block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is written of a block, by the names it is stored under; `tensors` are the checkpoint's, changed by `prune_block`."""
+        return dict(tensors)
+
+    def noted(self, block: Block) -> dict[str, Any]:
+        """What the journal keeps of a block that was changed, for `take_up`."""
+        return {}
+
+    def skip(self, block: Block, noted: Mapping[str, Any]) -> None:
+        """A block that an earlier run finished and that nothing passes through any more."""
+        return
+
+    def take_up(self, block: Block, tensors: dict[str, Tensor], noted: Mapping[str, Any]) -> nn.Module:
+        """The block as an earlier run left it, from what that wrote; its module computes what the written tensors do."""
+        source = self.walk.source
+        assert isinstance(source, StreamedModel)
+        return source.load_block(block.index, tensors)
+
+    @property
+    def removed(self) -> int:
+        """How many parameters the model has fewer; known when the walk is over."""
+        return 0
+
+    def files(self) -> dict[str, str]:
+        """Files of the output besides tensors that are not those of the checkpoint, config.json among them: name -> text."""
+        return {}
+
+    @property
+    def _checks(self) -> bool:
+        return self.ranks.rank == self.ranks.size - 1
+
+    def start(self, hidden: HiddenStates | None = None, *, keep: bool = True) -> None:
+        """Run the model around its blocks; `walk.hidden` then holds the first block's inputs, unless `keep` is False."""
+        with self.seconds.timed("forward"), self.ranks.together():
+            self.walk.start(hidden, keep=keep)
+        if self.dense and self._checks:
+            self.check = self._last_batch(self.walk.hidden[self.walk.batches[-1]] if keep else None)
+
+    def _last_batch(self, values: Tensor | None) -> InMemory:
+        batch = self.walk.batches[-1]
+        check = InMemory((batch.stop - batch.start, *self.walk.shape[1:]), self.walk.dtype, self.walk.source.device)
+        if values is not None:
+            check[:] = values
+            check.turn()
+        return check
+
+    def states(self, folder: Path) -> list[tuple[HiddenStates, Place]]:
+        """What has to be saved to go on from here, and where: `check` as if it were more windows behind the last."""
+        own: list[tuple[HiddenStates, Place]] = [(self.walk.hidden, Place(folder, self.first))]
+        if self.dense and self.check is not None:
+            total = len(self.walk.windows) if self.total is None else self.total
+            own.append((self.check, Place(folder, total)))
+        return own
+
+    def release(self) -> None:
+        """Give the hidden states back; the walk is over."""
+        if self.check is not None:
+            self.check.close()
+        self.walk.release()
+
+    @torch.inference_mode()
+    def pass_on(self, index: int, module: nn.Module) -> None:
+        """Send the windows through a pruned block to become the next block's inputs."""
+        with self.seconds.timed("forward"), self.ranks.together():
+            last = len(self.walk.batches) - 1
+            if self.dense:
+                if self.check is not None:
+                    self.check[:] = self.walk.run_batch(index, module, last, self.check[:])
+                    self.check.turn()
+            elif index != self.blocks[-1].index:
+                self.walk.run(index, module)
+            elif self._checks:  # no block waits for the others
+                inputs = self.walk.hidden[self.walk.batches[last]]
+                self.check = self._last_batch(self.walk.run_batch(index, module, last, inputs))
+
+    @torch.inference_mode()
+    def pass_on_dense(self, index: int, module: nn.Module) -> None:
+        """Send the windows through a block that is still dense; in dense mode this gives the next block's inputs."""
+        with self.seconds.timed("forward"), self.ranks.together():
+            self.walk.run(index, module)
+
+    def _output_error(self, weight: Tensor, change: Callable[[slice], Tensor], sample: Tensor) -> float:
+        mine = self.ranks.share_of(len(weight))
+        squares = error_squares(weight, change, sample, mine)
+        self.ranks.sum_up([squares])
+        lost, whole = squares.sqrt().tolist()
+        return float(lost / whole) if whole > 0 else 0.0
+
+    def _collect(
+        self,
+        block: Block,
+        module: nn.Module,
+        linears: Mapping[str, nn.Module],
+        needs: frozenset[str],
+        outputs: HiddenStates | None,
+    ) -> Collector:
+        """Statistics of some of a block's linears, and its outputs where they are wanted, be it in the place of its inputs."""
+        collector = Collector(linears, needs, result_used=outputs is not None)
+        last = len(self.walk.batches) - 1
+        with self.seconds.timed("forward"), self.ranks.together(), collector:
+            for position, batch in enumerate(self.walk.batches):
+                if not needs and outputs is None and position < last:
+                    continue  # nothing is wanted but the sample
+                collector.windows = batch.stop - batch.start
+                collector.keep = self.walk.windows[batch].keep
+                collector.sample_tokens = ERROR_TOKENS if position == last else 0
+                output = self.walk.run_batch(block.index, module, position, self.walk.hidden[batch])
+                collector.end_batch()
+                if outputs is not None:
+                    outputs[batch] = output
+            if outputs is not None:
+                outputs.turn()
+        return collector
+
+
+def error_squares(weight: Tensor, change: Callable[[slice], Tensor], inputs: Tensor, rows: slice) -> Tensor:
+    """‖X(W−W̃)ᵀ‖²_F and ‖XWᵀ‖²_F over some rows of W, products in the model's dtype, sums in float64: [2].
+
+    Shapes: weight [out, in], inputs [tokens, in]; `change(rows)` gives W−W̃, [rows, in].
+    """
+    norm_dtype = torch.promote_types(weight.dtype, torch.float32)
+    squares = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    for part in row_chunks(rows.stop - rows.start, weight.shape[1]):
+        chunk = slice(rows.start + part.start, rows.start + part.stop)
+        lost = torch.linalg.vector_norm(inputs @ change(chunk).t(), dtype=norm_dtype)
+        whole = torch.linalg.vector_norm(inputs @ weight[chunk].t(), dtype=norm_dtype)
+        squares += torch.stack([lost, whole]).double().square()
+    return squares
+
+
+def block_parameters(source: Source) -> list[int]:
+    """How many parameters each block has."""
+    return [
+        sum(parameter.numel() for parameter in source.module.get_submodule(block.name).parameters())
+        for block in source.anatomy.blocks
+    ]

@@ -1,0 +1,324 @@
+"""How many units of each structure stay: a budget part says, then shape and alignment are seen to in whole parameters.
+
+Ratios are of the blocks' parameters. Groups of heads are few and large, channels many and small: where numbers have to be whole, the
+channels make up for what the groups leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Annotated, Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from ..catalogue import Method
+from ..errors import InputError
+from ..parts import Limits, Part, find_part, unit_budget
+from .plan import Plan, Structures
+from .units import ATTENTION, MLP, Structure
+
+Shape = Literal["uniform", "free"]
+Counts = list[dict[str, int]]
+Scores = Sequence[Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a budget part is asked.
+
+    Attributes:
+        structures: by block; none of a block that is skipped.
+        parameters: of every block, skipped ones included.
+        target: how many parameters should go.
+        least: how many units of a kind must stay.
+        scores: by block and structure, [units] float; larger is kept. Empty for a part that does not want them.
+    """
+
+    structures: Structures
+    parameters: Sequence[int]
+    target: int
+    least: Mapping[str, int]
+    scores: Scores = ()
+
+    def each(self) -> list[Structure]:
+        """Every structure."""
+        return [structure for block in self.structures for structure in block]
+
+    def least_of(self, structure: Structure) -> int:
+        """How many of its units must stay."""
+        return min(structure.count, self.least.get(structure.kind, 1))
+
+
+@unit_budget()
+def uniform(demand: Demand) -> Counts:
+    """The same share of every block: whole groups of heads as far as the ratio goes, and channels for the rest."""
+    counts: Counts = [{} for _ in demand.structures]
+    open_blocks = [block for block in demand.structures if block]
+    share = Fraction(demand.target, max(1, sum(demand.parameters[block[0].block] for block in open_blocks)))
+    for block in open_blocks:
+        wanted = share * demand.parameters[block[0].block]
+        counts[block[0].block] = _filled(block, demand, wanted, {})
+    return counts
+
+
+def _filled(block: Sequence[Structure], demand: Demand, wanted: Fraction, kept: Mapping[str, int]) -> dict[str, int]:
+    """Counts of one block that remove `wanted` parameters as nearly as whole units can; `kept` are already settled."""
+    found = dict(kept)
+    share = wanted / demand.parameters[block[0].block]
+    for structure in block:
+        if structure.kind == ATTENTION and structure.name not in found:
+            found[structure.name] = max(structure.count - int(share * structure.count), demand.least_of(structure))
+    while True:
+        left = wanted - sum(
+            each.cost * (each.count - found[each.name])
+            for each in block
+            if each.name in found and each.kind == ATTENTION
+        )
+        channels = [each for each in block if each.kind == MLP]
+        removable = sum(each.cost * (each.count - demand.least_of(each)) for each in channels)
+        spare = [
+            each for each in block if each.kind == ATTENTION and found[each.name] > demand.least_of(each) and not kept
+        ]
+        if left <= removable or not spare:
+            break
+        found[spare[0].name] -= 1
+    whole = sum(each.cost * each.count for each in channels)
+    for each in channels:
+        part = max(Fraction(0), left) * each.cost * each.count / whole
+        found[each.name] = min(max(each.count - round(part / each.cost), demand.least_of(each)), each.count)
+    return found
+
+
+@unit_budget(scored=True)
+def global_cost(
+    demand: Demand,
+    *,
+    attention_scale: Annotated[float, Limits(above=0)] = 1.0,
+    normalise: Literal["none", "sum", "zscore"] = "none",
+) -> Counts:
+    """The least important units of the whole model go, one after the other, until their parameters add up.
+
+    `attention_scale` multiplies the scores of attention. Scores that are not comparable from block to block are divided by their sum
+    over a structure (`sum`) or made to have mean 0 and deviation 1 there (`zscore`).
+    Source: the cost-aware cut of FLAP (AL-AM) and Numerical Pruning, in whole parameters.
+    """
+    scores = [
+        {each.name: _normalised(demand.scores[each.block][each.name], normalise) for each in block}
+        for block in demand.structures
+    ]
+    for block, found in zip(demand.structures, scores, strict=True):
+        for each in block:
+            if each.kind == ATTENTION:
+                found[each.name] = found[each.name] * attention_scale
+    return _cut(demand, scores, demand.each(), demand.target)
+
+
+@unit_budget(scored=True, paper="https://arxiv.org/abs/2509.14230")
+def global_types(demand: Demand, *, gamma: Annotated[float, Limits(above=0)] | None = None) -> Counts:
+    """A threshold for all groups of heads and another for all channels; the share of channels that go is γ times that of groups.
+
+    Without `gamma` it is the size of the multilayer perceptrons over that of attention, which the paper's own values are near.
+    Source: NIRVANA, section 3 (the split) and its code.
+    """
+    groups = [each for each in demand.each() if each.kind == ATTENTION]
+    channels = [each for each in demand.each() if each.kind == MLP]
+    of_groups, of_channels = (sum(each.cost * each.count for each in some) for some in (groups, channels))
+    if gamma is None:
+        gamma = of_channels / of_groups if of_groups else 1.0
+    fraction = demand.target / (of_groups + gamma * of_channels)
+    target = round(fraction * of_groups)
+    counts = _cut(demand, demand.scores, groups, target)
+    gone = sum(each.cost * (each.count - counts[each.block][each.name]) for each in groups)
+    for kept, more in zip(counts, _cut(demand, demand.scores, channels, demand.target - gone), strict=True):
+        kept.update(more)
+    return counts
+
+
+@unit_budget()
+def widths(demand: Demand, *, attention: int | None = None, mlp: int | None = None) -> Counts:
+    """Given numbers of units: `attention` groups of heads and `mlp` channels in every block; what is not given stays whole."""
+    given = {ATTENTION: attention, MLP: mlp}
+    for each in demand.each():
+        wanted = given[each.kind]
+        if wanted is not None and not 1 <= wanted <= each.count:
+            raise InputError(
+                f"'budget.{each.kind}' cannot be {wanted}: '{each.name}' of block {each.block} has {each.count} units, "
+                "and at least one must stay"
+            )
+    return [{each.name: given[each.kind] or each.count for each in block} for block in demand.structures]
+
+
+def _normalised(scores: Tensor, how: str) -> Tensor:
+    scores = scores.double()
+    if how == "sum":
+        total = float(scores.sum())
+        return scores / total if total else scores
+    if how == "zscore":
+        spread = float(scores.std(correction=0))
+        return (scores - scores.mean()) / spread if spread else scores - scores.mean()
+    return scores
+
+
+def _cut(demand: Demand, scores: Scores, some: Sequence[Structure], target: int) -> Counts:
+    """Counts after the least important units of some structures went until `target` parameters are gone, least ones spared."""
+    counts: Counts = [{} for _ in demand.structures]
+    values, costs, owners = [], [], []
+    for number, each in enumerate(some):
+        counts[each.block][each.name] = each.count
+        ranked = scores[each.block][each.name].double().cpu().sort(stable=True).values
+        free = ranked[: each.count - demand.least_of(each)]
+        values.append(free)
+        costs.append(torch.full((len(free),), each.cost))
+        owners.append(torch.full((len(free),), number))
+    if not some:
+        return counts
+    order = torch.cat(values).argsort(stable=True)
+    spent = torch.cat(costs)[order].cumsum(0)
+    gone = torch.cat(owners)[order][: int(torch.searchsorted(spent, target, right=True))]
+    for number, lost in enumerate(gone.bincount(minlength=len(some)).tolist()):
+        counts[some[number].block][some[number].name] -= lost
+    return counts
+
+
+@dataclass(frozen=True)
+class UnitBudget:
+    """A budget part with its options, and what holds for all of them.
+
+    Attributes:
+        shape: `uniform` gives every block the same widths, so that stock configs describe the model; `free` leaves them as they come.
+        align: channels that stay are a multiple of this.
+        skip_first, skip_last: blocks at either end that stay whole.
+    """
+
+    part: Part
+    options: dict[str, Any]
+    shape: Shape
+    align: int
+    skip_first: int
+    skip_last: int
+
+    @classmethod
+    def of(cls, method: Method, options: Mapping[str, Any] | None = None) -> UnitBudget:
+        """The method's budget with a recipe's options. Raises `InputError`."""
+        own = dict(options or {})
+        name = own.pop("name", method.budget)
+        part = find_part("unit-budget", name)
+        defaults = dict(method.options.get("budget", {}))
+        common = {"shape": "uniform", "align": 1, "skip_first": 0, "skip_last": 0}
+        given = {key: own.pop(key, defaults.pop(key, value)) for key, value in common.items()}
+        if given["shape"] not in ("uniform", "free"):
+            raise InputError(f"'budget.shape' cannot be {given['shape']!r}: it is uniform or free")
+        for key, least in (("align", 1), ("skip_first", 0), ("skip_last", 0)):
+            if type(given[key]) is not int or given[key] < least:
+                raise InputError(f"'budget.{key}' cannot be {given[key]!r}: it is a whole number of at least {least}")
+        if given["shape"] == "uniform" and (given["skip_first"] or given["skip_last"]):
+            raise InputError(
+                "'budget.skip_first' and 'budget.skip_last' leave some blocks wider than others: add --shape free"
+            )
+        return cls(part, part.bind({**(defaults if name == method.budget else {}), **own}), **cast(Any, given))
+
+    @property
+    def scored(self) -> bool:
+        """Whether it wants the scores of all blocks before the first is cut."""
+        return bool(self.part.needs)
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """Its name and options with the defaults that hold today."""
+        common = {name: getattr(self, name) for name in ("shape", "align", "skip_first", "skip_last")}
+        return {"name": self.part.name, **self.options, **common}
+
+    def counts(self, structures: Structures, parameters: Sequence[int], ratio: Fraction, scores: Scores = ()) -> Counts:
+        """How many units of each structure stay.
+
+        Raises `InputError` where the ratio cannot be met with a unit of every structure left, or the alignment cannot.
+        """
+        last = len(structures) - self.skip_last
+        removable = [
+            tuple(each for each in block if self._may_lose(each)) if self.skip_first <= index < last else ()
+            for index, block in enumerate(structures)
+        ]
+        target = round(ratio * sum(parameters))
+        demand = Demand(removable, parameters, target, {ATTENTION: 1, MLP: self.align}, scores)
+        self._refuse(demand, ratio)
+        counts = self.part.function(demand, **self.options)
+        if self.part.name != "widths":
+            counts = self._level(demand, counts) if self.shape == "uniform" else self._aligned(demand, counts)
+        elif self.shape == "free":
+            counts = self._aligned(demand, counts)
+        return [
+            {each.name: found.get(each.name, each.count) for each in block}
+            for found, block in zip(counts, structures, strict=True)
+        ]
+
+    def _may_lose(self, structure: Structure) -> bool:
+        return structure.count > 1 and (
+            structure.resizes == "alone" or (structure.resizes == "together" and self.shape == "uniform")
+        )
+
+    def _refuse(self, demand: Demand, ratio: Fraction) -> None:
+        each = demand.each()
+        if not each:
+            raise InputError(
+                "no block of this model has units that can be taken out: shrinking cannot do anything here"
+            )
+        for structure in each:
+            if structure.kind == MLP and self.align > structure.count:
+                raise InputError(
+                    f"'budget.align' cannot be {self.align}: '{structure.name}' of block {structure.block} has only "
+                    f"{structure.count} channels"
+                )
+        most = sum(structure.cost * (structure.count - demand.least_of(structure)) for structure in each)
+        if self.part.name != "widths" and demand.target > most:
+            raise InputError(
+                f"ratio {float(ratio):g} asks for {demand.target:,} parameters and at most {most:,} can go while a unit of every "
+                f"structure stays: ask for at most {most / sum(demand.parameters):.3f}, or remove whole blocks"
+            )
+
+    def _level(self, demand: Demand, counts: Counts) -> Counts:
+        """The same counts in every block: groups of heads as on average, channels so that the target is met."""
+        blocks = [block for block in demand.structures if block]
+        if len({tuple((each.name, each.count, each.cost) for each in block) for block in blocks}) > 1:
+            raise InputError(
+                "the blocks of this model differ in their widths, so none can be the same in all: add --shape free"
+            )
+        first = blocks[0]
+        share = Fraction(demand.target, len(blocks))
+        kept = {
+            each.name: max(
+                round(Fraction(sum(counts[block[0].block][each.name] for block in blocks), len(blocks))),
+                demand.least_of(each),
+            )
+            for each in first
+            if each.kind == ATTENTION
+        }
+        if any(each.kind == MLP for each in first):
+            kept = _filled(first, demand, share, kept) if kept else _filled(first, demand, share, {})
+        return self._aligned(demand, [dict(kept) if block else {} for block in demand.structures])
+
+    def _aligned(self, demand: Demand, counts: Counts) -> Counts:
+        aligned = [dict(found) for found in counts]
+        for each in demand.each():
+            if each.kind == MLP and self.align > 1 and aligned[each.block][each.name] < each.count:
+                nearest = round(Fraction(aligned[each.block][each.name], self.align)) * self.align
+                aligned[each.block][each.name] = min(max(nearest, self.align), each.count // self.align * self.align)
+        return aligned
+
+
+def top_units(scores: Tensor, count: int) -> tuple[int, ...]:
+    """The `count` units with the largest scores, ascending; among equals the first. Shapes: scores [units]."""
+    order = scores.double().cpu().sort(descending=True, stable=True).indices[:count]
+    return tuple(sorted(order.tolist()))
+
+
+def plan_of(structures: Structures, counts: Counts, scores: Scores) -> Plan:
+    """The plan that keeps the best units of every structure."""
+    return Plan(
+        tuple(
+            {each.name: top_units(scores[each.block][each.name], found[each.name]) for each in block}
+            for block, found in zip(structures, counts, strict=True)
+        )
+    )

@@ -1,0 +1,1 @@
+"""What the linear that loses inputs makes of those it keeps; one file a way."""

@@ -1,0 +1,86 @@
+"""A recipe that removes structures, bound to a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..blockwalk import Appetite, block_parameters
+from ..catalogue import find_method
+from ..distributed import Ranks
+from ..errors import InputError
+from ..model.source import Source
+from ..model.stream import Walk
+from ..recipe import Recipe
+from .budget import Counts
+from .plan import Structures
+from .shrinker import Shrinker
+from .units import find_structures
+from .walk import ShrinkWalk
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """The method with its options bound, the model's structures, and how many units stay where no score has a say in that."""
+
+    shrinker: Shrinker
+    structures: Structures
+    counts: Counts | None
+    recipe: Recipe
+    source: Source
+
+    @classmethod
+    def of(cls, recipe: Recipe, source: Source) -> Shrinking:
+        """Raises `InputError` for what the method or its budget cannot do with this model."""
+        shrinker = Shrinker.of(find_method(recipe.method), recipe.parts, recipe.seed)
+        structures = find_structures(source.module, source.anatomy)
+        if not any(structures):
+            raise InputError(f"{type(source.module).__name__} has no units that can be taken out")
+        parameters = block_parameters(source)
+        # what the ratio or the alignment cannot be is refused before anything is measured
+        chance = [{each.name: torch.zeros(each.count) for each in block} for block in structures]
+        counts = shrinker.budget.counts(structures, parameters, recipe.target.fraction, chance)
+        return cls(shrinker, structures, None if shrinker.budget.scored else counts, recipe, source)
+
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether score or compensation read statistics or gradients."""
+        return bool(self.shrinker.score.part.needs | self.shrinker.refits)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the plan is made before the first block is cut."""
+        return self.shrinker.plans_first
+
+    @property
+    def resolved(self) -> dict[str, dict[str, Any]]:
+        """The recipe's part options with the names and defaults that hold today filled in."""
+        return self.shrinker.resolved(self.recipe.parts)
+
+    def appetite(self) -> Appetite:
+        """Sums of what consumers are fed; a system of the widest one in float64, thrice, and its weight in float32."""
+        needs = self.shrinker.measured | self.shrinker.refits
+        gram = "gram" in needs
+        widths = [[each.consumer.in_features for each in block] for block in self.structures]
+        sums = max(sum(width**2 * 4 for width in block) for block in widths) if gram else 0
+        widest = max(max(block, default=0) for block in widths)
+        largest = max(linear.count for linear in self.source.anatomy.linears())
+        return Appetite(sums, 3 * largest * 4 + (3 * widest**2 * 8 if gram else 0))
+
+    def work(
+        self, walk: Walk, *, dense: bool, ranks: Ranks | None = None, first: int = 0, total: int | None = None
+    ) -> ShrinkWalk:
+        """What removes units from the blocks of `walk`'s model."""
+        return ShrinkWalk(
+            walk,
+            self.shrinker,
+            self.structures,
+            self.recipe,
+            self.counts,
+            dense=dense,
+            ranks=Ranks() if ranks is None else ranks,
+            first=first,
+            total=total,
+        )

@@ -1,0 +1,91 @@
+"""A method that removes structures, with its options bound: score, budget, compensation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..binding import Bound, bind, named_generator
+from ..bits import all_finite
+from ..catalogue import Method
+from ..errors import InputError, PrunekitError
+from .budget import UnitBudget
+from .view import BlockView
+
+GRADIENTS = "gradient_"  # sums of gradients are needed under names that begin like this
+
+
+@dataclass(frozen=True)
+class Shrinker:
+    """What turns a block and what was measured of it into scores, counts and refitted weights; columns are just left out where nothing
+    compensates.
+    """
+
+    score: Bound
+    budget: UnitBudget
+    compensate: Bound | None
+    seed: int = 0
+
+    @classmethod
+    def of(cls, method: Method, options: Mapping[str, Mapping[str, Any]], seed: int = 0) -> Shrinker:
+        """The method's parts with a recipe's options laid over their defaults. Raises `InputError`."""
+        score = bind("unit-score", method, options)
+        if score is None:
+            raise PrunekitError(f"method '{method.name}' names no score")
+        compensate = bind("compensate", method, options)
+        return cls(score, UnitBudget.of(method, options.get("budget")), compensate, seed)
+
+    @property
+    def parts(self) -> list[Bound]:
+        """The parts it has, its budget aside."""
+        return [part for part in (self.score, self.compensate) if part is not None]
+
+    @property
+    def measured(self) -> frozenset[str]:
+        """Statistics its score reads."""
+        return frozenset(name for name in self.score.part.needs if not name.startswith(GRADIENTS))
+
+    @property
+    def gradients(self) -> frozenset[str]:
+        """Sums of gradients its score reads."""
+        return self.score.part.needs - self.measured
+
+    @property
+    def refits(self) -> frozenset[str]:
+        """Statistics its compensation reads."""
+        return frozenset() if self.compensate is None else self.compensate.part.needs
+
+    @property
+    def plans_first(self) -> bool:
+        """Whether the whole plan is made before the first block is cut: from the scores of all, or from gradients."""
+        return self.budget.scored or bool(self.gradients)
+
+    def resolved(self, options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """A recipe's part options with the names and defaults that hold today filled in."""
+        own = {bound.part.word: {"name": bound.part.name, **bound.options} for bound in self.parts}
+        return {**{key: dict(value) for key, value in options.items()}, **own, "budget": self.budget.resolved}
+
+    def scores(self, view: BlockView) -> dict[str, Tensor]:
+        """Importance of the units of every structure of a block, [units] by name. Raises `InputError` where one is not finite."""
+        found = {}
+        for structure in view.structures:
+            more = (
+                {"generator": named_generator(self.seed, structure.consumer.full_name, torch.device("cpu"))}
+                if self.score.part.random
+                else {}
+            )
+            found[structure.name] = self.score(view, structure, **more)
+            if found[structure.name].shape != (structure.count,):
+                raise PrunekitError(
+                    f"score '{self.score.part.name}' gave {list(found[structure.name].shape)} for {structure.count} units"
+                )
+            if not all_finite(found[structure.name]):
+                raise InputError(
+                    f"score '{self.score.part.name}' of '{structure.consumer.full_name}' holds NaN or infinite values: "
+                    "try --dtype float32"
+                )
+        return found

@@ -1,0 +1,303 @@
+"""Shrink a model block by block: measure what consumers of units are fed, choose, refit, and cut.
+
+While the windows pass through it a block keeps its shapes: columns of removed units are zero, which computes what the cut block does.
+What is written is cut, and the reload check then compares the one with the other.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bits import all_finite, count_zeros
+from ..blockwalk import BlockWalk, LinearReport, Stored, block_parameters
+from ..errors import InputError
+from ..model.anatomy import Block, weight_of
+from ..model.hidden import room_for
+from ..model.source import StreamedModel
+from ..recipe import Recipe
+from ..statistics import Statistics
+from .budget import Counts, plan_of, top_units
+from .plan import Plan, Structures
+from .shrinker import Shrinker
+from .slicing import Slicer
+from .units import Structure
+from .view import BlockView
+
+Kept = Mapping[str, tuple[int, ...]]
+
+
+@dataclass
+class ShrinkWalk(BlockWalk):
+    """Removes units from the blocks of `walk`'s model in order.
+
+    Attributes:
+        shrinker: the method.
+        structures: what can go, by block.
+        recipe: what was asked for.
+        counts: how many units of each structure stay, where that is known before anything is scored.
+        plan: what stays, where that is decided before the first block is cut.
+        kept: what stays of the blocks that are done.
+        biases: consumers that were given a bias they did not have, by full name.
+    """
+
+    shrinker: Shrinker
+    structures: Structures
+    recipe: Recipe
+    counts: Counts | None = None
+    plan: Plan | None = None
+    kept: dict[int, Kept] = field(default_factory=dict, kw_only=True)
+    biases: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self._parameters = block_parameters(self.walk.source)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks that stay, in order."""
+        blocks = super().blocks
+        return blocks if self.plan is None else tuple(blocks[index] for index in self.plan.kept_blocks)
+
+    @property
+    def looks_ahead(self) -> str:
+        """The score's name, where the plan is made before the first block is cut."""
+        return self.shrinker.score.part.name if self.shrinker.plans_first else ""
+
+    def look_ahead(self, known: Any, stored: Stored, step: Callable[[], None]) -> Any:
+        """Make the plan from the scores of all blocks of the dense model, or take up the one that is `known`."""
+        if not self.shrinker.plans_first:
+            return None
+        if known is None:
+            scores = self._dense_scores(stored, step)
+            counts = self._counts(scores)
+            known = plan_of(self.structures, counts, scores).to_json(self.structures)
+        self.plan = Plan.from_json(known, self.structures)
+        return known
+
+    def _counts(self, scores: list[dict[str, Tensor]]) -> Counts:
+        return self.shrinker.budget.counts(self.structures, self._parameters, self.recipe.target.fraction, scores)
+
+    @torch.inference_mode()
+    def _dense_scores(self, stored: Stored, step: Callable[[], None]) -> list[dict[str, Tensor]]:
+        """Scores of all units in the dense model: a walk of its own."""
+        walk, found = self.walk, []
+        with room_for(walk.shape, walk.dtype, walk.source.device) as hidden:
+            with self.seconds.timed("forward"), self.ranks.together():
+                walk.start(hidden)
+            for block in walk.source.anatomy.blocks:
+                with self.seconds.timed("read"):
+                    module = walk.source.load_block(block.index)
+                walk.source.prefetch(block.index + 1)
+                consumers = self._consumers(block, module)
+                collector = self._collect(block, module, consumers, self.shrinker.measured, walk.hidden)
+                with self.seconds.timed("prune"), self.ranks.together():
+                    found.append(self._scores(block, stored, collector.statistics(self.ranks.sum_up)))
+                walk.source.free_block(block.index)
+                step()
+            walk.release()
+        walk.prepare()
+        return found
+
+    def _scores(self, block: Block, stored: Stored, statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:
+        linears = {linear.name: linear for linear in block.linears}
+
+        def read(name: str) -> Tensor:
+            return linears[name].matrix(stored(linears[name])[0])
+
+        return self.shrinker.scores(BlockView(tuple(self.structures[block.index]), read, statistics))
+
+    def _consumers(self, block: Block, module: nn.Module) -> dict[str, nn.Module]:
+        return {each.name: module.get_submodule(each.name) for each in self.structures[block.index]}
+
+    @torch.inference_mode()
+    def prune_block(self, block: Block, module: nn.Module, stored: Stored) -> list[LinearReport]:
+        """Measure the block, choose what stays, and let its consumers do without the rest."""
+        structures = self.structures[block.index]
+        settled = None if self.plan is None else self.plan.blocks[block.index]
+        needs = self.shrinker.refits | (frozenset() if settled is not None else self.shrinker.measured)
+        hidden = self.walk.hidden if self.dense else None
+        collector = self._collect(block, module, self._consumers(block, module), needs, hidden)
+        with self.seconds.timed("prune"), self.ranks.together():
+            statistics = collector.statistics(self.ranks.sum_up)
+            kept = settled if settled is not None else self._choose(block, stored, statistics)
+            self.kept[block.index] = kept
+            before = {linear.name: linear.count for linear in block.linears}
+            errors, seconds = {}, {}
+            for each in structures:
+                begun = time.perf_counter()
+                units = torch.tensor(kept[each.name])
+                errors[each.name] = self._cut(
+                    each, units, module, stored, statistics[each.name], collector.sample(each.name)
+                )
+                seconds[each.name] = time.perf_counter() - begun
+            slicer = self._slicer(block)
+            reports = []
+            for linear in block.linears:
+                weight = slicer(f"{linear.name}.weight", stored(linear)[0])
+                matrix = linear.matrix(weight)
+                reports.append(
+                    LinearReport(
+                        name=linear.full_name,
+                        shape=(matrix.shape[0], matrix.shape[1]),
+                        pattern=None,
+                        weights=matrix.numel(),
+                        zeros=count_zeros(matrix),
+                        output_error=errors.get(linear.name),
+                        seconds=seconds.get(linear.name, 0.0),
+                        removed=before[linear.name] - matrix.numel(),
+                    )
+                )
+            return reports
+
+    def _choose(self, block: Block, stored: Stored, statistics: Mapping[str, Statistics]) -> Kept:
+        assert self.counts is not None
+        scores = self._scores(block, stored, statistics)
+        return {name: top_units(scores[name], count) for name, count in self.counts[block.index].items()}
+
+    def _cut(
+        self,
+        structure: Structure,
+        units: Tensor,
+        module: nn.Module,
+        stored: Stored,
+        statistics: Statistics,
+        sample: Tensor,
+    ) -> float | None:
+        """Give the consumer the weight, and perhaps the bias, it has when only `units` stay; its removed columns are zero."""
+        if len(units) == structure.count:
+            return None
+        linear = structure.consumer
+        weight, bias = stored(linear)
+        matrix = linear.matrix(weight)
+        keep = structure.inputs(units).to(matrix.device)
+        exact = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        added = None
+        if self.shrinker.compensate is None:
+            kept = exact[:, keep]
+        else:
+            kept, added = self.shrinker.compensate(exact, keep, statistics)
+        if not all_finite(kept):
+            raise InputError(
+                f"compensating '{linear.full_name}' gave NaN or infinite weights: take more --samples, or more damping"
+            )
+        new = torch.zeros_like(matrix)
+        new[:, keep] = kept.to(new.dtype)
+        child = module.get_submodule(linear.name)
+        live = linear.matrix(weight_of(child))
+        shift = torch.zeros(len(matrix)) if added is None else added
+        error = self._cut_error(live, new, shift, self.ranks.from_last(sample))
+        matrix.copy_(new)
+        live.copy_(new)
+        if added is not None:
+            self._add_bias(structure, child, bias, added.to(weight.dtype))
+        return error
+
+    def _cut_error(self, live: Tensor, new: Tensor, shift: Tensor, sample: Tensor) -> float:
+        """Output error of new columns and of what is added to the output: an input that is always one carries that."""
+        carried = torch.cat([sample, torch.ones_like(sample[:, :1])], dim=1)
+        dense = torch.cat([live, torch.zeros_like(live[:, :1])], dim=1)
+        shift = shift.to(live)[:, None]
+        return self._output_error(
+            dense, lambda rows: dense[rows] - torch.cat([new[rows].to(live), shift[rows]], dim=1), carried
+        )
+
+    def _add_bias(self, structure: Structure, child: nn.Module, bias: Tensor | None, added: Tensor) -> None:
+        if bias is None:
+            self.biases[structure.consumer.full_name] = added
+            live = weight_of(child)
+            child.bias = nn.Parameter(added.to(live), requires_grad=False)
+            return
+        bias += added
+        own = child.bias
+        assert isinstance(own, Tensor)
+        if own.data_ptr() != bias.data_ptr():
+            own.copy_(bias)
+
+    @torch.inference_mode()
+    def pass_on(self, index: int, module: nn.Module) -> None:
+        """Send the windows through the block as it will be; then take biases off it that its class does not have."""
+        super().pass_on(index, module)
+        for each in self.structures[index]:
+            if each.consumer.full_name in self.biases:
+                module.get_submodule(each.name).register_parameter("bias", None)
+
+    def _slicer(self, block: Block) -> Slicer:
+        blocks: list[Kept | None] = [None] * len(self.structures)
+        blocks[block.index] = self.kept[block.index]
+        module = self.walk.source.module.get_submodule(block.name)
+        shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
+        return Slicer(self.structures[block.index], Plan(tuple(blocks)), shapes)
+
+    def shard(self, block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The block's tensors without what was removed, under the names they have in the smaller model."""
+        source = self.walk.source
+        assert isinstance(source, StreamedModel)
+        slicer = self._slicer(block)
+        written = {}
+        for name in source.block_parameters(block.index):
+            key = source.key_of[name]
+            written[self._renamed(key, block)] = slicer(name.removeprefix(block.name + "."), tensors[key])
+        for each in self.structures[block.index]:
+            added = self.biases.get(each.consumer.full_name)
+            if added is not None:
+                key = source.key_of[f"{each.consumer.full_name}.weight"].removesuffix("weight") + "bias"
+                written[self._renamed(key, block)] = added
+        return written
+
+    def _renamed(self, key: str, block: Block) -> str:
+        number = [each.index for each in self.blocks].index(block.index)
+        return re.sub(rf"(^|\.){block.index}\.", rf"\g<1>{number}.", key, count=1)
+
+    def noted(self, block: Block) -> dict[str, Any]:
+        """The units that stay."""
+        return {"kept": {name: list(units) for name, units in self.kept[block.index].items()}}
+
+    def skip(self, block: Block, noted: Mapping[str, Any]) -> None:
+        """Remember what stays of the block."""
+        self.kept[block.index] = {name: tuple(units) for name, units in noted["kept"].items()}
+
+    def take_up(self, block: Block, tensors: dict[str, Tensor], noted: Mapping[str, Any]) -> nn.Module:
+        """The dense block with the consumers that were written."""
+        source = self.walk.source
+        assert isinstance(source, StreamedModel)
+        module = source.load_block(block.index)
+        self.skip(block, noted)
+        for each in self.structures[block.index]:
+            units = torch.tensor(self.kept[block.index][each.name])
+            if len(units) == each.count:
+                continue
+            key = source.key_of[f"{each.consumer.full_name}.weight"]
+            weight = each.consumer.matrix(source.stored[block.index][key])
+            written = each.consumer.matrix(tensors[self._renamed(key, block)])
+            weight.zero_()
+            weight[:, each.inputs(units)] = written
+            child = module.get_submodule(each.name)
+            each.consumer.matrix(weight_of(child)).copy_(weight)
+            bias_key = key.removesuffix("weight") + "bias"
+            written_bias = tensors.get(self._renamed(bias_key, block))
+            if written_bias is not None and bias_key in source.stored[block.index]:
+                source.stored[block.index][bias_key].copy_(written_bias)
+                own = child.bias
+                assert isinstance(own, Tensor)
+                own.detach().copy_(written_bias)
+            elif written_bias is not None:
+                self.biases[each.consumer.full_name] = written_bias
+                child.bias = nn.Parameter(written_bias.to(weight_of(child)), requires_grad=False)
+        return module
+
+    @property
+    def removed(self) -> int:
+        """Parameters of removed units and blocks, less those of biases that were added."""
+        added = sum(bias.numel() for bias in self.biases.values())
+        return self.made_plan().removed(self.structures, self._parameters) - added
+
+    def made_plan(self) -> Plan:
+        """What stays of every block, known when the walk is over."""
+        gone = {} if self.plan is None else {i: None for i, block in enumerate(self.plan.blocks) if block is None}
+        return Plan(tuple(gone.get(index, self.kept.get(index)) for index in range(len(self.structures))))
