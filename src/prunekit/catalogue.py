@@ -41,7 +41,7 @@ class Method:
     `layer` (the linear). A `K:G` pattern compares within its groups of G, whatever the method. `score` is None where the
     reconstruction chooses what to keep while it solves. `options` are defaults that differ from the parts' own.
     Of the `kind` shrink, a method removes structures: its score ranks units, its `budget` says how many stay, `compensate` refits the
-    linears that lose inputs.
+    linears that lose inputs; or `depth` says which whole blocks go.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Method:
     reconstruct: str | None = None
     tune: str | None = None
     compensate: str | None = None
+    depth: str | None = None
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -259,6 +260,15 @@ METHODS: dict[str, Method] = {
             group="unit",
             compensate="least-squares",
             paper="equations 1 to 3 of https://arxiv.org/abs/2409.17372",
+        ),
+        Method(
+            name="shortgpt",
+            kind="shrink",
+            summary="Remove whole blocks, those that turn the hidden states least.",
+            score=None,
+            group="block",
+            depth="shortgpt",
+            paper="Men et al. 2024, https://arxiv.org/abs/2403.03853",
         ),
     )
 }

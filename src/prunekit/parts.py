@@ -29,6 +29,7 @@ _HOMES = {
     "unit-score": "prunekit.shrink.scores",
     "unit-budget": "prunekit.shrink.budget",
     "compensate": "prunekit.shrink.compensate",
+    "depth": "prunekit.shrink.depth",
 }
 _REGISTERED: dict[str, dict[str, Part]] = {kind: {} for kind in _HOMES}
 
@@ -68,8 +69,8 @@ class Part:
     """A pure function on tensors, with what it declares about itself.
 
     Attributes:
-        kind: `score`, `refine`, `reconstruct`, `tune` or `budget`; of methods that remove structures `unit-score`, `unit-budget` or
-            `compensate`.
+        kind: `score`, `refine`, `reconstruct`, `tune` or `budget`; of methods that remove structures `unit-score`, `unit-budget`,
+            `compensate` or `depth`.
         needs: names of the `Statistics` sums it reads; nothing else is measured.
         rowwise: the result for some rows depends on those rows alone (and on `Statistics`, which know the norms of the whole weight's
             columns), so they may be computed in chunks.
@@ -102,7 +103,7 @@ class Part:
     @property
     def to(self) -> str:
         """To which kind of method it belongs."""
-        return "shrink" if self.kind.startswith("unit-") or self.kind == "compensate" else "sparsify"
+        return "shrink" if self.kind.startswith("unit-") or self.kind in ("compensate", "depth") else "sparsify"
 
     @property
     def summary(self) -> str:
@@ -182,6 +183,11 @@ def unit_budget(*, paper: str = "", scored: bool = False) -> Callable[[Function]
     One that is `scored` wants the scores of all blocks first.
     """
     return _register("unit-budget", {"scores"} if scored else set(), paper)
+
+
+def depth(*, paper: str) -> Callable[[Function], Function]:
+    """Register `function(influence, count, *, options...) -> the numbers of the blocks that go`; see `shrink/influence.py`."""
+    return _register("depth", set(), paper)
 
 
 def compensate(*, needs: set[str], paper: str) -> Callable[[Function], Function]:

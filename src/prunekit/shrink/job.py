@@ -41,13 +41,16 @@ class Shrinking:
         parameters = block_parameters(source)
         # what the ratio or the alignment cannot be is refused before anything is measured
         chance = [{each.name: torch.zeros(each.count) for each in block} for block in structures]
+        if shrinker.depth is not None:
+            return cls(shrinker, structures, None, recipe, source)
         counts = shrinker.budget.counts(structures, parameters, recipe.target.fraction, chance)
         return cls(shrinker, structures, None if shrinker.budget.scored else counts, recipe, source)
 
     @property
     def looks_at_data(self) -> bool:
         """Whether score or compensation read statistics or gradients."""
-        return bool(self.shrinker.score.part.needs | self.shrinker.refits)
+        shrinker = self.shrinker
+        return bool(shrinker.measured | shrinker.gradients | shrinker.refits) or shrinker.depth is not None
 
     @property
     def looks_ahead(self) -> bool:

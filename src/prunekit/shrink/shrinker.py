@@ -25,34 +25,42 @@ class Shrinker:
     compensates.
     """
 
-    score: Bound
+    score: Bound | None
     budget: UnitBudget
     compensate: Bound | None
+    depth: Bound | None = None
     seed: int = 0
 
     @classmethod
     def of(cls, method: Method, options: Mapping[str, Mapping[str, Any]], seed: int = 0) -> Shrinker:
         """The method's parts with a recipe's options laid over their defaults. Raises `InputError`."""
-        score = bind("unit-score", method, options)
-        if score is None:
-            raise PrunekitError(f"method '{method.name}' names no score")
-        compensate = bind("compensate", method, options)
-        return cls(score, UnitBudget.of(method, options.get("budget")), compensate, seed)
+        score, depth = bind("unit-score", method, options), bind("depth", method, options)
+        if (score is None) == (depth is None):
+            raise InputError(
+                f"method '{method.name}' must have either a score, which ranks units, or a depth, which removes blocks"
+            )
+        return cls(
+            score, UnitBudget.of(method, options.get("budget")), bind("compensate", method, options), depth, seed
+        )
 
     @property
     def parts(self) -> list[Bound]:
         """The parts it has, its budget aside."""
-        return [part for part in (self.score, self.compensate) if part is not None]
+        return [part for part in (self.score, self.compensate, self.depth) if part is not None]
 
     @property
     def measured(self) -> frozenset[str]:
         """Statistics its score reads."""
-        return frozenset(name for name in self.score.part.needs if not name.startswith(GRADIENTS))
+        return frozenset(name for name in self._needs if not name.startswith(GRADIENTS))
 
     @property
     def gradients(self) -> frozenset[str]:
         """Sums of gradients its score reads."""
-        return self.score.part.needs - self.measured
+        return self._needs - self.measured
+
+    @property
+    def _needs(self) -> frozenset[str]:
+        return frozenset() if self.score is None else self.score.part.needs
 
     @property
     def refits(self) -> frozenset[str]:
@@ -62,7 +70,7 @@ class Shrinker:
     @property
     def plans_first(self) -> bool:
         """Whether the whole plan is made before the first block is cut: from the scores of all, or from gradients."""
-        return self.budget.scored or bool(self.gradients)
+        return self.budget.scored or bool(self.gradients) or self.depth is not None
 
     def resolved(self, options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """A recipe's part options with the names and defaults that hold today filled in."""
@@ -72,6 +80,7 @@ class Shrinker:
     def scores(self, view: BlockView) -> dict[str, Tensor]:
         """Importance of the units of every structure of a block, [units] by name. Raises `InputError` where one is not finite."""
         found = {}
+        assert self.score is not None
         for structure in view.structures:
             more = (
                 {"generator": named_generator(self.seed, structure.consumer.full_name, torch.device("cpu"))}

@@ -24,6 +24,7 @@ from ..model.source import StreamedModel
 from ..recipe import Recipe
 from ..statistics import Statistics
 from .budget import Counts, plan_of, top_units
+from .influence import Influence
 from .plan import Plan, Structures
 from .shrinker import Shrinker
 from .slicing import Slicer
@@ -66,22 +67,32 @@ class ShrinkWalk(BlockWalk):
 
     @property
     def looks_ahead(self) -> str:
-        """The score's name, where the plan is made before the first block is cut."""
-        return self.shrinker.score.part.name if self.shrinker.plans_first else ""
+        """The name of what ranks, where the plan is made before the first block is cut."""
+        ranks = self.shrinker.depth or self.shrinker.score
+        return ranks.part.name if ranks is not None and self.shrinker.plans_first else ""
 
     def look_ahead(self, known: Any, stored: Stored, step: Callable[[], None]) -> Any:
         """Make the plan from the scores of all blocks of the dense model, or take up the one that is `known`."""
         if not self.shrinker.plans_first:
             return None
         if known is None:
-            scores = self._dense_scores(stored, step)
-            counts = self._counts(scores)
-            known = plan_of(self.structures, counts, scores).to_json(self.structures)
+            known = self._make_plan(stored, step).to_json(self.structures)
         self.plan = Plan.from_json(known, self.structures)
         return known
 
-    def _counts(self, scores: list[dict[str, Tensor]]) -> Counts:
-        return self.shrinker.budget.counts(self.structures, self._parameters, self.recipe.target.fraction, scores)
+    def _make_plan(self, stored: Stored, step: Callable[[], None]) -> Plan:
+        ratio = self.recipe.target.fraction
+        if self.shrinker.depth is None:
+            scores = self._dense_scores(stored, step)
+            counts = self.shrinker.budget.counts(self.structures, self._parameters, ratio, scores)
+            return plan_of(self.structures, counts, scores)
+        blocks = len(self.structures)
+        count = round(ratio * blocks)
+        if count >= blocks:
+            raise InputError(f"ratio {float(ratio):g} would remove all {blocks} blocks: ask for less")
+        gone = self.shrinker.depth(Influence(self.walk, self.ranks, step), count) if count else []
+        whole = Plan.whole(self.structures).blocks
+        return Plan(tuple(None if index in gone else kept for index, kept in enumerate(whole)))
 
     @torch.inference_mode()
     def _dense_scores(self, stored: Stored, step: Callable[[], None]) -> list[dict[str, Tensor]]:

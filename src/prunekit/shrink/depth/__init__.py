@@ -1,0 +1,1 @@
+"""Which whole blocks go; one file a way of choosing them."""

@@ -1,0 +1,100 @@
+"""How far blocks turn the hidden states that pass through them, measured on a walk through the dense model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..distributed import Ranks
+from ..errors import InputError
+from ..machine import return_memory
+from ..model.hidden import room_for
+from ..model.stream import Walk
+
+_NO_DIRECTION = 0.5  # the cosine of a token without a direction, as in the official code
+
+
+@dataclass
+class Influence:
+    """Measures blocks of `walk`'s model; each measurement is a walk of its own. `step` is called behind every block."""
+
+    walk: Walk
+    ranks: Ranks
+    step: Callable[[], None]
+
+    def turned(self, without: Collection[int] = ()) -> dict[int, float]:
+        """1 − mean cosine between what a block is fed and what it returns, over all tokens, of every block not in `without`."""
+        found: dict[int, float] = {}
+
+        def see(index: int, before: Tensor, after: Tensor, keep: Tensor | None) -> Tensor:
+            cosine = _cosines(before, after)
+            cosine = cosine.flatten() if keep is None else cosine[keep.to(cosine.device)]
+            return torch.stack([cosine.double().sum(), cosine.new_tensor(len(cosine), dtype=torch.float64)])
+
+        for index, sums in self._through(without, see):
+            found[index] = 1 - float(sums[0] / sums[1])
+        return found
+
+    def angles(self, count: int) -> list[float]:
+        """For every stretch of `count` blocks, the mean angle, in π, between its first input and its last output at the last token."""
+        blocks = len(self.walk.source.anatomy.blocks)
+        inputs: list[list[Tensor]] = [[] for _ in range(blocks + 1)]
+
+        def see(index: int, before: Tensor, after: Tensor, keep: Tensor | None) -> Tensor:
+            if keep is not None:
+                raise InputError("depth.choose=contiguous looks at last tokens: it cannot do with padded windows")
+            inputs[index].append(before[:, -1].float())
+            if index == blocks - 1:
+                inputs[blocks].append(after[:, -1].float())
+            return torch.zeros(2, dtype=torch.float64)
+
+        self._through((), see)
+        last = [torch.cat(parts) for parts in inputs]
+        found = []
+        for first in range(blocks - count + 1):
+            cosine = _cosines(last[first], last[first + count]).clamp(-1, 1)
+            sums = torch.stack([(cosine.acos() / math.pi).sum(), torch.tensor(float(len(cosine)))]).double()
+            self.ranks.sum_up([sums])
+            found.append(float(sums[0] / sums[1]))
+        return found
+
+    @torch.inference_mode()
+    def _through(
+        self, without: Collection[int], see: Callable[[int, Tensor, Tensor, Tensor | None], Tensor]
+    ) -> list[tuple[int, Tensor]]:
+        """Walk through the blocks not in `without`, `see` what each is fed and returns, batch by batch, and add up what that gives."""
+        walk, found = self.walk, []
+        with room_for(walk.shape, walk.dtype, walk.source.device) as hidden:
+            with self.ranks.together():
+                walk.start(hidden)
+            for block in walk.source.anatomy.blocks:
+                if block.index in without:
+                    continue
+                module = walk.source.load_block(block.index)
+                walk.source.prefetch(block.index + 1)
+                sums = torch.zeros(2, dtype=torch.float64)
+                with self.ranks.together():
+                    for position, batch in enumerate(walk.batches):
+                        before = walk.hidden[batch]
+                        after = walk.run_batch(block.index, module, position, before)
+                        sums += see(block.index, before.to(after.device), after, walk.windows[batch].keep).cpu()
+                        walk.hidden[batch] = after
+                walk.hidden.turn()
+                self.ranks.sum_up([sums])
+                found.append((block.index, sums))
+                walk.source.free_block(block.index)
+                return_memory()
+                self.step()
+            walk.release()
+        walk.prepare()
+        return found
+
+
+def _cosines(before: Tensor, after: Tensor) -> Tensor:
+    """Cosine of every vector with its successor. Shapes: [..., hidden] twice -> [...] float32."""
+    cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1, eps=0.0)
+    return torch.where(torch.isfinite(cosine), cosine, _NO_DIRECTION)
