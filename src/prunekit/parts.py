@@ -26,6 +26,7 @@ _HOMES = {
     "refine": "prunekit.sparsify.refine",
     "reconstruct": "prunekit.sparsify.reconstruct",
     "tune": "prunekit.sparsify.tune",
+    "unit-score": "prunekit.shrink.scores",
 }
 _REGISTERED: dict[str, dict[str, Part]] = {kind: {} for kind in _HOMES}
 
@@ -65,7 +66,7 @@ class Part:
     """A pure function on tensors, with what it declares about itself.
 
     Attributes:
-        kind: `score`, `refine`, `reconstruct`, `tune` or `budget`.
+        kind: `score`, `refine`, `reconstruct`, `tune`, `budget` or `unit-score`.
         needs: names of the `Statistics` sums it reads; nothing else is measured.
         rowwise: the result for some rows depends on those rows alone (and on `Statistics`, which know the norms of the whole weight's
             columns), so they may be computed in chunks.
@@ -73,6 +74,8 @@ class Part:
         chooses: a reconstruction that finds the keep-mask itself where it is given none.
         measure: what a budget wants to know of every dense block before the first is pruned.
         note: what to know before it is used, such as a group within which a score says no more than a simpler one.
+        objective: of what the gradients are that it reads; empty where it reads none.
+        reads: which of `needs` it reads with the options at hand, where that depends on them.
         options: its keyword-only parameters.
     """
 
@@ -87,6 +90,8 @@ class Part:
     chooses: bool = False
     measure: Callable[..., float] | None = None
     note: str = ""
+    objective: str = ""
+    reads: Callable[..., set[str]] | None = None
 
     @property
     def summary(self) -> str:
@@ -103,6 +108,10 @@ class Part:
             if not _fits(value, wanted):
                 raise InputError(f"'{self.kind}.{name}' cannot be {value!r}: it takes {_spell(wanted)}")
         return {name: values.get(name, option.default) for name, option in self.options.items()}
+
+    def needed(self, options: dict[str, Any]) -> frozenset[str]:
+        """What it reads of `needs` with these options, all of them bound."""
+        return self.needs if self.reads is None else frozenset(self.reads(**options))
 
 
 def score(
@@ -150,6 +159,22 @@ def budget(
     return _register("budget", needs or set(), paper, measure=measure)
 
 
+def unit_score(
+    *,
+    needs: set[str],
+    paper: str,
+    objective: str = "",
+    reads: Callable[..., set[str]] | None = None,
+    note: str = "",
+) -> Callable[[Function], Function]:
+    """Register `function(view, structure, *, options...) -> importance` of the units of a structure, [units]; larger is kept.
+
+    `needs` may name sums of gradients (`gradient_abs`, ...; see `shrink/gradients.py`) of an `objective`, and `reads(**options)` say
+    which of all these the options at hand ask for.
+    """
+    return _register("unit-score", needs, paper, objective=objective, reads=reads, note=note)
+
+
 def _register(
     kind: str,
     needs: set[str],
@@ -160,6 +185,8 @@ def _register(
     chooses: bool = False,
     measure: Callable[..., float] | None = None,
     note: str = "",
+    objective: str = "",
+    reads: Callable[..., set[str]] | None = None,
 ) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
         name = function.__name__.replace("_", "-")
@@ -171,7 +198,19 @@ def _register(
                     raise TypeError(f"option '{parameter.name}' of {kind} '{name}' needs an annotation and a default")
                 options[parameter.name] = Option(parameter.name, hints[parameter.name], parameter.default)
         _REGISTERED[kind][name] = Part(
-            kind, name, function, frozenset(needs), paper, rowwise, options, random, chooses, measure, note
+            kind,
+            name,
+            function,
+            frozenset(needs),
+            paper,
+            rowwise,
+            options,
+            random,
+            chooses,
+            measure,
+            note,
+            objective,
+            reads,
         )
         return function
 
