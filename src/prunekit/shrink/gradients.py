@@ -74,6 +74,7 @@ def measure_gradients(
         raise ValueError(f"cannot measure {sorted(needs)} of objective '{objective}'")
     # gradients need tensors that were not made in inference mode, and a caller may be in it
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+        windows = Windows(windows.ids.clone(), windows.keep)
         walk = Walk(source, windows, batch or max(1, BATCH_TOKENS // windows.length))
         walk.prepare()
         count, blocks = len(windows), source.anatomy.blocks
