@@ -3,8 +3,8 @@
 The windows go forward block by block and leave each block's inputs behind. The objective's derivative enters behind the last block
 and goes back block by block: each is run once more, with gradients, from the inputs it left. Hooks on its linears see what each was
 fed and the derivative of what it returned, whose product is the gradient of its weight; that is multiplied with the weight and
-summed over rows or columns at once. So there is never more than one block's worth of gradients, and of a single batch never more
-than one linear's.
+summed over rows or columns at once, a million entries at a time. Where all windows make one batch, gradients take no more memory than
+those; else one block's are carried from batch to batch.
 
 With W a weight, G_j the gradient of window j's objective, G their mean over N windows and A the mean of G_j², the sums are over
     gradient_abs     |W∘G|
@@ -27,7 +27,7 @@ from ..bits import all_finite, row_chunks
 from ..errors import InputError
 from ..evaluation.perplexity import chunk_tokens
 from ..machine import return_memory
-from ..model.anatomy import Linear
+from ..model.anatomy import Block, Linear
 from ..model.hidden import HiddenStates, room_for
 from ..model.source import Source
 from ..model.stream import Walk, Windows
@@ -99,7 +99,7 @@ def measure_gradients(
             module = source.load_block(block.index)
             if block.index:
                 source.prefetch(block.index - 1)
-            sums = _wanted(structures[block.index], block.linears, needs, stored, count)
+            sums = _sums_of(block, structures[block.index], needs, stored, count, source.device)
             _go_back(walk, block.index, module, inputs, walk.hidden, shares, sums)
             found.append({name: each.gradients() for name, each in sums.items()})
             source.free_block(block.index)
@@ -113,27 +113,25 @@ def _behind(part: slice, offset: int) -> slice:
     return slice(part.start + offset, part.stop + offset)
 
 
-def _wanted(
+def _sums_of(
+    block: Block,
     structures: Sequence[Structure],
-    linears: Sequence[Linear],
     needs: frozenset[str],
     stored: Callable[[Linear], Tensor],
     windows: int,
+    device: torch.device,
 ) -> dict[str, _Sums]:
-    """Empty sums for the linears of a block that its structures slice."""
-    consumers = {structure.name for structure in structures}
-    sliced = {part.tensor for structure in structures for part in structure.slices[1:]}
-    return {
-        linear.name: _Sums(
-            linear.matrix(stored(linear)),
-            needs,
-            rows=f"{linear.name}.weight" in sliced,
-            columns=linear.name in consumers,
-            windows=windows,
-        )
-        for linear in linears
-        if linear.name in consumers or f"{linear.name}.weight" in sliced
-    }
+    """Empty sums of every linear of a block of which units own rows or columns."""
+    found = {}
+    for linear in block.linears:
+        weight = f"{linear.name}.weight"
+        rows = any(part.tensor == weight for structure in structures for part in structure.slices[1:])
+        columns = any(structure.name == linear.name for structure in structures)
+        if rows or columns:
+            found[linear.name] = _Sums(
+                linear.matrix(stored(linear)), needs, windows, device, rows=rows, columns=columns
+            )
+    return found
 
 
 def _go_back(
@@ -199,71 +197,59 @@ def _watch(
 class _Sums:
     """The sums over rows and columns of one weight [out, in]."""
 
-    def __init__(self, weight: Tensor, needs: frozenset[str], *, rows: bool, columns: bool, windows: int) -> None:
+    def __init__(
+        self, weight: Tensor, needs: frozenset[str], windows: int, device: torch.device, *, rows: bool, columns: bool
+    ) -> None:
         self._weight = weight
         self._needs = needs
         self._windows = windows
-        self._gradient: Tensor | None = None
-        self._square: Tensor | None = None
-        empty = partial(torch.zeros, dtype=torch.float64, device=weight.device)
+        # of the batches so far: the sum of gradients and of their squares, by the first of some rows
+        self._carried: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+        empty = partial(torch.zeros, dtype=torch.float64, device=device)
         self._rows = {name: empty(weight.shape[0]) for name in sorted(needs)} if rows else {}
         self._columns = {name: empty(weight.shape[1]) for name in sorted(needs)} if columns else {}
 
     @torch.no_grad()
     def add(self, inputs: Tensor, derivatives: Tensor, shares: Tensor, last: bool) -> None:
-        """Take in one batch; after the `last` one the gradient is reduced and dropped.
+        """Take in one batch; with the `last` one the gradients are reduced and gone.
 
         Shapes: inputs [windows, tokens, in], derivatives [windows, tokens, out], shares [windows].
         """
         exact = torch.promote_types(inputs.dtype, torch.float32)
-        inputs = inputs.to(exact)
-        derivatives = derivatives.to(exact) * shares.to(exact)[:, None, None]
-        if self._needs & {SECOND, MIXED}:
+        factor = inputs.dtype if inputs.dtype == torch.bfloat16 else exact  # float16 could not hold every sum
+        inputs = inputs.to(factor)
+        derivatives = (derivatives.to(exact) * shares.to(exact)[:, None, None]).to(factor)
+        if not self._needs & {SECOND, MIXED}:
+            inputs, derivatives = inputs.flatten(0, 1)[None], derivatives.flatten(0, 1)[None]
+        for part in row_chunks(*self._weight.shape):
+            weight = self._weight[part].to(inputs.device, exact)
+            total, square = self._carried.pop(part.start, (None, None))
             for fed, derivative in zip(inputs, derivatives, strict=True):
-                self._add_window(derivative.t() @ fed)
-        else:
-            self._accumulate(derivatives.flatten(0, 1).t(), inputs.flatten(0, 1))
-        if last and self._needs != {SECOND}:
-            self._reduce()
-            self._gradient = self._square = None
+                gradient = (derivative[:, part].t() @ fed).to(exact)
+                if SECOND in self._needs:
+                    self._sum(SECOND, part, (weight * gradient).square_())
+                if MIXED in self._needs:
+                    square = gradient.square() if square is None else square.addcmul_(gradient, gradient)
+                if self._needs != {SECOND}:
+                    total = gradient if total is None else total.add_(gradient)
+            if not last:
+                self._carried[part.start] = total, square
+            elif total is not None:
+                self._reduce(part, weight, total, square)
 
     def gradients(self) -> Gradients:
-        """What was summed up."""
-        return Gradients(self._rows, self._columns)
+        """What was summed up, on the processor."""
+        rows, columns = ({name: sums.cpu() for name, sums in side.items()} for side in (self._rows, self._columns))
+        return Gradients(rows, columns)
 
-    def _accumulate(self, derivatives: Tensor, inputs: Tensor) -> None:
-        if self._gradient is None:
-            self._gradient = derivatives @ inputs
-        else:
-            self._gradient.addmm_(derivatives, inputs)
-
-    def _add_window(self, gradient: Tensor) -> None:
-        if SECOND in self._needs:
-            for part in row_chunks(*gradient.shape):
-                self._sum(SECOND, part, (self._part(part, gradient) * gradient[part]).square_())
-        if MIXED in self._needs:
-            self._square = gradient.square() if self._square is None else self._square.addcmul_(gradient, gradient)
-        if self._needs != {SECOND}:
-            self._gradient = gradient if self._gradient is None else self._gradient.add_(gradient)
-
-    def _reduce(self) -> None:
-        gradient = self._gradient
-        assert gradient is not None
-        for part in row_chunks(*gradient.shape):
-            weight = self._part(part, gradient)
-            product = weight * gradient[part]
-            if SIGNED in self._needs:
-                self._sum(SIGNED, part, product)
-            if MIXED in self._needs:
-                assert self._square is not None
-                curved = weight.square_().mul_(self._square[part])
-                self._sum(MIXED, part, curved.mul_(-0.5).add_(product).abs_())
-            if ABS in self._needs:
-                self._sum(ABS, part, product.abs_())
-
-    def _part(self, rows: slice, like: Tensor) -> Tensor:
-        """A copy of some rows of the weight, in the dtype of sums."""
-        return self._weight[rows].to(like, copy=True)
+    def _reduce(self, part: slice, weight: Tensor, total: Tensor, square: Tensor | None) -> None:
+        product = total.mul_(weight)
+        if SIGNED in self._needs:
+            self._sum(SIGNED, part, product)
+        if square is not None:
+            self._sum(MIXED, part, torch.addcmul(product, square.mul_(weight), weight, value=-0.5).abs_())
+        if ABS in self._needs:
+            self._sum(ABS, part, product.abs_())
 
     def _sum(self, name: str, part: slice, values: Tensor) -> None:
         """Add what some rows give to the sums called `name`; every one of them is a mean over the windows."""

@@ -15,7 +15,7 @@ from .units import Structure
 
 @dataclass(frozen=True)
 class Gradients:
-    """Sums over a weight's rows [out] and over its columns [in], float64, by what is summed (see `gradients.py`)."""
+    """Sums over a weight's rows [out] and over its columns [in], float64 on the processor, by what is summed (see `gradients.py`)."""
 
     rows: Mapping[str, Tensor]
     columns: Mapping[str, Tensor]
@@ -55,7 +55,7 @@ class BlockView:
             sums = gradients.columns if linear == structure.name else gradients.rows
             if name not in sums:
                 raise PrunekitError(f"'{name}' of '{linear}' was not measured: the part that reads it must declare it")
-            found.append(sums[name][part.entries.to(sums[name].device)])
+            found.append(sums[name][part.entries])
         if len(found) < 2:
             raise PrunekitError(f"no gradients of '{structure.name}' were measured")
         return found
