@@ -144,21 +144,27 @@ def _go_back(
     sums: dict[str, _Sums],
 ) -> None:
     """Turn the derivatives of a block's outputs into those of its inputs, summing up what its weights' gradients are on the way."""
-    last = len(walk.batches) - 1
     device = walk.source.device
     for position, part in enumerate(walk.batches):
-        hidden = inputs[_behind(part, index * len(walk.windows))].to(device).detach().requires_grad_()
-        share = shares[part].to(device)
-        with torch.enable_grad(), _watched(module, sums, share, position == last):
-            output = walk.replay(index, module, position, hidden)
-            (back,) = torch.autograd.grad(output, hidden, derivatives[part].to(device))
+        hidden = inputs[_behind(part, index * len(walk.windows))].to(device)
+        behind = derivatives[part].to(device)
+        with _watched(module, sums, shares[part].to(device), last=position == len(walk.batches) - 1):
+            back = _pull_back(partial(walk.replay, index, module, position), hidden, behind)
         _refuse_not_finite(back, walk, f"in front of block {index} ('{walk.source.anatomy.blocks[index].name}')")
         derivatives[part] = back
     derivatives.turn()
 
 
+@torch.enable_grad()
+def _pull_back(function: Callable[[Tensor], Tensor], value: Tensor, derivative: Tensor) -> Tensor:
+    """The derivative at `value`, given the one at `function(value)`."""
+    leaf = value.detach().requires_grad_()
+    (found,) = torch.autograd.grad(function(leaf), leaf, derivative)
+    return found
+
+
 @contextmanager
-def _watched(module: nn.Module, sums: dict[str, _Sums], shares: Tensor, last: bool) -> Iterator[None]:
+def _watched(module: nn.Module, sums: dict[str, _Sums], shares: Tensor, *, last: bool) -> Iterator[None]:
     """Let every linear's sums see one batch of windows; `shares` [windows] is what the derivatives of each are multiplied with."""
     seen: set[str] = set()
     handles = [
