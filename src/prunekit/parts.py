@@ -77,8 +77,9 @@ class Part:
         random: it draws at random, from a generator it is given as the keyword `generator`.
         chooses: a reconstruction that finds the keep-mask itself where it is given none.
         measure: what a budget wants to know of every dense block before the first is pruned.
-        objective: what a score differentiates, where it reads gradients.
         note: what to know before it is used, such as a group within which a score says no more than a simpler one.
+        objective: of what the gradients are that it reads; empty where it reads none.
+        reads: which of `needs` it reads with the options at hand, where that depends on them.
         options: its keyword-only parameters.
     """
 
@@ -94,6 +95,7 @@ class Part:
     measure: Callable[..., float] | None = None
     note: str = ""
     objective: str = ""
+    reads: Callable[..., set[str]] | None = None
 
     @property
     def word(self) -> str:
@@ -120,6 +122,10 @@ class Part:
             if not _fits(value, wanted):
                 raise InputError(f"'{self.word}.{name}' cannot be {value!r}: it takes {_spell(wanted)}")
         return {name: values.get(name, option.default) for name, option in self.options.items()}
+
+    def needed(self, options: dict[str, Any]) -> frozenset[str]:
+        """What it reads of `needs` with these options, all of them bound."""
+        return self.needs if self.reads is None else frozenset(self.reads(**options))
 
 
 def score(
@@ -168,13 +174,20 @@ def budget(
 
 
 def unit_score(
-    *, needs: set[str], paper: str, objective: str = "", random: bool = False, note: str = ""
+    *,
+    needs: set[str],
+    paper: str,
+    objective: str = "",
+    random: bool = False,
+    reads: Callable[..., set[str]] | None = None,
+    note: str = "",
 ) -> Callable[[Function], Function]:
-    """Register `function(view, structure, *, options...) -> importance of its units`, [units]; larger is kept.
+    """Register `function(view, structure, *, options...) -> importance` of the units of a structure, [units]; larger is kept.
 
-    `view` shows the structure's block, see `shrink/view.py`. Scores of one kind of structure may be compared over blocks.
+    `view` shows the structure's block, see `shrink/view.py`. `needs` may name sums of gradients (`gradient_abs`, ...; see
+    `shrink/gradients.py`) of an `objective`, and `reads(**options)` say which of all these the options at hand ask for.
     """
-    return _register("unit-score", needs, paper, objective=objective, random=random, note=note)
+    return _register("unit-score", needs, paper, objective=objective, random=random, reads=reads, note=note)
 
 
 def unit_budget(*, paper: str = "", scored: bool = False) -> Callable[[Function], Function]:
@@ -209,6 +222,7 @@ def _register(
     measure: Callable[..., float] | None = None,
     note: str = "",
     objective: str = "",
+    reads: Callable[..., set[str]] | None = None,
 ) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
         name = function.__name__.replace("_", "-")
@@ -220,7 +234,19 @@ def _register(
                     raise TypeError(f"option '{parameter.name}' of {kind} '{name}' needs an annotation and a default")
                 options[parameter.name] = Option(parameter.name, hints[parameter.name], parameter.default)
         _REGISTERED[kind][name] = Part(
-            kind, name, function, frozenset(needs), paper, rowwise, options, random, chooses, measure, note, objective
+            kind,
+            name,
+            function,
+            frozenset(needs),
+            paper,
+            rowwise,
+            options,
+            random,
+            chooses,
+            measure,
+            note,
+            objective,
+            reads,
         )
         return function
 

@@ -53,9 +53,8 @@ class Setting:
 
     def view(self, statistics: dict[str, Statistics] | None = None) -> BlockView:
         weights = {linear.name: self.matrix(linear.name) for linear in self.block.linears}
-        return BlockView(
-            tuple(self.structures), weights.__getitem__, self.statistics if statistics is None else statistics
-        )
+        found = self.statistics if statistics is None else statistics
+        return BlockView(weights, found, structures=tuple(self.structures))
 
     def score(self, name: str, structure: Structure, **options: Any) -> Tensor:
         part = find_part("unit-score", name)

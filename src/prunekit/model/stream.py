@@ -298,6 +298,10 @@ class Walk:
         Shapes: hidden [tokens, hidden], ids [tokens] (any valid tokens) -> [tokens, vocabulary]. The outer part must be loaded.
         What follows the blocks works position by position, so tokens may be cut into chunks at will.
         """
+        return self.head(hidden, ids)
+
+    def head(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """The same in whatever mode of gradients holds."""
         with self._recorders() as recorders:
             recorders[-1].answer = hidden.to(self.source.device)[None]
             output = self.source.module(input_ids=ids.to(self.source.device)[None], use_cache=False)

@@ -60,7 +60,7 @@ class Shrinker:
 
     @property
     def _needs(self) -> frozenset[str]:
-        return frozenset() if self.score is None else self.score.part.needs
+        return frozenset() if self.score is None else self.score.part.needed(self.score.options)
 
     @property
     def refits(self) -> frozenset[str]:

@@ -29,7 +29,7 @@ from .plan import Plan, Structures
 from .shrinker import Shrinker
 from .slicing import Slicer
 from .units import Structure
-from .view import BlockView
+from .view import BlockView, Gradients
 
 Kept = Mapping[str, tuple[int, ...]]
 
@@ -115,13 +115,17 @@ class ShrinkWalk(BlockWalk):
         walk.prepare()
         return found
 
-    def _scores(self, block: Block, stored: Stored, statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:
-        linears = {linear.name: linear for linear in block.linears}
-
-        def read(name: str) -> Tensor:
-            return linears[name].matrix(stored(linears[name])[0])
-
-        return self.shrinker.scores(BlockView(tuple(self.structures[block.index]), read, statistics))
+    def _scores(
+        self,
+        block: Block,
+        stored: Stored,
+        statistics: Mapping[str, Statistics],
+        gradients: Mapping[str, Gradients] | None = None,
+    ) -> dict[str, Tensor]:
+        weights = {linear.name: linear.matrix(stored(linear)[0]) for linear in block.linears}
+        return self.shrinker.scores(
+            BlockView(weights, statistics, gradients or {}, tuple(self.structures[block.index]))
+        )
 
     def _consumers(self, block: Block, module: nn.Module) -> dict[str, nn.Module]:
         return {each.name: module.get_submodule(each.name) for each in self.structures[block.index]}
