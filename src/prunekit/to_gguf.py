@@ -23,6 +23,7 @@ from . import machine
 from .checkpoint.storage import replace_file
 from .errors import InputError, VerificationError
 from .exporting import Export
+from .model.resizing import SHAPES
 from .model.source import StreamedModel
 from .progress import Progress, Silent
 
@@ -100,6 +101,11 @@ class _Metadata:
 
         self.folder = folder
         self.config: Any = source.module.config
+        if SHAPES in source.reader.config:
+            raise InputError(
+                f"'{folder}' has blocks of different widths, which a GGUF file has no place for: give them one width first, with "
+                f"prunekit export {folder} --pad --out PADDED"
+            )
         kind = self.config.model_type
         rope = self.config.rope_parameters if kind in _ARCHITECTURES else {}
         unknown = (

@@ -26,6 +26,7 @@ MANIFEST_NAME = "prunekit.json"
 CARD_NAME = "README.md"
 PAGE_NAME = "report.html"
 EVALUATION_NAME = "evaluation.json"
+MODELING_NAME = "modeling_prunekit.py"
 HIDDEN_PREFIX = ".prunekit-hidden-"
 PAGES = (
     CARD_NAME,
@@ -48,6 +49,7 @@ _MODEL_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    MODELING_NAME,
 )
 # what a training run leaves beside a model: true of the original, not of the result
 _LEFT_BEHIND = ("trainer_state", "training_args", "optimizer", "scheduler", "adapter_", "all_results", "train_results")
@@ -179,10 +181,16 @@ class Writer:
         """Take the index away: nothing loads the folder any more."""
         remove(self.folder / self.index)
 
-    def carry_over(self, source: Path, with_code: bool) -> list[str]:
-        """Copy config, tokenizer, chat template, generation and licence files as they are; config.json comes last."""
+    def carry_over(self, source: Path, with_code: bool, written: Mapping[str, str] | None = None) -> list[str]:
+        """Copy config, tokenizer, chat template, generation and licence files as they are; config.json comes last.
+
+        `written` holds the texts of files that are written in the place of the source's: of a model in another shape its config.json,
+        and the code that loads it if it needs any.
+        """
         carried = []
         for path in sorted(source.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+            if written is not None and path.name in (*written, MODELING_NAME):
+                continue
             if path.is_dir() and path.name == _TEMPLATES:
                 try:
                     (self.folder / _TEMPLATES).mkdir(exist_ok=True)
@@ -194,6 +202,9 @@ class Writer:
             elif path.is_file() and _is_carried(path, with_code):
                 replace_file(self.folder / path.name, partial(_copy, path))
                 carried.append(path.name)
+        for name, text in sorted((written or {}).items(), key=lambda item: (item[0] == "config.json", item[0])):
+            write_text(self.folder / name, text)
+            carried.append(name)
         return carried
 
     def write_manifest(self, manifest: dict[str, Any], card: str, page: str) -> None:
@@ -297,7 +308,7 @@ def _is_carried(path: Path, with_code: bool) -> bool:
     if path.name.startswith(_LEFT_BEHIND):
         return False
     if path.suffix == ".py":
-        return with_code
+        return with_code or path.name == MODELING_NAME
     return path.suffix in _CARRIED_SUFFIXES or path.name.startswith(_CARRIED_STEMS)
 
 

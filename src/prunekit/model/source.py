@@ -34,6 +34,7 @@ from ..checkpoint.writer import refuse_unfinished
 from ..errors import InputError
 from ..machine import resolve_device, resolve_dtype
 from .anatomy import Anatomy, read_anatomy, tied_names
+from .resizing import SHAPES, resize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -401,15 +402,22 @@ def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def build_skeleton(
-    reader: Reader, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
+    reader: Reader, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False, noted: bool = True
 ) -> PreTrainedModel:
-    """The folder's causal language model on the meta device, ready to be given parameters. Raises `InputError`."""
+    """The folder's causal language model on the meta device, ready to be given parameters. Raises `InputError`.
+
+    Where its config notes shapes that its class does not build, the model has those, or the class's own if not `noted`.
+    """
     folder = reader.folder
+    shapes = reader.config.get(SHAPES)
+    trust_remote_code = trust_remote_code and shapes is None  # the code in such a folder does what `resize` does here
     config = load_config(folder, reader.config, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about generation settings of the folder are not about us
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            if shapes is not None and noted:
+                resize(model, shapes)
     except Exception as problem:  # whatever a wrong config makes a model's own code stumble over
         raise InputError(
             f"'{folder}/config.json' does not describe a causal language model: {_reason(problem)}"
@@ -437,7 +445,7 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as problem:  # transformers raises a dozen kinds here, all of them about this file
-        if "auto_map" in raw and not trust_remote_code:
+        if "auto_map" in raw and SHAPES not in raw and not trust_remote_code:
             raise InputError(
                 f"'{folder}' brings its own model code, which would run on this machine: read it, then say --trust-remote-code"
             ) from None
