@@ -34,6 +34,7 @@ from .checkpoint.reader import INDEX_NAME, read_file, sha256_file
 from .checkpoint.shard import Piece
 from .checkpoint.storage import remove
 from .checkpoint.writer import (
+    MODELING_NAME,
     Journal,
     Writer,
     clear,
@@ -49,7 +50,8 @@ from .estimate import Needs, hidden_width, needs_of, refuse_disk, refuse_memory
 from .keeper import Keeper, saved_blocks
 from .model.anatomy import Block
 from .model.hidden import HiddenStates, InFiles, Place
-from .model.source import ResidentModel, StreamedModel, evaluating
+from .model.resizing import SHAPES
+from .model.source import ResidentModel, StreamedModel, evaluating, resizing_code
 from .model.stream import Walk, Windows, batch_size
 from .progress import Progress, Silent
 from .recipe import Recipe
@@ -557,7 +559,9 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
         source.free_outer()
     with seconds.timed("write"):
         writer.write_index(journal.shards)
-        carried = writer.carry_over(source.reader.folder, with_code=run_.recipe.trust_remote_code)
+        # of code that loads blocks of different widths we write our own
+        own = {MODELING_NAME: resizing_code(source.module)} if SHAPES in source.reader.config else None
+        carried = writer.carry_over(source.reader.folder, with_code=run_.recipe.trust_remote_code, written=own)
     width = run_.sparsify.walk.batches[0].stop  # the last batch of all, as it was computed
     batch = run_.windows[(len(run_.windows) - 1) // width * width :]
     dtype, device = source.dtype, source.device

@@ -188,6 +188,11 @@ class Writer:
         and the code that loads it if it needs any.
         """
         carried = []
+        texts = dict(written or {})
+        config = texts.pop("config.json", None)
+        for name, text in sorted(texts.items()):
+            write_text(self.folder / name, text)
+            carried.append(name)
         for path in sorted(source.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
             if written is not None and path.name in (*written, MODELING_NAME):
                 continue
@@ -202,9 +207,9 @@ class Writer:
             elif path.is_file() and _is_carried(path, with_code):
                 replace_file(self.folder / path.name, partial(_copy, path))
                 carried.append(path.name)
-        for name, text in sorted((written or {}).items(), key=lambda item: (item[0] == "config.json", item[0])):
-            write_text(self.folder / name, text)
-            carried.append(name)
+        if config is not None:
+            write_text(self.folder / "config.json", config)
+            carried.append("config.json")
         return carried
 
     def write_manifest(self, manifest: dict[str, Any], card: str, page: str) -> None:
@@ -308,7 +313,7 @@ def _is_carried(path: Path, with_code: bool) -> bool:
     if path.name.startswith(_LEFT_BEHIND):
         return False
     if path.suffix == ".py":
-        return with_code or path.name == MODELING_NAME
+        return with_code
     return path.suffix in _CARRIED_SUFFIXES or path.name.startswith(_CARRIED_STEMS)
 
 

@@ -13,6 +13,7 @@ transformers' own `from_pretrained` does it.
 
 from __future__ import annotations
 
+import inspect
 import mmap
 import re
 import warnings
@@ -34,6 +35,7 @@ from ..checkpoint.writer import refuse_unfinished
 from ..errors import InputError
 from ..machine import resolve_device, resolve_dtype
 from .anatomy import Anatomy, read_anatomy, tied_names
+from . import resizing
 from .resizing import SHAPES, resize
 
 if TYPE_CHECKING:
@@ -438,6 +440,12 @@ def build_skeleton(
                 "not supported yet"
             )
     return model
+
+
+def resizing_code(model: nn.Module) -> str:
+    """The file that lies in a folder whose config notes shapes, for transformers without prunekit; `model` is of its class."""
+    name = type(model).__name__
+    return f"{inspect.getsource(resizing)}\n\nfrom transformers import {name} as _{name}\n\n{name} = resized(_{name})\n"
 
 
 def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -> Any:

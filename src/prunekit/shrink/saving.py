@@ -9,13 +9,12 @@ family: fields are changed, the model is built on the meta device, and everythin
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, combinations, product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,15 +22,12 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from ..checkpoint.writer import MODELING_NAME
 from ..errors import InputError
-from ..model import resizing
 from ..model.anatomy import Anatomy, is_linear
 from ..model.resizing import SHAPES, resize
+from ..model.source import StreamedModel, resizing_code
 from .plan import Plan, Structures
 from .slicing import Slicer
 from .units import ATTENTION, HEADS, Structure
-
-if TYPE_CHECKING:
-    from ..model.source import StreamedModel
 
 # what configs call the width of the multilayer perceptron where they leave it to a default
 _UNSET_WIDTHS = ("n_inner", "ffn_hidden_size", "intermediate_size", "ffn_dim")
@@ -145,16 +141,18 @@ class FormChooser:
                 only_biases = all(flags and name.endswith(".bias") for name in extra)
                 fitting = all(found.get(name) == shape for name, shape in self._wanted.items())
                 if fitting and only_biases and self._difference(built, flags) is None:
-                    return Form(self._changed(changes), {}, None, self._renamed, self._names(), self._zeros(extra))
+                    names = self._stored_names()
+                    return Form(self._changed(changes), {}, None, self._renamed, names, self._zeros(extra, names))
         self._why = f"{self._class} has no config for these widths" + ("" if settings == [{}] else " with biases")
         return None
 
     def free(self) -> Form:
         """The free form, asked for where `stock` has found none. Raises `InputError` where there is none either."""
-        if not type(self._module).__module__.startswith("transformers."):
+        own = type(self._module.config).model_type == self._config.get("model_type")
+        if not own or not type(self._module).__module__.startswith("transformers."):
+            what = "is code that the folder brings" if own else "is a part of a larger model"
             raise InputError(
-                f"{self._class} is code that the folder brings, and {self._why}: a model like that is saved only where every block "
-                "keeps as many units and its config can say how many"
+                f"{self._class} {what}, and {self._why}: it can be saved only where its config can say what is left"
             )
         changes = self._depth()
         for structure in self._structures[self._plan.kept_blocks[0]]:
@@ -181,12 +179,13 @@ class FormChooser:
         config = self._changed(changes)
         config[SHAPES] = shapes
         config["auto_map"] = {"AutoModelForCausalLM": f"{MODELING_NAME.removesuffix('.py')}.{self._class}"}
-        code = {MODELING_NAME: inspect.getsource(resizing) + _CODE.format(name=self._class)}
-        return Form(config, code, self._why, self._renamed, self._names(), {})
+        code = {MODELING_NAME: resizing_code(self._module)}
+        return Form(config, code, self._why, self._renamed, self._own_names(), {})
 
-    def _zeros(self, extra: Mapping[str, tuple[int, ...]]) -> dict[int, dict[str, tuple[int, ...]]]:
+    def _zeros(
+        self, extra: Mapping[str, tuple[int, ...]], names: Mapping[str, str]
+    ) -> dict[int, dict[str, tuple[int, ...]]]:
         """Biases of the shrunk model by the number of their block in the source, under the names they are stored under."""
-        names = self._names()
         numbers = {new: old for old, new in self._renamed.items()}
         zeros: dict[int, dict[str, tuple[int, ...]]] = {}
         for name, shape in extra.items():
@@ -346,7 +345,16 @@ class FormChooser:
                     return f"'{key}' of '{name}' would change from {old} to {new}"
         return None
 
-    def _names(self) -> dict[str, str]:
+    def _own_names(self) -> dict[str, str]:
+        """Parameters under their own names: for classes that a folder brings, transformers does not look up names of older releases."""
+        names = {name: name for name in self._key_of if not name.startswith(self._blocks)}
+        inside = [name for name in self._key_of if name.startswith(self._blocks)]
+        return names | {
+            name: self._renumbered(name) for name in (*inside, *self._biased) if self._number(name) in self._renamed
+        }
+
+    def _stored_names(self) -> dict[str, str]:
+        """Parameters under the names they have in the source's files, but for the numbers of blocks."""
         names = {}
         for name, key in self._key_of.items():
             if not name.startswith(self._blocks):
@@ -362,12 +370,6 @@ class FormChooser:
 
 
 _OURS = (SHAPES, "auto_map")
-_CODE = """
-
-from transformers import {name} as _{name}
-
-{name} = resized(_{name})
-"""
 
 
 def _shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:

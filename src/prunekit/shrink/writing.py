@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,10 +17,10 @@ from .saving import Form, choose_form
 from .slicing import Slicer
 
 
-def outer_pieces(source: StreamedModel) -> list[Piece]:
-    """What lies outside the blocks and some model reads, as it is stored."""
-    keys = {source.key_of[name] for name in source.outer_parameters() if name in source.key_of}
-    return [Piece.stored(key, source.reader) for key in sorted(keys)]
+def outer_pieces(source: StreamedModel, form: Form) -> list[Piece]:
+    """What lies outside the blocks and the model reads, as it is stored, under the names it is written under."""
+    names = [name for name in source.outer_parameters() if name in source.key_of]
+    return [replace(Piece.stored(source.key_of[name], source.reader), name=form.names[name]) for name in names]
 
 
 def block_tensors(
@@ -76,7 +77,7 @@ def write_shrunk(
     biases = biases or {}
     form = choose_form(source, structures, plan, biased=biases)
     writer = Writer(out, 1 + len(form.renamed))
-    records = [writer.write_shard(0, outer_pieces(source))]
+    records = [writer.write_shard(0, outer_pieces(source, form))]
     for index, number in form.renamed.items():
         tensors = block_tensors(source, block_slicer(source, structures, plan, index), form, index)
         block = source.anatomy.blocks[index].name
