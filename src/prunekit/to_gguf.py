@@ -27,7 +27,7 @@ from .model.resizing import SHAPES
 from .model.source import StreamedModel
 from .progress import Progress, Silent
 
-_ARCHITECTURES = {"llama": "LLAMA", "qwen2": "QWEN2"}
+_ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2"}
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _BITS = {2: np.int16, 4: np.int32}
 
@@ -116,7 +116,7 @@ class _Metadata:
             else f"its activation is {self.config.hidden_act}"
             if self.config.hidden_act != "silu"
             else "its attention slides"
-            if getattr(self.config, "use_sliding_window", False)
+            if getattr(self.config, "use_sliding_window", kind == "mistral" and self.config.sliding_window)
             else "its linears have biases"
             if kind == "llama" and (self.config.attention_bias or self.config.mlp_bias)
             else None
@@ -166,9 +166,10 @@ class _Metadata:
         for theirs, name in self.tensors.items():
             key = source.key_of[name]
             tensor = source.reader.read([key])[key]
-            if self.config.model_type == "llama" and ".self_attn.q_proj." in name:
+            halves = self.config.model_type != "qwen2"
+            if halves and ".self_attn.q_proj." in name:
                 tensor = _interleaved(tensor, self.config.num_attention_heads)
-            elif self.config.model_type == "llama" and ".self_attn.k_proj." in name:
+            elif halves and ".self_attn.k_proj." in name:
                 tensor = _interleaved(tensor, self.config.num_key_value_heads)
             yield theirs, tensor if tensor.ndim > 1 else tensor.float()
 

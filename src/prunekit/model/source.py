@@ -34,8 +34,8 @@ from ..checkpoint.reader import Reader
 from ..checkpoint.writer import refuse_unfinished
 from ..errors import InputError
 from ..machine import resolve_device, resolve_dtype
-from .anatomy import Anatomy, read_anatomy, tied_names
 from . import resizing
+from .anatomy import Anatomy, read_anatomy, tied_names
 from .resizing import SHAPES, resize
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from itertools import chain, combinations, product
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from ..checkpoint.writer import MODELING_NAME
 from ..errors import InputError
@@ -31,6 +32,9 @@ from .units import ATTENTION, HEADS, Structure
 
 # what configs call the width of the multilayer perceptron where they leave it to a default
 _UNSET_WIDTHS = ("n_inner", "ffn_hidden_size", "intermediate_size", "ffn_dim")
+# configs that refuse heads which do not divide the hidden size, though the class computes with them, and the model type that computes
+# the same and does not: what it is loaded as, and what must be said for it
+_TWINS: dict[str, tuple[str, dict[str, Any]]] = {"llama": ("mistral", {"sliding_window": None})}
 # what blocks may note of their own place, for caches
 _PLACES = frozenset({"layer_idx", "layer_index", "layer_id", "block_idx", "training"})
 
@@ -40,6 +44,7 @@ class Form:
     """How a shrunk model is written.
 
     Attributes:
+        kind: the class it is loaded as; another than the source's where that one's config refuses widths that it could compute with.
         config: what config.json will hold.
         files: file name -> text of what else must be written; none where the form is stock.
         reason: why the form is not stock; None where it is.
@@ -49,6 +54,7 @@ class Form:
         zeros: number of a block in the source model -> the biases its class wants besides, which are zero: stored name -> shape.
     """
 
+    kind: str
     config: dict[str, Any]
     files: dict[str, str]
     reason: str | None
@@ -129,21 +135,25 @@ class FormChooser:
         depth = self._depth()
         cut = [each for each in self._structures[self._plan.kept_blocks[0]] if self._ratio(each) != (1, 1)]
         settings = list(self._flags())
-        for widths in product(*map(self._widths, cut)):
-            for flags in settings:
-                changes = {**depth, **flags, **{name: value for some in widths for name, value in some.items()}}
-                try:
-                    built = self._build(changes)
-                except Exception:  # whatever a family's own code stumbles over where sizes do not go together
-                    continue
-                found = _shapes_of(built)
-                extra = {name: shape for name, shape in found.items() if name not in self._wanted}
-                only_biases = all(flags and name.endswith(".bias") for name in extra)
-                fitting = all(found.get(name) == shape for name, shape in self._wanted.items())
-                if fitting and only_biases and self._difference(built, flags) is None:
-                    names = self._stored_names()
-                    return Form(self._changed(changes), {}, None, self._renamed, names, self._zeros(extra, names))
+        refusals = []
+        twin = _TWINS.get(self._config.get("model_type", ""), ())[:1]
+        for kind, widths, flags in product((None, *twin), product(*map(self._widths, cut)), settings):
+            changes = {**depth, **flags, **{name: value for some in widths for name, value in some.items()}}
+            try:
+                built = self._build(changes, kind)
+            except Exception as problem:  # whatever a family's own code stumbles over where sizes do not go together
+                refusals.append(" ".join(str(problem).split()[-24:]))
+                continue
+            found = _shapes_of(built)
+            extra = {name: shape for name, shape in found.items() if name not in self._wanted}
+            only_biases = all(flags and name.endswith(".bias") for name in extra)
+            fitting = all(found.get(name) == shape for name, shape in self._wanted.items())
+            if fitting and only_biases and self._difference(built, flags) is None:
+                names = self._stored_names()
+                config, zeros = self._changed(changes, kind), self._zeros(extra, names)
+                return Form(type(built).__name__, config, {}, None, self._renamed, names, zeros)
         self._why = f"{self._class} has no config for these widths" + ("" if settings == [{}] else " with biases")
+        self._why += f" ({refusals[0]})" if refusals else ""
         return None
 
     def free(self) -> Form:
@@ -180,7 +190,7 @@ class FormChooser:
         config[SHAPES] = shapes
         config["auto_map"] = {"AutoModelForCausalLM": f"{MODELING_NAME.removesuffix('.py')}.{self._class}"}
         code = {MODELING_NAME: resizing_code(self._module)}
-        return Form(config, code, self._why, self._renamed, self._own_names(), {})
+        return Form(self._class, config, code, self._why, self._renamed, self._own_names(), {})
 
     def _zeros(
         self, extra: Mapping[str, tuple[int, ...]], names: Mapping[str, str]
@@ -281,9 +291,20 @@ class FormChooser:
         for some in chain.from_iterable(combinations(names, taken) for taken in range(1, len(names) + 1)):
             yield dict.fromkeys(some, True)
 
-    def _changed(self, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """config.json with some fields changed, under the names it uses itself."""
+    def _changed(self, changes: Mapping[str, Any], twin: str | None = None) -> dict[str, Any]:
+        """config.json with some fields changed, under the names it uses itself; or that of a twin, which has other defaults."""
         config: dict[str, Any] = copy.deepcopy(self._config)
+        if twin is not None:
+            known, own = CONFIG_MAPPING[twin]().to_dict(), self._module.config.to_dict()
+            kind = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[twin]]
+            says = {
+                "model_type": twin,
+                "architectures": [kind.__name__],
+                "transformers_version": transformers.__version__,
+            }
+            config = {name: own.get(name, value) for name, value in known.items()}
+            config.update(_TWINS[own["model_type"]][1] | changes | says)
+            return config
         text = self._module.config.get_text_config()
         section = config if type(text).model_type == config.get("model_type") else config.setdefault("text_config", {})
         for name, value in changes.items():
@@ -291,15 +312,16 @@ class FormChooser:
             section[text.attribute_map.get(name, name)] = value
         return config
 
-    def _build(self, changes: Mapping[str, Any]) -> PreTrainedModel:
-        """The model that the class makes of a changed config, on the meta device."""
-        raw = self._changed(changes)
-        own = type(self._module.config)
+    def _build(self, changes: Mapping[str, Any], twin: str | None = None) -> PreTrainedModel:
+        """The model that the class, or its twin, makes of a changed config, on the meta device."""
+        raw = self._changed(changes, twin)
+        own = type(self._module.config) if twin is None else CONFIG_MAPPING[twin]
+        kind = type(self._module) if twin is None else MODEL_FOR_CAUSAL_LM_MAPPING[own]
         whole = own if raw.get("model_type") == own.model_type else CONFIG_MAPPING[raw["model_type"]]
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config = whole.from_dict(raw)
-            model = type(self._module)._from_config(config if isinstance(config, own) else config.get_text_config())
+            model = kind._from_config(config if isinstance(config, own) else config.get_text_config())
         assert isinstance(model, PreTrainedModel)
         return model.eval()
 
@@ -326,7 +348,7 @@ class FormChooser:
         for name, module in built.named_modules():
             block = f"{self._blocks}{self._number(name)}" if name.startswith(self._blocks) else ""
             before = modules.get(numbers[block] + name.removeprefix(block) if block else name)
-            if before is None or type(before).__name__ != type(module).__name__:
+            if before is None or _role(before, self._module) != _role(module, built):
                 return f"'{name}' would be a {type(module).__name__}"
             ours, theirs = _values(module), _values(before)
             if not block:  # may have something for a kind of blocks of which none is left
@@ -374,6 +396,11 @@ _OURS = (SHAPES, "auto_map")
 
 def _shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
+
+
+def _role(module: nn.Module, model: nn.Module) -> str:
+    """What a module is in its model: `LlamaMLP` in a `LlamaForCausalLM` is an `MLP`."""
+    return type(module).__name__.removeprefix(type(model).__name__.removesuffix("ForCausalLM"))
 
 
 def _values(module: nn.Module) -> dict[str, Any]:
