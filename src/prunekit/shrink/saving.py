@@ -35,6 +35,8 @@ _UNSET_WIDTHS = ("n_inner", "ffn_hidden_size", "intermediate_size", "ffn_dim")
 # configs that refuse heads which do not divide the hidden size, though the class computes with them, and the model type that computes
 # the same and does not: what it is loaded as, and what must be said for it
 _TWINS: dict[str, tuple[str, dict[str, Any]]] = {"llama": ("mistral", {"sliding_window": None})}
+# what configs say of themselves
+_LABELS = {"architectures", "auto_map", "dtype", "model_type", "transformers_version", "_name_or_path", SHAPES}
 # what blocks may note of their own place, for caches
 _PLACES = frozenset({"layer_idx", "layer_index", "layer_id", "block_idx", "training"})
 
@@ -148,7 +150,8 @@ class FormChooser:
             extra = {name: shape for name, shape in found.items() if name not in self._wanted}
             only_biases = all(flags and name.endswith(".bias") for name in extra)
             fitting = all(found.get(name) == shape for name, shape in self._wanted.items())
-            if fitting and only_biases and self._difference(built, flags) is None:
+            alike = self._difference(built, flags) is None and (kind is None or self._agreed(built, changes))
+            if fitting and only_biases and alike:
                 names = self._stored_names()
                 config, zeros = self._changed(changes, kind), self._zeros(extra, names)
                 return Form(type(built).__name__, config, {}, None, self._renamed, names, zeros)
@@ -295,16 +298,13 @@ class FormChooser:
         """config.json with some fields changed, under the names it uses itself; or that of a twin, which has other defaults."""
         config: dict[str, Any] = copy.deepcopy(self._config)
         if twin is not None:
-            known, own = CONFIG_MAPPING[twin]().to_dict(), self._module.config.to_dict()
+            defaults, own = CONFIG_MAPPING[twin]().to_dict(), self._module.config.to_dict()
+            unsaid = {name: own[name] for name in own.keys() & defaults.keys() if own[name] != defaults[name]}
+            if config.keys() & {"rope_theta", "rope_scaling"}:  # how releases before transformers 5 say it
+                unsaid.pop("rope_parameters", None)
             kind = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[twin]]
-            says = {
-                "model_type": twin,
-                "architectures": [kind.__name__],
-                "transformers_version": transformers.__version__,
-            }
-            config = {name: own.get(name, value) for name, value in known.items()}
-            config.update(_TWINS[own["model_type"]][1] | changes | says)
-            return config
+            says = {"architectures": [kind.__name__], "transformers_version": transformers.__version__}
+            return unsaid | config | _TWINS[own["model_type"]][1] | dict(changes) | says | {"model_type": twin}
         text = self._module.config.get_text_config()
         section = config if type(text).model_type == config.get("model_type") else config.setdefault("text_config", {})
         for name, value in changes.items():
@@ -366,6 +366,12 @@ class FormChooser:
                 if new != old and not scaled:
                     return f"'{key}' of '{name}' would change from {old} to {new}"
         return None
+
+    def _agreed(self, twin: PreTrainedModel, changes: Mapping[str, Any]) -> bool:
+        """Whether the configs of a twin and the source say the same wherever both say something and nothing was changed."""
+        ours, theirs = twin.config.to_dict(), self._module.config.to_dict()
+        common = (ours.keys() & theirs.keys()) - changes.keys() - _LABELS
+        return all(ours[name] == theirs[name] for name in common)
 
     def _own_names(self) -> dict[str, str]:
         """Parameters under their own names: for classes that a folder brings, transformers does not look up names of older releases."""
