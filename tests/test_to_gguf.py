@@ -48,6 +48,7 @@ def model(tmp_path: Path) -> Path:
         ("llama", {"dtype": torch.float32}),
         ("llama", {"dtype": torch.bfloat16, "tie_word_embeddings": True, "head_dim": 16}),
         ("llama", {"dtype": torch.float16, "num_key_value_heads": 1}),
+        ("mistral", {"dtype": torch.bfloat16, "sliding_window": None, "head_dim": 16}),
         ("qwen2", {"dtype": torch.bfloat16}),
     ],
 )
@@ -141,6 +142,7 @@ def test_how_text_is_split_is_known_by_name_or_refused(
     ("family", "changes", "why"),
     [
         ("gpt2", {}, "its architecture is gpt2"),
+        ("mistral", {}, "its attention slides"),
         ("llama", {"attention_bias": True}, "its linears have biases"),
         ("llama", {"hidden_act": "gelu"}, "its activation is gelu"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "its rope is scaled"),

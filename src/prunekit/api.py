@@ -463,6 +463,7 @@ def export(
     *,
     out: str | Path,
     format: str = "zip-free",
+    pad: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Export:
@@ -473,6 +474,8 @@ def export(
         out: the folder to write, which must be empty or new unless `overwrite` is given; for `gguf` the file, `NAME.gguf`.
         format: `bitmask`, weights packed by their zeros (docs/bitmask.md); `zip-free`, the plain folder that transformers loads; or
             `gguf`, the dense file llama.cpp reads (Llama and Qwen2; needs `prunekit[embedded]`).
+        pad: give blocks of different widths (`--shape free`) one, with zeros that change no logits, so that the model's own class
+            loads them without code from the folder; plain only.
         overwrite: replace what is in `out`.
         progress: told what is going on; silent by default.
 
@@ -481,15 +484,18 @@ def export(
         StorageError: the disk refused; what was written is removed.
         VerificationError: what was written does not hold the same bits; it is removed.
     """
-    from .exporting import FORMATS, export_folder
+    from .exporting import FORMATS, Form, export_folder
     from .to_gguf import export_gguf
 
     if format not in FORMATS:
         raise InputError(f"format '{format}' is unknown: {nearest(format, FORMATS)}")
+    if pad and format != "zip-free":
+        raise InputError(f"--pad writes a plain folder: leave out --format {format}, and export what --pad wrote")
     place = locate(str(folder), progress=progress)
     if format == "gguf":
         return export_gguf(place, Path(out), overwrite=overwrite, progress=progress)
-    return export_folder(place, Path(out), packed=format == "bitmask", overwrite=overwrite, progress=progress)
+    form: Form = "padded" if pad else "bitmask" if format == "bitmask" else "zip-free"
+    return export_folder(place, Path(out), form=form, overwrite=overwrite, progress=progress)
 
 
 def bench(

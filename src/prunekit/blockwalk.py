@@ -17,10 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from .bits import row_chunks
+from .checkpoint.shard import Piece
+from .checkpoint.writer import MODELING_NAME
 from .distributed import Ranks
 from .model.anatomy import Block, Linear
 from .model.hidden import HiddenStates, InMemory, Place
-from .model.source import Source, StreamedModel
+from .model.resizing import SHAPES
+from .model.source import Source, StreamedModel, resizing_code
 from .model.stream import Walk
 from .statistics import Collector
 
@@ -191,9 +194,18 @@ class BlockWalk(ABC):
         """How many parameters the model has fewer; known when the walk is over."""
         return 0
 
-    def files(self) -> dict[str, str]:
-        """Files of the output besides tensors that are not those of the checkpoint, config.json among them: name -> text."""
-        return {}
+    def outer(self) -> list[Piece]:
+        """What is written of what lies outside the blocks."""
+        source = self.walk.source
+        assert isinstance(source, StreamedModel)
+        return [Piece.stored(key, source.reader) for key in source.outer_keys()]
+
+    def files(self) -> dict[str, str] | None:
+        """Texts of files that are written in the place of the checkpoint's, such as a config.json that is another; None for none."""
+        source = self.walk.source
+        assert isinstance(source, StreamedModel)
+        # of code that loads blocks of different widths we write our own
+        return {MODELING_NAME: resizing_code(source.module)} if SHAPES in source.reader.config else None
 
     @property
     def _checks(self) -> bool:

@@ -42,6 +42,7 @@ class Method:
     reconstruction chooses what to keep while it solves. `options` are defaults that differ from the parts' own.
     Of the `kind` shrink, a method removes structures: its score ranks units, its `budget` says how many stay, `compensate` refits the
     linears that lose inputs; or `depth` says which whole blocks go.
+    `calibration` is what the paper draws, where that is another order of magnitude than our default.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Method:
     compensate: str | None = None
     depth: str | None = None
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
 
 
 _SYMMETRIC = "Yi & Richtárik 2025, https://arxiv.org/abs/2501.18980"
@@ -260,6 +262,27 @@ METHODS: dict[str, Method] = {
             group="unit",
             compensate="least-squares",
             paper="equations 1 to 3 of https://arxiv.org/abs/2409.17372",
+        ),
+        Method(
+            name="llm-pruner",
+            kind="shrink",
+            summary="Remove the units whose weights the loss would miss least, by its gradient, in all but the outer blocks.",
+            score="taylor",
+            group="unit",
+            options={"budget": {"shape": "free", "skip_first": 4, "skip_last": 2}},
+            calibration={"samples": 10, "length": 64},
+            paper="Ma et al. 2023, https://arxiv.org/abs/2305.11627",
+        ),
+        Method(
+            name="nirvana",
+            kind="shrink",
+            summary="Remove the units that the model's output, not its loss, depends on least; channels γ times as much as heads.",
+            score="nirvana",
+            group="unit",
+            budget="global-types",
+            options={"budget": {"align": 8}},
+            calibration={"samples": 32, "length": 128},
+            paper="Ai et al. 2025, https://arxiv.org/abs/2509.14230",
         ),
         Method(
             name="shortgpt",

@@ -605,6 +605,12 @@ def export(
             help="bitmask: packed by zeros; zip-free: plain, as transformers loads it; gguf: dense, for llama.cpp.",
         ),
     ] = "zip-free",
+    pad: Annotated[
+        bool,
+        typer.Option(
+            "--pad", help="Fill blocks of different widths up with zeros to one, for loaders without code of ours."
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a model in the output folder, or the file.")
     ] = False,
@@ -617,7 +623,7 @@ def export(
 
     progress = for_terminal()
     try:
-        found = export_model(folder, out=out, format=form, overwrite=overwrite, progress=progress)
+        found = export_model(folder, out=out, format=form, pad=pad, overwrite=overwrite, progress=progress)
     finally:
         progress.stop()
     packed = (

@@ -1,4 +1,4 @@
-"""`export`: the same weights in another form, bit for bit: packed by their zeros, or plain again.
+"""`export`: the same weights in another form, bit for bit: packed by their zeros, plain again, or filled up with zeros to one width.
 
 A file of the source becomes a file of the output, read and written a few rows at a time. Then everything that was written is read
 again and compared with the source; the index, without which nothing loads the folder, is written before, and taken away again with
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from . import machine
 from .checkpoint.bitmask import VERSION
@@ -20,6 +21,7 @@ from .checkpoint.manifest import changed_files, read_manifest
 from .checkpoint.output import check_output, take_output
 from .checkpoint.packing import Sheet, packed_sheets, plain_sheets
 from .checkpoint.reader import Reader, sha256_file
+from .checkpoint.shard import Piece
 from .checkpoint.storage import write_json, write_text
 from .checkpoint.writer import (
     CARD_NAME,
@@ -35,16 +37,24 @@ from .checkpoint.writer import (
 )
 from .errors import InputError, StorageError, VerificationError
 from .evaluation.record import read_record
+from .model.source import StreamedModel
 from .progress import Progress, Silent
 from .report.page import run_page
+from .shrink.padding import padded
 
 FORMATS = ("bitmask", "gguf", "zip-free")
 
-_NOTE = (
-    "\n## Packed\n\nThe weights of this folder are packed: for every entry a bit, then the entries that are not zero. "
+Form = Literal["zip-free", "bitmask", "padded"]
+
+_NOTES: dict[Form, str] = {
+    "zip-free": "",
+    "bitmask": "\n## Packed\n\nThe weights of this folder are packed: for every entry a bit, then the entries that are not zero. "
     "`prunekit.load(folder)` loads it, and `prunekit export FOLDER --format zip-free --out PLAIN` makes of it, bit for bit, the "
-    "folder that transformers loads.\n"
-)
+    "folder that transformers loads.\n",
+    "padded": "\n## Padded\n\nThe blocks of this folder are filled up with zeros to one width, so that transformers loads it as it is. "
+    "It computes what the folder it was made from does, which is smaller and faster and loads with `prunekit.load(folder)` or "
+    "`trust_remote_code=True`.\n",
+}
 
 
 @dataclass(frozen=True)
@@ -78,14 +88,14 @@ class Export:
 
 
 def export_folder(
-    folder: Path, out: Path, *, packed: bool, overwrite: bool = False, progress: Progress | None = None
+    folder: Path, out: Path, *, form: Form, overwrite: bool = False, progress: Progress | None = None
 ) -> Export:
     """Write a model folder in another form.
 
     Args:
         folder: a model folder, plain or packed.
         out: the folder to write.
-        packed: pack what has enough zeros (`bitmask`); otherwise everything is plain (`zip-free`).
+        form: `bitmask` packs what has enough zeros, `zip-free` is plain, `padded` gives blocks of different widths one.
         overwrite: replace a model folder that stands in `out`. Files that do not belong to one are left alone.
         progress: told what is going on.
 
@@ -105,8 +115,14 @@ def export_folder(
             f"'{folder}' is not what was written: {', '.join(changed)} changed since; prune or export again"
         )
     check_output(folder, out, resume=None, overwrite=overwrite)
-    form = "bitmask" if packed else "zip-free"
-    sheets = packed_sheets(reader) if packed else plain_sheets(reader)
+    texts = None
+    wanted = [Piece.stored(name, reader) for name in reader.entries]
+    if form == "padded":
+        layout, sheets = padded(StreamedModel.open(folder, dtype="float32", device="cpu"))
+        texts = layout.texts
+        wanted = [piece for sheet in sheets for piece in sheet.pieces]
+    else:
+        sheets = packed_sheets(reader) if form == "bitmask" else plain_sheets(reader)
     after = sum(sheet.bytes for sheet in sheets)
     _refuse_disk(out, after)
     with ExitStack() as held:
@@ -115,10 +131,10 @@ def export_folder(
         try:
             journal.save()  # a killed export is known for what it is
             clear(out, keep=journal.path)
-            writer = Writer(out, len(sheets), packed=packed)
-            outputs = _write(reader, writer, sheets, progress)
-            _compare(reader, out, progress)
-            _finish(reader, writer, packed, manifest, outputs)
+            writer = Writer(out, len(sheets), packed=form == "bitmask")
+            outputs = _write(reader, writer, sheets, texts, progress)
+            _compare(wanted, out, folder, progress)
+            _finish(reader, writer, form, manifest, outputs)
         except BaseException:
             with suppress(StorageError):
                 clear(out)
@@ -130,13 +146,19 @@ def export_folder(
         model=str(folder),
         out=out,
         format=form,
-        tensors=len(reader.entries),
+        tensors=len(wanted),
         packed=len(names),
-        dense=sum(entry.bytes for entry in reader.entries.values()),
+        dense=sum(piece.bytes for piece in wanted),
         before=sum((folder / file).stat().st_size for file in reader.files),
         after=after,
         packed_before=sum(reader.entries[name].bytes for name in names),
-        packed_after=sum(piece.bytes for sheet in sheets for piece in sheet.pieces if piece.name not in reader.entries),
+        packed_after=sum(
+            piece.bytes
+            for sheet in sheets
+            if sheet.packed
+            for piece in sheet.pieces
+            if piece.name not in reader.entries
+        ),
         seconds=time.perf_counter() - begun,
         peak_rss_bytes=machine.peak_rss_bytes(),
     )
@@ -151,7 +173,9 @@ def _refuse_disk(out: Path, needed: int) -> None:
         )
 
 
-def _write(reader: Reader, writer: Writer, sheets: list[Sheet], progress: Progress) -> dict[str, str]:
+def _write(
+    reader: Reader, writer: Writer, sheets: list[Sheet], texts: dict[str, str] | None, progress: Progress
+) -> dict[str, str]:
     """Write weights, index, config and tokenizer; returns file name -> sha256."""
     progress.start("writing", len(sheets))
     records = []
@@ -160,50 +184,50 @@ def _write(reader: Reader, writer: Writer, sheets: list[Sheet], progress: Progre
         records.append({**record, "tensors": sheet.names})
         progress.step(record["file"])
     progress.stop()
-    carried = writer.carry_over(reader.folder, with_code=True)
+    carried = writer.carry_over(reader.folder, with_code=True, written=texts)
     writer.write_index(records)
     hashes = {name: sha256_file(writer.folder / name) for name in (writer.index, *carried)}
     return hashes | {record["file"]: record["sha256"] for record in records}
 
 
-def _compare(reader: Reader, out: Path, progress: Progress) -> None:
-    """Raise `VerificationError` where a tensor of the written folder has other bits than the source's."""
+def _compare(wanted: list[Piece], out: Path, folder: Path, progress: Progress) -> None:
+    """Raise `VerificationError` where a tensor of the written folder has other bits than what `folder` gives."""
     written = Reader(out)
-    progress.start("comparing", len(reader.entries))
-    for name, entry in reader.entries.items():
-        there = written.entries.get(name)
+    progress.start("comparing", len(wanted))
+    for piece in wanted:
+        there = written.entries.get(piece.name)
         if (
             there is None
-            or (there.shape, there.dtype) != (entry.shape, entry.dtype)
-            or _digest(written, name) != _digest(reader, name)
+            or (there.shape, there.dtype) != (piece.shape, piece.dtype)
+            or _digest(written.chunks(piece.name)) != _digest(piece.chunks)
         ):
             raise VerificationError(
-                f"'{name}' in '{out}' is not what '{reader.folder}' holds: the output was removed; please report this"
+                f"'{piece.name}' in '{out}' is not what '{folder}' holds: the output was removed; please report this"
             )
         progress.step()
     progress.stop()
 
 
-def _digest(reader: Reader, name: str) -> bytes:
+def _digest(chunks: Iterable[memoryview]) -> bytes:
     digest = hashlib.sha256()
-    for chunk in reader.chunks(name):
+    for chunk in chunks:
         digest.update(chunk)
     return digest.digest()
 
 
 def _finish(
-    reader: Reader, writer: Writer, packed: bool, manifest: dict[str, Any] | None, outputs: dict[str, str]
+    reader: Reader, writer: Writer, form: Form, manifest: dict[str, Any] | None, outputs: dict[str, str]
 ) -> None:
     """Card, evaluation, page and manifest with the new hashes, where the source has them; then nothing marks it as unfinished."""
     card = reader.folder / CARD_NAME
     if card.is_file():
-        text = card.read_text(encoding="utf-8", errors="replace").removesuffix(_NOTE)
-        write_text(writer.folder / CARD_NAME, text + (_NOTE if packed else ""))
+        text = card.read_text(encoding="utf-8", errors="replace").removesuffix(_NOTES["bitmask"])
+        write_text(writer.folder / CARD_NAME, text + _NOTES[form])
     evaluation = reader.folder / EVALUATION_NAME
     if evaluation.is_file():  # the same weights: what was measured of them still holds
         write_text(writer.folder / EVALUATION_NAME, evaluation.read_text(encoding="utf-8"))
     if manifest is not None:
-        export = {"format": "bitmask", "version": VERSION} if packed else None
+        export = {"zip-free": None, "bitmask": {"format": form, "version": VERSION}, "padded": {"format": form}}[form]
         manifest = {**manifest, "outputs": outputs, "export": export}
         write_text(writer.folder / PAGE_NAME, run_page(manifest, read_record(reader.folder)))
         write_json(writer.folder / MANIFEST_NAME, manifest)

@@ -194,6 +194,8 @@ def recipe_hash(recipe: Recipe) -> str:
 def _plain(recipe: Recipe) -> Recipe:
     """The same recipe with its target said in one way: nothing, `sparsity = 0.5`, `pattern = "0.50"` are one recipe."""
     text = str(recipe.target)
+    if recipe.removes:
+        return recipe.model_copy(update={"ratio": float(recipe.target.fraction)})
     is_decimal = ":" not in text and "/" not in text
     return recipe.model_copy(
         update={"sparsity": float(text) if is_decimal else None, "pattern": None if is_decimal else text}

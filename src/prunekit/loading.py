@@ -14,6 +14,7 @@ from . import machine
 from .errors import InputError, PrunekitWarning
 from .inspection import pattern_holds
 from .model.anatomy import read_anatomy
+from .model.resizing import SHAPES, resized
 from .model.source import StreamedModel
 from .progress import no_bar
 from .recipe import Pattern
@@ -50,6 +51,8 @@ def load_model(
     source = StreamedModel.open(folder, dtype=dtype, device=str(place), trust_remote_code=trust_remote_code)
     _refuse_memory(folder, source)
     kind, config, reader = type(source.module), source.module.config, source.reader
+    if SHAPES in reader.config:
+        kind = resized(kind)
     with no_bar():
         # plain folders too: transformers would map their files, whose pages the system may drop and read again while one measures
         model = kind.from_pretrained(None, config=config, dtype=source.dtype, state_dict=reader.read(reader.entries))

@@ -467,7 +467,7 @@ def _walk(run_: _Run, keeper: Keeper, writer: Writer, journal: Journal, begun: f
     whole = run_.ranks.share(lambda: {shard["position"]: shard["noted"] for shard in journal.shards})
     if 0 not in whole:
         with seconds.timed("write"):
-            keeper.shard(0, [Piece.stored(key, source.reader) for key in source.outer_keys()], [], {})
+            keeper.shard(0, work.outer(), [], {})
             keeper.settle()
     begin = _start(run_, writer.folder, journal, whole)
     progress.start(run_.recipe.method, len(blocks))
@@ -571,7 +571,7 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
     with seconds.timed("write"):
         writer.write_index(journal.shards)
         carried = writer.carry_over(
-            source.reader.folder, with_code=run_.recipe.trust_remote_code, instead=run_.work.files()
+            source.reader.folder, with_code=run_.recipe.trust_remote_code, written=run_.work.files()
         )
     width = run_.work.walk.batches[0].stop  # the last batch of all, as it was computed
     batch = run_.windows[(len(run_.windows) - 1) // width * width :]

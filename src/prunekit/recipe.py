@@ -147,6 +147,16 @@ class Recipe(_Section):
     def _fraction_as_text(cls, pattern: Any) -> Any:
         return str(pattern) if isinstance(pattern, (int, float)) and not isinstance(pattern, bool) else pattern
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_method_draws(cls, values: Any) -> Any:
+        """Fill in what the method's paper draws where nothing is said of it."""
+        if not (isinstance(values, dict) and isinstance(values.get("method"), str)):
+            return values
+        given = values.get("calibration", {})
+        own = find_method(values["method"]).calibration
+        return {**values, "calibration": {**own, **given}} if own and isinstance(given, dict) else values
+
     @model_validator(mode="after")
     def _one_target(self) -> Recipe:
         method = find_method(self.method)

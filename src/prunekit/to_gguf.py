@@ -23,10 +23,11 @@ from . import machine
 from .checkpoint.storage import replace_file
 from .errors import InputError, VerificationError
 from .exporting import Export
+from .model.resizing import SHAPES
 from .model.source import StreamedModel
 from .progress import Progress, Silent
 
-_ARCHITECTURES = {"llama": "LLAMA", "qwen2": "QWEN2"}
+_ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2"}
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _BITS = {2: np.int16, 4: np.int32}
 
@@ -100,6 +101,11 @@ class _Metadata:
 
         self.folder = folder
         self.config: Any = source.module.config
+        if SHAPES in source.reader.config:
+            raise InputError(
+                f"'{folder}' has blocks of different widths, which a GGUF file has no place for: give them one width first, with "
+                f"prunekit export {folder} --pad --out PADDED"
+            )
         kind = self.config.model_type
         rope = self.config.rope_parameters if kind in _ARCHITECTURES else {}
         unknown = (
@@ -110,7 +116,7 @@ class _Metadata:
             else f"its activation is {self.config.hidden_act}"
             if self.config.hidden_act != "silu"
             else "its attention slides"
-            if getattr(self.config, "use_sliding_window", False)
+            if getattr(self.config, "use_sliding_window", kind == "mistral" and self.config.sliding_window)
             else "its linears have biases"
             if kind == "llama" and (self.config.attention_bias or self.config.mlp_bias)
             else None
@@ -160,9 +166,10 @@ class _Metadata:
         for theirs, name in self.tensors.items():
             key = source.key_of[name]
             tensor = source.reader.read([key])[key]
-            if self.config.model_type == "llama" and ".self_attn.q_proj." in name:
+            halves = self.config.model_type != "qwen2"
+            if halves and ".self_attn.q_proj." in name:
                 tensor = _interleaved(tensor, self.config.num_attention_heads)
-            elif self.config.model_type == "llama" and ".self_attn.k_proj." in name:
+            elif halves and ".self_attn.k_proj." in name:
                 tensor = _interleaved(tensor, self.config.num_key_value_heads)
             yield theirs, tensor if tensor.ndim > 1 else tensor.float()
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoint.reader import Reader
 from .errors import VerificationError
-from .model.source import StreamedModel
+from .model.resizing import SHAPES, resized
+from .model.source import StreamedModel, build_skeleton
 from .model.stream import Walk, Windows
 from .progress import no_bar
 
@@ -90,10 +92,16 @@ def _through_transformers(
 ) -> Tensor:
     from transformers import AutoModelForCausalLM
 
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    reader = Reader(folder)
     with no_bar():
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        if (
+            SHAPES in reader.config
+        ):  # with our own copy of the code that the folder has for this: what lies there is not run
+            skeleton = build_skeleton(reader, dtype, torch.device("cpu"))
+            model = resized(type(skeleton)).from_pretrained(folder, config=skeleton.config, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     model.to(device).eval()
 
     def cut(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

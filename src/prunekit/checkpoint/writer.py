@@ -26,6 +26,7 @@ MANIFEST_NAME = "prunekit.json"
 CARD_NAME = "README.md"
 PAGE_NAME = "report.html"
 EVALUATION_NAME = "evaluation.json"
+MODELING_NAME = "modeling_prunekit.py"
 HIDDEN_PREFIX = ".prunekit-hidden-"
 PAGES = (
     CARD_NAME,
@@ -48,6 +49,7 @@ _MODEL_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    MODELING_NAME,
 )
 # what a training run leaves beside a model: true of the original, not of the result
 _LEFT_BEHIND = ("trainer_state", "training_args", "optimizer", "scheduler", "adapter_", "all_results", "train_results")
@@ -183,17 +185,21 @@ class Writer:
         """Take the index away: nothing loads the folder any more."""
         remove(self.folder / self.index)
 
-    def carry_over(self, source: Path, with_code: bool, instead: Mapping[str, str] | None = None) -> list[str]:
+    def carry_over(self, source: Path, with_code: bool, written: Mapping[str, str] | None = None) -> list[str]:
         """Copy config, tokenizer, chat template, generation and licence files as they are; config.json comes last.
 
-        `instead` are texts of files that are not copied, or that the source does not have.
+        `written` holds the texts of files that are written in the place of the source's: of a model in another shape its config.json,
+        and the code that loads it if it needs any.
         """
-        given = dict(instead or {})
         carried = []
-        for name in sorted(set(given) - {"config.json"}):
-            write_text(self.folder / name, given[name])
+        texts = dict(written or {})
+        config = texts.pop("config.json", None)
+        for name, text in sorted(texts.items()):
+            write_text(self.folder / name, text)
             carried.append(name)
         for path in sorted(source.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+            if written is not None and path.name in (*written, MODELING_NAME):
+                continue
             if path.is_dir() and path.name == _TEMPLATES:
                 try:
                     (self.folder / _TEMPLATES).mkdir(exist_ok=True)
@@ -202,12 +208,12 @@ class Writer:
                 for template in sorted(path.glob("*.jinja")):
                     replace_file(self.folder / _TEMPLATES / template.name, partial(_copy, template))
                     carried.append(f"{_TEMPLATES}/{template.name}")
-            elif path.name == "config.json" and "config.json" in given:
-                write_text(self.folder / path.name, given[path.name])
-                carried.append(path.name)
-            elif path.is_file() and path.name not in given and _is_carried(path, with_code):
+            elif path.is_file() and _is_carried(path, with_code):
                 replace_file(self.folder / path.name, partial(_copy, path))
                 carried.append(path.name)
+        if config is not None:
+            write_text(self.folder / "config.json", config)
+            carried.append("config.json")
         return carried
 
     def write_manifest(self, manifest: dict[str, Any], card: str, page: str) -> None:

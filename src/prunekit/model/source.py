@@ -13,6 +13,7 @@ transformers' own `from_pretrained` does it.
 
 from __future__ import annotations
 
+import inspect
 import mmap
 import re
 import warnings
@@ -33,7 +34,9 @@ from ..checkpoint.reader import Reader
 from ..checkpoint.writer import refuse_unfinished
 from ..errors import InputError
 from ..machine import resolve_device, resolve_dtype
+from . import resizing
 from .anatomy import Anatomy, read_anatomy, tied_names
+from .resizing import SHAPES, resize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -406,15 +409,22 @@ def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def build_skeleton(
-    reader: Reader, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
+    reader: Reader, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False, noted: bool = True
 ) -> PreTrainedModel:
-    """The folder's causal language model on the meta device, ready to be given parameters. Raises `InputError`."""
+    """The folder's causal language model on the meta device, ready to be given parameters. Raises `InputError`.
+
+    Where its config notes shapes that its class does not build, the model has those, or the class's own if not `noted`.
+    """
     folder = reader.folder
+    shapes = reader.config.get(SHAPES)
+    trust_remote_code = trust_remote_code and shapes is None  # the code in such a folder does what `resize` does here
     config = load_config(folder, reader.config, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about generation settings of the folder are not about us
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            if shapes is not None and noted:
+                resize(model, shapes)
     except Exception as problem:  # whatever a wrong config makes a model's own code stumble over
         raise InputError(
             f"'{folder}/config.json' does not describe a causal language model: {_reason(problem)}"
@@ -437,12 +447,18 @@ def build_skeleton(
     return model
 
 
+def resizing_code(model: nn.Module) -> str:
+    """The file that lies in a folder whose config notes shapes, for transformers without prunekit; `model` is of its class."""
+    name = type(model).__name__
+    return f"{inspect.getsource(resizing)}\n\nfrom transformers import {name} as _{name}\n\n{name} = resized(_{name})\n"
+
+
 def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -> Any:
     """The folder's config object. Raises `InputError`, also where it needs code of the folder's own."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as problem:  # transformers raises a dozen kinds here, all of them about this file
-        if "auto_map" in raw and not trust_remote_code:
+        if "auto_map" in raw and SHAPES not in raw and not trust_remote_code:
             raise InputError(
                 f"'{folder}' brings its own model code, which would run on this machine: read it, then say --trust-remote-code"
             ) from None

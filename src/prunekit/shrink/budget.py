@@ -216,7 +216,7 @@ class UnitBudget:
                 raise InputError(f"'budget.{key}' cannot be {given[key]!r}: it is a whole number of at least {least}")
         if given["shape"] == "uniform" and (given["skip_first"] or given["skip_last"]):
             raise InputError(
-                "'budget.skip_first' and 'budget.skip_last' leave some blocks wider than others: add --shape free"
+                "'budget.skip_first' and 'budget.skip_last' leave some blocks wider than others: add --shape free, or set both to 0"
             )
         return cls(part, part.bind({**(defaults if name == method.budget else {}), **own}), **cast(Any, given))
 
@@ -261,6 +261,11 @@ class UnitBudget:
 
     def _refuse(self, demand: Demand, ratio: Fraction) -> None:
         each = demand.each()
+        if self.skip_first + self.skip_last >= len(demand.structures):
+            raise InputError(
+                f"'budget.skip_first={self.skip_first}' and 'budget.skip_last={self.skip_last}' skip all of the model's "
+                f"{len(demand.structures)} blocks: set them to less"
+            )
         if not each:
             raise InputError(
                 "no block of this model has units that can be taken out: shrinking cannot do anything here"

@@ -11,14 +11,15 @@ from ..blockwalk import Appetite, block_parameters
 from ..catalogue import find_method
 from ..distributed import Ranks
 from ..errors import InputError
-from ..model.source import Source
+from ..model.source import Source, StreamedModel
 from ..model.stream import Walk
 from ..recipe import Recipe
-from .budget import Counts
+from .budget import Counts, plan_of
 from .plan import Structures
+from .saving import Form
 from .shrinker import Shrinker
 from .units import find_structures
-from .walk import ShrinkWalk
+from .walk import ShrinkWalk, form_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Shrinking:
     counts: Counts | None
     recipe: Recipe
     source: Source
+    form: Form | None
 
     @classmethod
     def of(cls, recipe: Recipe, source: Source) -> Shrinking:
@@ -41,10 +43,13 @@ class Shrinking:
         parameters = block_parameters(source)
         # what the ratio or the alignment cannot be is refused before anything is measured
         chance = [{each.name: torch.zeros(each.count) for each in block} for block in structures]
+        form: Form | None = None
         if shrinker.depth is not None:
-            return cls(shrinker, structures, None, recipe, source)
+            return cls(shrinker, structures, None, recipe, source, None)
         counts = shrinker.budget.counts(structures, parameters, recipe.target.fraction, chance)
-        return cls(shrinker, structures, None if shrinker.budget.scored else counts, recipe, source)
+        if isinstance(source, StreamedModel) and not shrinker.plans_first:
+            form = form_of(source, structures, plan_of(structures, counts, chance), shrinker)
+        return cls(shrinker, structures, None if shrinker.plans_first else counts, recipe, source, form)
 
     @property
     def looks_at_data(self) -> bool:
@@ -82,6 +87,7 @@ class Shrinking:
             self.structures,
             self.recipe,
             self.counts,
+            form=self.form,
             dense=dense,
             ranks=Ranks() if ranks is None else ranks,
             first=first,

@@ -27,7 +27,7 @@ from ..model.stream import Call, Recorder
 _TOKENS = 8
 _SAME = 1e-4  # how far, relative to the largest, inputs may move when a unit they do not depend on is taken out
 
-_HEADS = ("num_attention_heads", "num_key_value_heads")
+HEADS = ("num_attention_heads", "num_key_value_heads")
 
 ATTENTION, MLP = "attention", "mlp"
 
@@ -112,7 +112,7 @@ def find_structures(model: Any, anatomy: Anatomy) -> list[tuple[Structure, ...]]
     """
     known: dict[Any, tuple[Structure, ...]] = {}
     found = []
-    with evaluating(model):
+    with evaluating(model), torch.enable_grad():
         tracer = _Tracer(model, anatomy)
         for block in anatomy.blocks:
             module = model.get_submodule(block.name)
@@ -232,7 +232,7 @@ class _Tracer:
             if type(value) is int and value in countable and value % count == 0
         ]
         subsets = list(chain.from_iterable(combinations(names, taken) for taken in range(len(names) + 1)))
-        told = {name: value for name in _HEADS if (value := getattr(self._config, name, None)) and value % count == 0}
+        told = {name: value for name in HEADS if (value := getattr(self._config, name, None)) and value % count == 0}
         ways: list[tuple[Literal["alone", "together"], dict[str, int]]] = [("alone", {}), ("together", told)]
         for resizes, config in ways:
             for some in subsets:

@@ -6,8 +6,9 @@ What is written is cut, and the reload check then compares the one with the othe
 
 from __future__ import annotations
 
-import re
+import json
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,19 +18,23 @@ from torch import Tensor, nn
 
 from ..bits import all_finite, count_zeros
 from ..blockwalk import BlockWalk, LinearReport, Stored, block_parameters
-from ..errors import InputError
+from ..checkpoint.shard import Piece
+from ..errors import InputError, PrunekitWarning
 from ..model.anatomy import Block, weight_of
 from ..model.hidden import room_for
 from ..model.source import StreamedModel
 from ..recipe import Recipe
 from ..statistics import Statistics
 from .budget import Counts, plan_of, top_units
+from .gradients import measure_gradients
 from .influence import Influence
-from .plan import Plan, Structures
+from .plan import PLAN_NAME, Plan, Structures
+from .saving import Form, choose_form
 from .shrinker import Shrinker
 from .slicing import Slicer
 from .units import Structure
 from .view import BlockView, Gradients
+from .writing import block_tensors, outer_pieces
 
 Kept = Mapping[str, tuple[int, ...]]
 
@@ -44,6 +49,7 @@ class ShrinkWalk(BlockWalk):
         recipe: what was asked for.
         counts: how many units of each structure stay, where that is known before anything is scored.
         plan: what stays, where that is decided before the first block is cut.
+        form: how the smaller model is saved; None for one that lies in memory.
         kept: what stays of the blocks that are done.
         biases: consumers that were given a bias they did not have, by full name.
     """
@@ -53,6 +59,7 @@ class ShrinkWalk(BlockWalk):
     recipe: Recipe
     counts: Counts | None = None
     plan: Plan | None = None
+    form: Form | None = None
     kept: dict[int, Kept] = field(default_factory=dict, kw_only=True)
     biases: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
 
@@ -78,12 +85,16 @@ class ShrinkWalk(BlockWalk):
         if known is None:
             known = self._make_plan(stored, step).to_json(self.structures)
         self.plan = Plan.from_json(known, self.structures)
+        if isinstance(self.walk.source, StreamedModel):
+            self.form = form_of(self._streamed, self.structures, self.plan, self.shrinker)
         return known
 
     def _make_plan(self, stored: Stored, step: Callable[[], None]) -> Plan:
         ratio = self.recipe.target.fraction
         if self.shrinker.depth is None:
-            scores = self._dense_scores(stored, step)
+            scores = (
+                self._gradient_scores(stored, step) if self.shrinker.gradients else self._dense_scores(stored, step)
+            )
             counts = self.shrinker.budget.counts(self.structures, self._parameters, ratio, scores)
             return plan_of(self.structures, counts, scores)
         blocks = len(self.structures)
@@ -93,6 +104,31 @@ class ShrinkWalk(BlockWalk):
         gone = self.shrinker.depth(Influence(self.walk, self.ranks, step), count) if count else []
         whole = Plan.whole(self.structures).blocks
         return Plan(tuple(None if index in gone else kept for index, kept in enumerate(whole)))
+
+    def _gradient_scores(self, stored: Stored, step: Callable[[], None]) -> list[dict[str, Tensor]]:
+        """Scores of all units from gradients of the dense model."""
+        score = self.shrinker.score
+        assert score is not None
+        if self.ranks.size > 1:
+            raise InputError(
+                f"'{score.part.name}' wants gradients, which one process computes: start it without torchrun"
+            )
+        source = self.walk.source
+        with self.seconds.timed("forward"):
+            measured = measure_gradients(
+                source,
+                self.walk.windows,
+                self.structures,
+                self.shrinker.gradients,
+                score.part.objective,
+                lambda linear: stored(linear)[0],
+                step=step,
+            )
+        self.walk.prepare()
+        return [
+            self.shrinker.scores(BlockView({}, gradients=gradients, structures=tuple(block)))
+            for gradients, block in zip(measured, self.structures, strict=True)
+        ]
 
     @torch.inference_mode()
     def _dense_scores(self, stored: Stored, step: Callable[[], None]) -> list[dict[str, Tensor]]:
@@ -249,25 +285,33 @@ class ShrinkWalk(BlockWalk):
         shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
         return Slicer(self.structures[block.index], Plan(tuple(blocks)), shapes)
 
+    def outer(self) -> list[Piece]:
+        """What lies outside the blocks, under the names it has in the smaller model."""
+        return outer_pieces(self._streamed, self._form)
+
     def shard(self, block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The block's tensors without what was removed, under the names they have in the smaller model."""
-        source = self.walk.source
-        assert isinstance(source, StreamedModel)
-        slicer = self._slicer(block)
-        written = {}
-        for name in source.block_parameters(block.index):
-            key = source.key_of[name]
-            written[self._renamed(key, block)] = slicer(name.removeprefix(block.name + "."), tensors[key])
+        written = block_tensors(self._streamed, self._slicer(block), self._form, block.index, tensors)
         for each in self.structures[block.index]:
             added = self.biases.get(each.consumer.full_name)
             if added is not None:
-                key = source.key_of[f"{each.consumer.full_name}.weight"].removesuffix("weight") + "bias"
-                written[self._renamed(key, block)] = added
+                written[self._form.names[f"{each.consumer.full_name}.bias"]] = added
         return written
 
-    def _renamed(self, key: str, block: Block) -> str:
-        number = [each.index for each in self.blocks].index(block.index)
-        return re.sub(rf"(^|\.){block.index}\.", rf"\g<1>{number}.", key, count=1)
+    def files(self) -> dict[str, str] | None:
+        """The config, the code it may need, and the plan."""
+        plan = json.dumps(self.made_plan().to_json(self.structures)) + "\n"
+        return {**self._form.texts, PLAN_NAME: plan}
+
+    @property
+    def _streamed(self) -> StreamedModel:
+        assert isinstance(self.walk.source, StreamedModel)
+        return self.walk.source
+
+    @property
+    def _form(self) -> Form:
+        assert self.form is not None
+        return self.form
 
     def noted(self, block: Block) -> dict[str, Any]:
         """The units that stay."""
@@ -279,40 +323,64 @@ class ShrinkWalk(BlockWalk):
 
     def take_up(self, block: Block, tensors: dict[str, Tensor], noted: Mapping[str, Any]) -> nn.Module:
         """The dense block with the consumers that were written."""
-        source = self.walk.source
-        assert isinstance(source, StreamedModel)
+        source, names = self._streamed, self._form.names
         module = source.load_block(block.index)
+        stored = source.stored[block.index]
         self.skip(block, noted)
         for each in self.structures[block.index]:
             units = torch.tensor(self.kept[block.index][each.name])
             if len(units) == each.count:
                 continue
-            key = source.key_of[f"{each.consumer.full_name}.weight"]
-            weight = each.consumer.matrix(source.stored[block.index][key])
-            written = each.consumer.matrix(tensors[self._renamed(key, block)])
+            name, child = each.consumer.full_name, module.get_submodule(each.name)
+            weight = each.consumer.matrix(stored[source.key_of[f"{name}.weight"]])
             weight.zero_()
-            weight[:, each.inputs(units)] = written
-            child = module.get_submodule(each.name)
+            weight[:, each.inputs(units)] = each.consumer.matrix(tensors[names[f"{name}.weight"]])
             each.consumer.matrix(weight_of(child)).copy_(weight)
-            bias_key = key.removesuffix("weight") + "bias"
-            written_bias = tensors.get(self._renamed(bias_key, block))
-            if written_bias is not None and bias_key in source.stored[block.index]:
-                source.stored[block.index][bias_key].copy_(written_bias)
+            bias = tensors.get(names.get(f"{name}.bias", ""))
+            if bias is None:
+                continue
+            if f"{name}.bias" in source.key_of:
+                stored[source.key_of[f"{name}.bias"]].copy_(bias)
                 own = child.bias
                 assert isinstance(own, Tensor)
-                own.detach().copy_(written_bias)
-            elif written_bias is not None:
-                self.biases[each.consumer.full_name] = written_bias
-                child.bias = nn.Parameter(written_bias.to(weight_of(child)), requires_grad=False)
+                own.detach().copy_(bias)
+            else:
+                self.biases[name] = bias
+                child.bias = nn.Parameter(bias.to(weight_of(child)), requires_grad=False)
         return module
 
     @property
     def removed(self) -> int:
         """Parameters of removed units and blocks, less those of biases that were added."""
         added = sum(bias.numel() for bias in self.biases.values())
+        if self.form is not None:
+            added += sum(torch.Size(shape).numel() for zeros in self.form.zeros.values() for shape in zeros.values())
         return self.made_plan().removed(self.structures, self._parameters) - added
 
     def made_plan(self) -> Plan:
         """What stays of every block, known when the walk is over."""
         gone = {} if self.plan is None else {i: None for i, block in enumerate(self.plan.blocks) if block is None}
         return Plan(tuple(gone.get(index, self.kept.get(index)) for index in range(len(self.structures))))
+
+
+def form_of(source: StreamedModel, structures: Structures, plan: Plan, shrinker: Shrinker) -> Form:
+    """How what a plan leaves is saved; with a warning where all blocks were to be as wide and stock configs cannot say it.
+
+    Raises `InputError` where the model cannot be saved in that shape.
+    """
+    biased: list[str] = []
+    if shrinker.compensate is not None and shrinker.compensate.part.name == "bias":
+        biased = [
+            each.consumer.full_name
+            for index in plan.kept_blocks
+            for each in structures[index]
+            if len(plan.kept(each)) < each.count
+        ]
+    form = choose_form(source, structures, plan, biased=biased)
+    if not form.stock and shrinker.budget.shape == "uniform":
+        warnings.warn(
+            f"{form.reason}: the folder brings code that loads it, for --trust-remote-code or prunekit.load",
+            PrunekitWarning,
+            stacklevel=2,
+        )
+    return form
