@@ -28,6 +28,7 @@ PAGE_NAME = "report.html"
 EVALUATION_NAME = "evaluation.json"
 MODELING_NAME = "modeling_prunekit.py"
 HIDDEN_PREFIX = ".prunekit-hidden-"
+PLAN_NAME = "prune_plan.json"
 PAGES = (
     CARD_NAME,
     PAGE_NAME,
@@ -273,6 +274,7 @@ def model_files(folder: Path) -> list[Path]:
     ours = {
         JOURNAL_NAME,
         MANIFEST_NAME,
+        PLAN_NAME,
         *PAGES,
         INDEX_NAME,
         PACKED_INDEX_NAME,
@@ -312,7 +314,7 @@ def _written_before(folder: Path) -> set[str]:
 
 
 def _is_carried(path: Path, with_code: bool) -> bool:
-    if path.name in (MANIFEST_NAME, JOURNAL_NAME, *PAGES) or path.name.endswith(".index.json"):
+    if path.name in (MANIFEST_NAME, JOURNAL_NAME, PLAN_NAME, *PAGES) or path.name.endswith(".index.json"):
         return False
     if path.name.startswith(_LEFT_BEHIND):
         return False

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..bits import all_finite, count_zeros
 from ..blockwalk import BlockWalk, LinearReport, Stored, block_parameters
 from ..checkpoint.shard import Piece
+from ..checkpoint.writer import PLAN_NAME
 from ..errors import InputError, PrunekitWarning
 from ..model.anatomy import Block, weight_of
 from ..model.hidden import room_for
@@ -28,7 +29,7 @@ from ..statistics import Statistics
 from .budget import Counts, plan_of, top_units
 from .gradients import measure_gradients
 from .influence import Influence
-from .plan import PLAN_NAME, Plan, Structures
+from .plan import Plan, Structures
 from .saving import Form, choose_form
 from .shrinker import Shrinker
 from .slicing import Slicer
