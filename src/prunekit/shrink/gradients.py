@@ -91,6 +91,7 @@ def measure_gradients(
             walk.run(block.index, module)
             if block.index < len(blocks) - 1:  # the last one is the first on the way back
                 source.free_block(block.index)
+            return_memory()
             step()
         inputs.turn()
         shares = _derive(walk, walk.hidden, objective)
@@ -231,13 +232,15 @@ class _Sums:
             weight = self._weight[part].to(inputs.device, exact)
             total, square = self._carried.pop(part.start, (None, None))
             for fed, derivative in zip(inputs, derivatives, strict=True):
-                gradient = (derivative[:, part].t() @ fed).to(exact)
+                gradient = derivative[:, part].t() @ fed
                 if SECOND in self._needs:
                     self._sum(SECOND, part, (weight * gradient).square_())
+                if self._needs == {SECOND}:
+                    continue
+                gradient = gradient.to(exact)
                 if MIXED in self._needs:
                     square = gradient.square() if square is None else square.addcmul_(gradient, gradient)
-                if self._needs != {SECOND}:
-                    total = gradient if total is None else total.add_(gradient)
+                total = gradient if total is None else total.add_(gradient)
             if not last:
                 self._carried[part.start] = total, square
             elif total is not None:
