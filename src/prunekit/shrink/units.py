@@ -112,7 +112,7 @@ def find_structures(model: Any, anatomy: Anatomy) -> list[tuple[Structure, ...]]
     """
     known: dict[Any, tuple[Structure, ...]] = {}
     found = []
-    with evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
         tracer = _Tracer(model, anatomy)
         for block in anatomy.blocks:
             module = model.get_submodule(block.name)
