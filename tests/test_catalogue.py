@@ -29,7 +29,8 @@ def ids(windows: int = 6) -> torch.Tensor:
 
 @pytest.mark.parametrize("pattern", ["0.6", "2:4"])
 @pytest.mark.parametrize(
-    "name", [*(row.name for row in SPARSIFY), "ria+r2-dsnot+least-squares+blockwise+owl", "magnitude+swaps", "stade+alps"]
+    "name",
+    [*(row.name for row in SPARSIFY), "ria+r2-dsnot+least-squares+blockwise+owl", "magnitude+swaps", "stade+alps"],
 )
 def test_every_method_gives_exact_counts_and_is_repeatable(name: str, pattern: str) -> None:
     results = []

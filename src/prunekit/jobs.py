@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .blockwalk import Job
 from .catalogue import find_method
-from .model.source import Source
+from .model.source import Source, StreamedModel
 from .recipe import Recipe
 
 
@@ -23,9 +23,10 @@ def check_options(recipe: Recipe) -> None:
 
 def job_of(recipe: Recipe, source: Source) -> Job:
     """The job a recipe asks for. Raises `InputError` for what the method cannot do with this model."""
-    if find_method(recipe.method).kind == "shrink":
+    if recipe.removes:
         from .shrink.job import Shrinking
 
+        assert isinstance(source, StreamedModel)  # what lies in memory keeps its shapes
         return Shrinking.of(recipe, source)
     from .sparsify.walk import Sparsification
 

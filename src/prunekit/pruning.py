@@ -226,12 +226,15 @@ def prune_in_memory(
     """Prune a model that lies in memory, in place, on windows of tokens. Raises `InputError`."""
     begun = time.perf_counter()
     progress = progress or Silent()
+    if recipe.removes:
+        raise InputError(
+            f"'{recipe.method}' removes structures, and a model in memory keeps its shapes: save it, and give prunekit.prune the folder"
+        )
     with evaluating(model):
         source = ResidentModel(model)
         check_vocabulary(windows, model)
         window_length(model.config, windows.length, progress)
         job = job_of(recipe, source)
-        parameters, dense_parameters = source.parameter_count, sum(block_parameters(source))
         asked = len(windows)
         windows = windows[0 if job.looks_at_data else asked - 1 :]
         walk = Walk(source, windows, recipe.calibration.batch)
@@ -255,14 +258,13 @@ def prune_in_memory(
         out=None,
         method=recipe.method,
         linears=reports,
-        parameters=parameters,
+        parameters=source.parameter_count,
         blocks=len(work.blocks),
         windows=len(windows),
         tokens=windows.tokens,
         seconds=work.seconds,
         peak_rss_bytes=machine.peak_rss_bytes(),
-        removed=work.removed,
-        block_parameters=dense_parameters,
+        block_parameters=sum(block_parameters(source)),
     )
 
 

@@ -11,7 +11,7 @@ from ..blockwalk import Appetite, block_parameters
 from ..catalogue import find_method
 from ..distributed import Ranks
 from ..errors import InputError
-from ..model.source import Source, StreamedModel
+from ..model.source import StreamedModel
 from ..model.stream import Walk
 from ..recipe import Recipe
 from .budget import Counts, plan_of
@@ -30,11 +30,11 @@ class Shrinking:
     structures: Structures
     counts: Counts | None
     recipe: Recipe
-    source: Source
+    source: StreamedModel
     form: Form | None
 
     @classmethod
-    def of(cls, recipe: Recipe, source: Source) -> Shrinking:
+    def of(cls, recipe: Recipe, source: StreamedModel) -> Shrinking:
         """Raises `InputError` for what the method or its budget cannot do with this model."""
         shrinker = Shrinker.of(find_method(recipe.method), recipe.parts, recipe.seed)
         structures = find_structures(source.module, source.anatomy)
@@ -47,7 +47,7 @@ class Shrinking:
         if shrinker.depth is not None:
             return cls(shrinker, structures, None, recipe, source, None)
         counts = shrinker.budget.counts(structures, parameters, recipe.target.fraction, chance)
-        if isinstance(source, StreamedModel) and not shrinker.plans_first:
+        if not shrinker.plans_first:
             form = form_of(source, structures, plan_of(structures, counts, chance), shrinker)
         return cls(shrinker, structures, None if shrinker.plans_first else counts, recipe, source, form)
 

@@ -50,7 +50,7 @@ class ShrinkWalk(BlockWalk):
         recipe: what was asked for.
         counts: how many units of each structure stay, where that is known before anything is scored.
         plan: what stays, where that is decided before the first block is cut.
-        form: how the smaller model is saved; None for one that lies in memory.
+        form: how the smaller model is saved, where that is known before anything is scored.
         kept: what stays of the blocks that are done.
         biases: consumers that were given a bias they did not have, by full name.
     """
@@ -86,8 +86,7 @@ class ShrinkWalk(BlockWalk):
         if known is None:
             known = self._make_plan(stored, step).to_json(self.structures)
         self.plan = Plan.from_json(known, self.structures)
-        if isinstance(self.walk.source, StreamedModel):
-            self.form = form_of(self._streamed, self.structures, self.plan, self.shrinker)
+        self.form = form_of(self._streamed, self.structures, self.plan, self.shrinker)
         return known
 
     def _make_plan(self, stored: Stored, step: Callable[[], None]) -> Plan:
@@ -354,8 +353,7 @@ class ShrinkWalk(BlockWalk):
     def removed(self) -> int:
         """Parameters of removed units and blocks, less those of biases that were added."""
         added = sum(bias.numel() for bias in self.biases.values())
-        if self.form is not None:
-            added += sum(torch.Size(shape).numel() for zeros in self.form.zeros.values() for shape in zeros.values())
+        added += sum(torch.Size(shape).numel() for zeros in self._form.zeros.values() for shape in zeros.values())
         return self.made_plan().removed(self.structures, self._parameters) - added
 
     def made_plan(self) -> Plan:
