@@ -17,7 +17,7 @@ from .model.stream import Walk, Windows
 from .progress import no_bar
 
 # Same weights, same inputs, same batch: most machines give the same bits. What is left over is the order of sums in other kernels.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 _TOKENS = 128  # positions at the end of the last window whose logits are compared
 
 
@@ -67,8 +67,8 @@ def verify(
         found = _through_transformers(folder, windows, len(expected), dtype, device, trust_remote_code)
     else:
         found = _streamed(folder, windows, len(expected), dtype, device, trust_remote_code)
-    difference = _relative_difference(found, expected)
-    result = Verification("from_pretrained" if whole else "streamed", len(expected), difference, _TOLERANCE[dtype])
+    difference = relative_difference(found, expected)
+    result = Verification("from_pretrained" if whole else "streamed", len(expected), difference, TOLERANCE[dtype])
     if not difference <= result.tolerance:
         raise VerificationError(
             f"'{folder}' does not compute what was pruned: its logits differ by {difference:.2g} of their norm "
@@ -77,7 +77,7 @@ def verify(
     return result
 
 
-def _relative_difference(found: Tensor, expected: Tensor) -> float:
+def relative_difference(found: Tensor, expected: Tensor) -> float:
     """‖found − expected‖_F / ‖expected‖_F, a few rows at a time: in float32 a large vocabulary's logits are larger than a block."""
     squares = torch.zeros(2, dtype=torch.float64)
     for ours, theirs in zip(torch.split(expected, 16), torch.split(found, 16), strict=True):

@@ -1,7 +1,7 @@
 """Shrink a model block by block: measure what consumers of units are fed, choose, refit, and cut.
 
-While the windows pass through it a block keeps its shapes: columns of removed units are zero, which computes what the cut block does.
-What is written is cut, and the reload check then compares the one with the other.
+While it is refitted a block keeps its shapes: columns of removed units are zero. Then it is cut, compared with itself before, and the
+windows go on through the cut block, which is what is written and what the reload check compares.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,19 +21,20 @@ from ..bits import all_finite, count_zeros
 from ..blockwalk import BlockWalk, LinearReport, Stored, block_parameters
 from ..checkpoint.shard import Piece
 from ..checkpoint.writer import PLAN_NAME
-from ..errors import InputError, PrunekitWarning
+from ..errors import InputError, PrunekitWarning, VerificationError
 from ..model.anatomy import Block, weight_of
 from ..model.hidden import room_for
 from ..model.source import StreamedModel
 from ..recipe import Recipe
 from ..statistics import Statistics
+from ..verify import TOLERANCE, relative_difference
 from .budget import Counts, plan_of, top_units
 from .gradients import measure_gradients
 from .influence import Influence
 from .plan import Plan, Structures
 from .saving import Form, choose_form
 from .shrinker import Shrinker
-from .slicing import Slicer
+from .slicing import Slicer, cut
 from .units import Structure
 from .view import BlockView, Gradients
 from .writing import block_tensors, outer_pieces
@@ -272,18 +274,49 @@ class ShrinkWalk(BlockWalk):
 
     @torch.inference_mode()
     def pass_on(self, index: int, module: nn.Module) -> None:
-        """Send the windows through the block as it will be; then take biases off it that its class does not have."""
-        super().pass_on(index, module)
+        """Send the windows through the block as it will be, cut; then take biases off it that its class does not have."""
+        block = self.walk.source.anatomy.blocks[index]
+        config = self.walk.source.module.config.get_text_config()
+        plan, slicer = self._plan_of(block), self._slicer(block)
+        with ExitStack() as stack:
+            if slicer.index:
+                self._compare(block, module, lambda: cut(module, config, self.structures[index], plan, slicer))
+                stack.enter_context(cut(module, config, self.structures[index], plan, slicer))
+            super().pass_on(index, module)
         for each in self.structures[index]:
             if each.consumer.full_name in self.biases:
                 module.get_submodule(each.name).register_parameter("bias", None)
 
-    def _slicer(self, block: Block) -> Slicer:
+    def _compare(self, block: Block, module: nn.Module, smaller: Callable[[], AbstractContextManager[None]]) -> None:
+        """Raise `VerificationError` where the cut block does not compute what the whole one does with zeros for what is gone.
+
+        The reload check compares what is loaded with cut blocks; this compares those, one by one, with what was measured and refitted.
+        """
+        with self.seconds.timed("verify"), self.ranks.together():
+            last = len(self.walk.batches) - 1
+            inputs = (
+                self.check[:] if self.dense and self.check is not None else self.walk.hidden[self.walk.batches[last]]
+            )
+            zeroed = self.walk.replay(block.index, module, last, inputs)
+            with smaller():
+                found = self.walk.replay(block.index, module, last, inputs)
+            difference = relative_difference(found, zeroed)
+            if not difference <= TOLERANCE[self.walk.source.dtype]:
+                raise VerificationError(
+                    f"'{block.name}' computes something else without its removed units: its output differs by {difference:.2g} of its "
+                    f"norm (allowed: {TOLERANCE[self.walk.source.dtype]:g}); please report this"
+                )
+
+    def _plan_of(self, block: Block) -> Plan:
+        """The plan of one block that is done."""
         blocks: list[Kept | None] = [None] * len(self.structures)
         blocks[block.index] = self.kept[block.index]
+        return Plan(tuple(blocks))
+
+    def _slicer(self, block: Block) -> Slicer:
         module = self.walk.source.module.get_submodule(block.name)
         shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
-        return Slicer(self.structures[block.index], Plan(tuple(blocks)), shapes)
+        return Slicer(self.structures[block.index], self._plan_of(block), shapes)
 
     def outer(self) -> list[Piece]:
         """What lies outside the blocks, under the names it has in the smaller model."""
