@@ -108,7 +108,7 @@ class Recovery:
 class _Job:
     """A validated recovery that has not touched the output yet.
 
-    `linears` are the tuned ones; `masked` names those of them whose zeros stay; `zeros` counts those of all linears of the blocks.
+    `linears` are the tuned ones; `masked` names those of them whose zeros stay.
     """
 
     folder: Path
@@ -118,7 +118,6 @@ class _Job:
     manifest: dict[str, Any] | None
     linears: list[Linear]
     masked: set[str]
-    zeros: int
     windows: Windows
     held: Windows
     identity: dict[str, Any]
@@ -208,18 +207,17 @@ def _prepare(folder: Path, options: RecoveryOptions, progress: Progress) -> _Job
         _check_dense(options.distill, dense, source, tokenizer, options)
     dtype, device = str(source.dtype).removeprefix("torch."), str(source.device)
     resolved = options.resolved(windows=len(windows), dtype=dtype, device=device)
-    masked, zeros = _masked(source, linears, manifest)
+    masked = _masked(source, linears, manifest)
     identity = {
-        "options": resolved.model_dump(
-            mode="json", exclude={"distill"}
-        ),  # the same model may be called by another path
+        # the same model may be called by another path
+        "options": resolved.model_dump(mode="json", exclude={"distill"}),
         "inputs": source.reader.sha256(),
         "dense": None if dense is None else Reader(dense).sha256(),
         "tokens": {"trained": token_hash(windows), "held out": token_hash(held)},
         "versions": machine.versions() | {"peft": metadata.version("peft")},
         "machine": machine.describe(),
     }
-    return _Job(folder, dense, resolved, source, manifest, linears, masked, zeros, windows, held, identity, progress)
+    return _Job(folder, dense, resolved, source, manifest, linears, masked, windows, held, identity, progress)
 
 
 def _targets(source: StreamedModel, globs: tuple[str, ...]) -> list[Linear]:
@@ -232,18 +230,15 @@ def _targets(source: StreamedModel, globs: tuple[str, ...]) -> list[Linear]:
     return [linear for linear in linears if not globs or any(linear.matches(glob) for glob in globs)]
 
 
-def _masked(source: StreamedModel, linears: list[Linear], manifest: dict[str, Any] | None) -> tuple[set[str], int]:
-    """Names of the given linears whose zeros must stay, and the zeros of all linears of the blocks."""
+def _masked(source: StreamedModel, linears: list[Linear], manifest: dict[str, Any] | None) -> set[str]:
+    """Names of the linears whose zeros must stay."""
     pruned = {line["name"] for line in manifest["linears"] if line["pattern"] is not None} if manifest else set()
-    asked = {linear.full_name for linear in linears}
-    masked, total = set(), 0
-    for linear in source.anatomy.linears():
+    found = set()
+    for linear in linears:
         key = source.key_of[f"{linear.full_name}.weight"]
-        zeros = count_zeros(source.reader.read([key])[key])
-        total += zeros
-        if linear.full_name in asked and (linear.full_name in pruned or zeros > _FEW * linear.count):
-            masked.add(linear.full_name)
-    return masked, total
+        if linear.full_name in pruned or count_zeros(source.reader.read([key])[key]) > _FEW * linear.count:
+            found.add(linear.full_name)
+    return found
 
 
 def _check_dense(name: str, folder: Path, source: StreamedModel, tokenizer: Any, options: RecoveryOptions) -> None:
