@@ -27,7 +27,7 @@ from prunekit.cli import app
 from prunekit.model.anatomy import Linear, read_anatomy
 from prunekit.progress import Silent
 from prunekit.recovery.adapters import Adapters, MaskedLinear, Tuned
-from prunekit.recovery.loss import loss_and_gradient
+from prunekit.recovery.loss import cross_entropy, loss_and_gradient
 from prunekit.recovery.options import RecoveryOptions, rate_share
 from prunekit.recovery.training import Training
 from prunekit.report.page import run_page
@@ -147,7 +147,7 @@ def test_a_weight_that_training_moves_to_zero_is_no_new_zero() -> None:
     layer = _masked_layer(nn.Linear(2, 2, bias=False))
     stored = torch.tensor([[1e-7, 1.0], [0.0, -0.0]], dtype=torch.float16)
     layer.base_layer.weight.data = stored.float()
-    layer.lora_A["default"].weight.data = torch.tensor([[-0.5e-7, 1.0]])
+    layer.lora_A["default"].weight.data = torch.tensor([[-1e-7, 1.0]])
     layer.lora_B["default"].weight.data = torch.tensor([[1.0], [1.0]])
     layer.scaling["default"] = 1.0
     merged = Tuned(Linear("name", "block", 0, 2, 2, False), layer, True).merged(stored)
@@ -302,22 +302,23 @@ def test_every_window_is_seen_once_before_one_is_seen_twice() -> None:
 def test_loss_and_gradient_are_autograd_s(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prunekit.recovery.loss.chunk_tokens", lambda _: 3)
     torch.manual_seed(0)
-    ours, dense = torch.randn(2, 8, 11).double()
-    targets = torch.randint(11, (8,))
+    ours, dense = torch.randn(2, 2, 6, 11).double()
+    ids = torch.randint(11, (2, 6))
     ours.requires_grad_()
-    likely = torch.log_softmax(ours, -1)
-    entropy = nn.functional.nll_loss(likely, targets, reduction="sum")
-    divergence = nn.functional.kl_div(likely, torch.log_softmax(dense, -1), log_target=True, reduction="sum")
-    wanted = (1 - share) * entropy + share * divergence
-    (slope,) = torch.autograd.grad(wanted, ours)
-    loss, gradient = loss_and_gradient(ours.detach().float(), targets, dense.float(), share=share, scale=0.5)
-    assert loss == pytest.approx(float(wanted), rel=1e-5)
+    likely, wanted = (torch.log_softmax(logits[:, :-1].flatten(0, 1), -1) for logits in (ours, dense))
+    entropy = nn.functional.nll_loss(likely, ids[:, 1:].flatten(), reduction="sum")
+    divergence = nn.functional.kl_div(likely, wanted, log_target=True, reduction="sum")
+    mixed = (1 - share) * entropy + share * divergence
+    (slope,) = torch.autograd.grad(mixed, ours)
+    loss, gradient = loss_and_gradient(ours.detach().float(), ids, dense.float(), share=share, scale=0.5)
+    assert loss == pytest.approx(float(mixed), rel=1e-5)
     torch.testing.assert_close(gradient.double(), 0.5 * slope, rtol=1e-4, atol=1e-6)
+    assert cross_entropy(ours.detach(), ids) == pytest.approx(float(entropy), rel=1e-5)
 
 
 def test_a_model_has_nothing_to_learn_from_itself() -> None:
-    ours = torch.randn(8, 11)
-    loss, gradient = loss_and_gradient(ours, torch.zeros(8, dtype=torch.long), ours, share=1.0)
+    ours = torch.randn(2, 4, 11)
+    loss, gradient = loss_and_gradient(ours, torch.zeros(2, 4, dtype=torch.long), ours, share=1.0)
     assert loss == 0
     assert torch.equal(gradient, torch.zeros_like(gradient))
 

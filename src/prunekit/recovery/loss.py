@@ -7,39 +7,57 @@ the vocabulary is kept.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from ..evaluation.perplexity import chunk_tokens
+from ..evaluation.perplexity import chunk_tokens, negative_log_likelihood
 
 
 @torch.no_grad()
 def loss_and_gradient(
-    logits: Tensor, targets: Tensor, dense: Tensor | None = None, *, share: float = 0.0, scale: float = 1.0
+    logits: Tensor, ids: Tensor, dense: Tensor | None = None, *, share: float = 0.0, scale: float = 1.0
 ) -> tuple[float, Tensor]:
-    """Sum of the tokens' losses, and `scale` times its gradient in the logits.
+    """Sum of the losses of all predictions, and `scale` times its gradient in the logits.
 
     Args:
-        logits: [tokens, vocabulary], in any float dtype.
-        targets: [tokens], the tokens that follow.
-        dense: logits of the dense model at the same positions; needed where `share` is not 0.
+        logits: [windows, length, vocabulary], in any float dtype; those of a window's last position predict nothing.
+        ids: [windows, length], the tokens.
+        dense: logits of the dense model, of the same shape; needed where `share` is not 0.
         share: what the divergence counts for.
         scale: multiplies the gradient, in float32.
     """
-    gradient = torch.empty_like(logits)
+    gradient = torch.zeros_like(logits)
     total = 0.0
-    for start in range(0, len(logits), chunk_tokens(logits.shape[1])):
-        part = slice(start, start + chunk_tokens(logits.shape[1]))
-        likely = torch.log_softmax(logits[part].float(), -1)
-        following = targets[part, None].to(logits.device)
+    for window, part in _parts(logits):
+        likely = torch.log_softmax(logits[window, part].float(), -1)
+        following = ids[window, part.start + 1 : part.stop + 1, None]
         losses = likely.gather(1, following)[:, 0].mul_(share - 1)
         slope = likely.exp()
         slope.scatter_add_(1, following, torch.full_like(following, share - 1, dtype=slope.dtype))
         if dense is not None:
-            wanted = torch.log_softmax(dense[part].float(), -1)
+            wanted = torch.log_softmax(dense[window, part].float(), -1)
             divergence = torch.nn.functional.kl_div(likely, wanted, log_target=True, reduction="none").sum(-1)
             losses.add_(divergence, alpha=share)
             slope.sub_(wanted.exp_(), alpha=share)
-        gradient[part] = slope.mul_(scale)
+        gradient[window, part] = slope.mul_(scale)
         total += float(losses.double().sum())
     return total, gradient
+
+
+def cross_entropy(logits: Tensor, ids: Tensor) -> float:
+    """Sum of −log p over all predictions. Shapes as above."""
+    return sum(
+        negative_log_likelihood(logits[window, part], ids[window, part.start + 1 : part.stop + 1])
+        for window, part in _parts(logits)
+    )
+
+
+def _parts(logits: Tensor) -> Iterator[tuple[int, slice]]:
+    """Number of a window and which of its predictions are looked at together."""
+    windows, length, vocabulary = logits.shape
+    size = chunk_tokens(vocabulary)
+    for window in range(windows):
+        for start in range(0, length - 1, size):
+            yield window, slice(start, min(start + size, length - 1))

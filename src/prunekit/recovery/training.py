@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..evaluation.perplexity import chunk_tokens, negative_log_likelihood, perplexity_of
+from ..evaluation.perplexity import perplexity_of
 from ..model.stream import Windows
-from .loss import loss_and_gradient
+from .loss import cross_entropy, loss_and_gradient
 from .options import RecoveryOptions, rate_share
 
 if TYPE_CHECKING:
@@ -100,15 +100,13 @@ class Training:
     def _pass(self, ids: Tensor, scale: float) -> float:
         """Forward and backward of a few windows; returns the sum of their losses."""
         ids = ids.to(self._model.device)
-        logits = self._model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-        targets = ids[:, 1:].flatten()
+        logits = self._model(input_ids=ids, use_cache=False).logits
         if self._dense is None:
-            loss, gradient = loss_and_gradient(logits, targets, scale=scale)
+            loss, gradient = loss_and_gradient(logits, ids, scale=scale)
         else:
             with torch.inference_mode():
-                wanted = self._dense(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-            share = self._options.distill_share
-            loss, gradient = loss_and_gradient(logits, targets, wanted, share=share, scale=scale)
+                wanted = self._dense(input_ids=ids, use_cache=False).logits
+            loss, gradient = loss_and_gradient(logits, ids, wanted, share=self._options.distill_share, scale=scale)
         logits.backward(gradient)
         return loss
 
@@ -155,10 +153,7 @@ def held_out_perplexity(model: PreTrainedModel, windows: Windows) -> float:
     total = 0.0
     for part in passes(windows.ids):
         ids = part.to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-        size = chunk_tokens(logits.shape[1])
-        for chunk, targets in zip(torch.split(logits, size), torch.split(ids[:, 1:].flatten(), size), strict=True):
-            total += negative_log_likelihood(chunk, targets)
+        total += cross_entropy(model(input_ids=ids, use_cache=False).logits, ids)
     if not math.isfinite(total):
         raise InputError(f"the model's logits are NaN or infinite in {model.dtype}: try --dtype float32")
     predictions = len(windows) * (windows.length - 1)
