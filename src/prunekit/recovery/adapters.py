@@ -132,8 +132,11 @@ class Adapters:
         self.tuned = [
             Tuned(linear, model.get_submodule(linear.full_name), linear.full_name in masked) for linear in linears
         ]
+        for tuned in self.tuned:
+            tuned.layer.lora_A.float()  # peft makes them in the dtype of the weight, where small steps would be lost
+            tuned.layer.lora_B.float()
         if options.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable()
         model.train()
 
     @property
