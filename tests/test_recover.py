@@ -550,6 +550,14 @@ def test_a_resume_with_other_options_is_refused_and_says_which(
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_what_an_interrupted_prune_left_is_not_taken_for_a_recovery(pruned: Path, text: Path, out: Path) -> None:
+    out.mkdir()
+    Journal.fresh(out, {"recipe": {}}).save()
+    with pytest.raises(InputError, match="is what an interrupted run of prune left"):
+        prunekit.recover(pruned, data=str(text), out=out, resume=True, **FAST)
+    assert (out / JOURNAL_NAME).exists()
+
+
 def test_a_finished_folder_gives_its_result_and_is_not_written(whole: Path, pruned: Path, text: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}
     found = prunekit.recover(pruned, data=str(text), out=whole, resume=True, **FAST)

@@ -278,6 +278,8 @@ def _journal(out: Path, identity: dict[str, Any], *, resume: bool) -> Journal:
     journal = Journal.read(out) if resume else None
     if journal is None:
         journal = Journal.fresh(out, identity)
+    elif "options" not in journal.identity:
+        raise InputError(f"'{out}' is what an interrupted run of prune left, not recover: choose another --out")
     else:
         refuse_other(out, journal.identity, identity)
         journal.shards = journal.whole_shards()

@@ -72,7 +72,7 @@ class MaskedLinear(LoraLinear):  # type: ignore[misc]  # peft is not typed
         a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
         kept = self.lora_dropout[ADAPTER](torch.ones_like(a[0]))
         weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
-        result: Tensor = _MaskedProduct.apply(x, weight, a * kept, b, self.scaling[ADAPTER])
+        result: Tensor = _MaskedProduct.apply(x, weight, a * kept, b, self.scaling[ADAPTER])  # type: ignore[no-untyped-call]
         return result if base.bias is None else result + base.bias
 
 
