@@ -394,6 +394,8 @@ def test_manifest_page_and_card_tell_of_it(whole: Path, pruned: Path) -> None:
     assert "adapters of rank 8" in card
     assert "bit-identical" not in card
     assert "bit-identical" in (pruned / "README.md").read_text()
+    assert "recovery    prunekit recover OUT --data" in call("inspect", whole).out
+    assert "recovery" not in call("inspect", pruned).out
     assert prunekit.write_report(whole).card == "written"
     assert (whole / "README.md").read_text() == card
 

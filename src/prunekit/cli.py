@@ -480,6 +480,11 @@ def _print_inspection(found: Any) -> None:
     from .recipe import Recipe
 
     typer.echo(f"recipe      {Recipe.build(found.manifest['recipe']).command('OUT')}")
+    recovery = found.manifest.get("recovery")
+    if recovery is not None:
+        from .recovery.options import RecoveryOptions
+
+        typer.echo(f"recovery    {RecoveryOptions.of(recovery).command('OUT', 'RECOVERED')}")
     recorded = sum(linear.holds is not None for linear in found.linears)
     broken = (
         f"BROKEN in {', '.join(found.broken)}" if found.broken else f"holds in all {recorded} linears it was asked of"
