@@ -29,6 +29,7 @@ EVALUATION_NAME = "evaluation.json"
 MODELING_NAME = "modeling_prunekit.py"
 HIDDEN_PREFIX = ".prunekit-hidden-"
 PLAN_NAME = "prune_plan.json"
+STATE_PREFIX = ".prunekit-recovery-"
 PAGES = (
     CARD_NAME,
     PAGE_NAME,
@@ -232,6 +233,10 @@ def refuse_unfinished(folder: Path) -> None:
         return
     if "export" in journal.identity:
         raise InputError(f"'{folder}' is the output of an export that was interrupted: run it again with --overwrite")
+    if "options" in journal.identity:
+        raise InputError(
+            f"'{folder}' is the output of a recovery that was interrupted: finish it with the same command and --resume"
+        )
     raise InputError(
         f"'{folder}' is the output of a run that was interrupted after {len(journal.shards)} shards: "
         "finish it with the same command and --resume"
@@ -293,8 +298,8 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether this is what a run keeps only while it runs: a half-written file, hidden states, its lock."""
-    return is_temporary(path) or path.name.startswith(HIDDEN_PREFIX) or path.name == LOCK_NAME
+    """Whether this is what a run keeps only while it runs: a half-written file, hidden states, adapters, its lock."""
+    return is_temporary(path) or path.name.startswith((HIDDEN_PREFIX, STATE_PREFIX)) or path.name == LOCK_NAME
 
 
 def holds_model(folder: Path) -> bool:
