@@ -612,6 +612,7 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
                 "reconstruct": row.reconstruct,
                 "tune": row.tune,
                 "compensate": row.compensate,
+                "depth": row.depth,
                 "formulas": {bound.part.word: bound.part.summary for bound in parts},
                 "notes": [bound.part.note for bound in parts if bound.part.note],
                 "group": row.group,

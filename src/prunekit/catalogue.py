@@ -264,6 +264,14 @@ METHODS: dict[str, Method] = {
             paper="equations 1 to 3 of https://arxiv.org/abs/2409.17372",
         ),
         Method(
+            name="minitron",
+            kind="shrink",
+            summary="Remove the units that are least active; widths may be given with --set budget.name=widths.",
+            score="minitron",
+            group="unit",
+            paper="Muralidharan et al. 2024, https://arxiv.org/abs/2407.14679",
+        ),
+        Method(
             name="llm-pruner",
             kind="shrink",
             summary="Remove the units whose weights the loss would miss least, by its gradient, in all but the outer blocks.",

@@ -243,6 +243,24 @@ def test_what_is_for_zeroing_is_refused_and_the_other_way_round(tmp_path: Path, 
         prunekit.prune_(tiny.make_model("llama"), torch.zeros(1, 8, dtype=torch.int64), method="flap")
 
 
+def test_of_several_calibrations_the_best_is_taken(tmp_path: Path, text: Path) -> None:
+    tiny.save_model(tmp_path / "model", "llama")
+    asked: dict[str, Any] = {"parts": {"budget": {"align": 1, "shape": "free"}}}
+    plans = {}
+    for choices in (1, 3):
+        out = tmp_path / f"out-{choices}"
+        calibration = {"samples": 8, "choices": choices}
+        shrink(tmp_path / "model", out, text, "nirvana", 0.4, calibration=calibration, **asked)
+        plans[choices] = (out / PLAN_NAME).read_text()
+    assert plans[1] != plans[3]
+    with pytest.raises(InputError, match="choices=3 is for scores that read gradients: 'obs' has none"):
+        shrink(tmp_path / "model", tmp_path / "no", text, "obs", calibration={"choices": 3})
+    with pytest.raises(InputError, match="choices=6 shares out the windows"):
+        shrink(tmp_path / "model", tmp_path / "no", text, "nirvana", calibration={"choices": 6}, **asked)
+    with pytest.raises(InputError, match="choices=2 is for scores that read gradients: 'wanda' has none"):
+        prunekit.prune(tmp_path / "model", out=tmp_path / "no", calibration={"choices": 2})
+
+
 def test_a_model_whose_attention_cannot_go_loses_channels_only(tmp_path: Path, text: Path) -> None:
     tiny.save_model(tmp_path / "model", "olmo2")
     shrink(tmp_path / "model", tmp_path / "out", text, "wanda-sp", 0.3)

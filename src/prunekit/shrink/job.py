@@ -37,6 +37,16 @@ class Shrinking:
     def of(cls, recipe: Recipe, source: StreamedModel) -> Shrinking:
         """Raises `InputError` for what the method or its budget cannot do with this model."""
         shrinker = Shrinker.of(find_method(recipe.method), recipe.parts, recipe.seed)
+        calibration = recipe.calibration
+        if calibration.choices > 1 and not shrinker.gradients:
+            raise InputError(
+                f"calibration.choices={calibration.choices} is for scores that read gradients: '{recipe.method}' has none"
+            )
+        if calibration.choices >= calibration.samples:
+            raise InputError(
+                f"calibration.choices={calibration.choices} shares out the windows, with a last share to judge by: "
+                f"{calibration.samples} --samples are too few"
+            )
         structures = find_structures(source.module, source.anatomy)
         if not any(structures):
             raise InputError(f"{type(source.module).__name__} has no units that can be taken out")

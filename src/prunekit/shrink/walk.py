@@ -25,10 +25,12 @@ from ..errors import InputError, PrunekitWarning, VerificationError
 from ..model.anatomy import Block, weight_of
 from ..model.hidden import room_for
 from ..model.source import StreamedModel
+from ..model.stream import Windows
 from ..recipe import Recipe
 from ..statistics import Statistics
 from ..verify import TOLERANCE, relative_difference
 from .budget import Counts, plan_of, top_units
+from .choosing import choose_calibration
 from .gradients import measure_gradients
 from .influence import Influence
 from .plan import Plan, Structures
@@ -92,13 +94,13 @@ class ShrinkWalk(BlockWalk):
         return known
 
     def _make_plan(self, stored: Stored, step: Callable[[], None]) -> Plan:
-        ratio = self.recipe.target.fraction
+        if self.shrinker.gradients and self.recipe.calibration.choices > 1:
+            return self._chosen_plan(stored, step)
+        if self.shrinker.gradients:
+            return self._planned(self._gradient_scores(self.walk.windows, stored, step))
         if self.shrinker.depth is None:
-            scores = (
-                self._gradient_scores(stored, step) if self.shrinker.gradients else self._dense_scores(stored, step)
-            )
-            counts = self.shrinker.budget.counts(self.structures, self._parameters, ratio, scores)
-            return plan_of(self.structures, counts, scores)
+            return self._planned(self._dense_scores(stored, step))
+        ratio = self.recipe.target.fraction
         blocks = len(self.structures)
         count = round(ratio * blocks)
         if count >= blocks:
@@ -107,7 +109,28 @@ class ShrinkWalk(BlockWalk):
         whole = Plan.whole(self.structures).blocks
         return Plan(tuple(None if index in gone else kept for index, kept in enumerate(whole)))
 
-    def _gradient_scores(self, stored: Stored, step: Callable[[], None]) -> list[dict[str, Tensor]]:
+    def _planned(self, scores: list[dict[str, Tensor]]) -> Plan:
+        ratio = self.recipe.target.fraction
+        counts = self.shrinker.budget.counts(self.structures, self._parameters, ratio, scores)
+        return plan_of(self.structures, counts, scores)
+
+    def _chosen_plan(self, stored: Stored, step: Callable[[], None]) -> Plan:
+        """Of several calibrations the plan that moves predictions least, on windows that none of them has seen."""
+        parts = self.recipe.calibration.choices + 1
+        windows, size = self.walk.windows, len(self.walk.windows) // parts
+        choice = choose_calibration(
+            self.walk.source,
+            self.structures,
+            range(parts - 1),
+            lambda number: windows[number * size : (number + 1) * size],
+            lambda drawn: self._planned(self._gradient_scores(drawn, stored, step)),
+            windows[(parts - 1) * size :],
+            step=step,
+        )
+        self.walk.prepare()
+        return choice.plan
+
+    def _gradient_scores(self, windows: Windows, stored: Stored, step: Callable[[], None]) -> list[dict[str, Tensor]]:
         """Scores of all units from gradients of the dense model."""
         score = self.shrinker.score
         assert score is not None
@@ -119,7 +142,7 @@ class ShrinkWalk(BlockWalk):
         with self.seconds.timed("forward"):
             measured = measure_gradients(
                 source,
-                self.walk.windows,
+                windows,
                 self.structures,
                 self.shrinker.gradients,
                 score.part.objective,

@@ -50,6 +50,10 @@ class Sparsification:
         method = find_method(recipe.method)
         budget = Budget.of(method, recipe.parts.get("budget"))
         sparsifier = Sparsifier.of(method, recipe.parts, recipe.seed)
+        if recipe.calibration.choices > 1:
+            raise InputError(
+                f"calibration.choices={recipe.calibration.choices} is for scores that read gradients: '{recipe.method}' has none"
+            )
         if sparsifier.tune is not None and recipe.calibration.mode == "dense":
             raise InputError(
                 f"tune '{sparsifier.tune.part.name}' goes from block to pruned block: leave out --set calibration.mode=dense"
