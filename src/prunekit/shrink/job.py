@@ -47,6 +47,11 @@ class Shrinking:
                 f"calibration.choices={calibration.choices} shares out the windows, with a last share to judge by: "
                 f"{calibration.samples} --samples are too few"
             )
+        if shrinker.tune is not None and (calibration.mode == "dense" or shrinker.depth is not None):
+            raise InputError(
+                f"tune '{shrinker.tune.part.name}' goes from block to cut block: leave out "
+                + ("--set calibration.mode=dense" if shrinker.depth is None else "the tuning, whole blocks are not cut")
+            )
         structures = find_structures(source.module, source.anatomy)
         if not any(structures):
             raise InputError(f"{type(source.module).__name__} has no units that can be taken out")
@@ -65,7 +70,8 @@ class Shrinking:
     def looks_at_data(self) -> bool:
         """Whether score or compensation read statistics or gradients."""
         shrinker = self.shrinker
-        return bool(shrinker.measured | shrinker.gradients | shrinker.refits) or shrinker.depth is not None
+        measures = shrinker.measured | shrinker.gradients | shrinker.refits
+        return bool(measures) or shrinker.depth is not None or shrinker.tune is not None
 
     @property
     def looks_ahead(self) -> bool:
@@ -85,7 +91,7 @@ class Shrinking:
         sums = max(sum(width**2 * 4 for width in block) for block in widths) if gram else 0
         widest = max(max(block, default=0) for block in widths)
         largest = max(linear.count for linear in self.source.anatomy.linears())
-        return Appetite(sums, 3 * largest * 4 + (3 * widest**2 * 8 if gram else 0))
+        return Appetite(sums, 3 * largest * 4 + (3 * widest**2 * 8 if gram else 0), self.shrinker.tune is not None)
 
     def work(
         self, walk: Walk, *, dense: bool, ranks: Ranks | None = None, first: int = 0, total: int | None = None
