@@ -34,6 +34,15 @@ def slow_sums(inputs: Tensor, outputs: Tensor, keep: Tensor | None) -> dict[str,
         "output_square": [math.fsum(y[i] ** 2 for y in ys) for i in range(outputs.shape[-1])],
         "gram": [[math.fsum(x[i] * x[j] for x in xs) for j in range(width)] for i in range(width)],
     }
+    windows = inputs if inputs.ndim == 3 else inputs[None]
+    kept = [None] * len(windows) if keep is None else list(keep)
+    of_window = [
+        [x for x, real in flat(window, real_ones) if real] for window, real_ones in zip(windows, kept, strict=True)
+    ]
+    sums["window_abs"] = [
+        math.fsum((math.fsum(abs(x[j]) for x in window) / len(window)) ** 2 for window in of_window if window)
+        for j in range(width)
+    ]
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
 
 

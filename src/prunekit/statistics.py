@@ -232,7 +232,9 @@ class _Sums:
     def _add_windows(self, values: Tensor, keep: Tensor | None) -> None:
         for number, window in enumerate(values):
             rows = window if keep is None else window[keep[number].to(window.device)]
-            self._accumulate("window_abs", rows.abs().mean(0, dtype=torch.float64).square())
+            # a window of padding alone has a mean of 0
+            mean = rows.abs().sum(0, dtype=torch.float64) / max(1, len(rows))
+            self._accumulate("window_abs", mean.square())
 
     def _add_gram(self, rows: Tensor) -> None:
         width = rows.shape[1]
