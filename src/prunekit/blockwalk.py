@@ -114,10 +114,6 @@ class Job(Protocol):
         """Whether anything depends on the calibration tokens; else one window does, for output errors and the reload check."""
 
     @property
-    def looks_ahead(self) -> bool:
-        """Whether the dense model is walked once before the first block is changed."""
-
-    @property
     def resolved(self) -> dict[str, dict[str, Any]]:
         """The recipe's part options with the names and defaults that hold today filled in."""
 
@@ -171,6 +167,20 @@ class BlockWalk(ABC):
     def looks_ahead(self) -> str:
         """The name of the part that wants `look_ahead`; empty where none does."""
         return ""
+
+    @property
+    def steps_ahead(self) -> int:
+        """How often `look_ahead` calls `step`: mostly once a block."""
+        return len(self.walk.source.anatomy.blocks)
+
+    @property
+    def passes_ahead(self) -> float:
+        """What `look_ahead` costs, in forward passes of the windows through all blocks."""
+        return 1.0 if self.looks_ahead else 0.0
+
+    def suppose(self) -> None:
+        """Settle by rule of thumb what `look_ahead` would find out, so that a block can be tried for an estimate."""
+        return
 
     def shard(self, block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is written of a block, by the names it is stored under; `tensors` are the checkpoint's, changed by `prune_block`."""

@@ -80,6 +80,7 @@ class Part:
         note: what to know before it is used, such as a group within which a score says no more than a simpler one.
         objective: of what the gradients are that it reads; empty where it reads none.
         reads: which of `needs` it reads with the options at hand, where that depends on them.
+        walks: how often a depth walks through the model to remove so many blocks; None for once.
         options: its keyword-only parameters.
     """
 
@@ -96,16 +97,12 @@ class Part:
     note: str = ""
     objective: str = ""
     reads: Callable[..., set[str]] | None = None
+    walks: Callable[..., int] | None = None
 
     @property
     def word(self) -> str:
         """What its kind is called in recipes: a method has one kind of score and of budget."""
         return self.kind.removeprefix("unit-")
-
-    @property
-    def to(self) -> str:
-        """To which kind of method it belongs."""
-        return "shrink" if self.kind.startswith("unit-") or self.kind in ("compensate", "depth") else "sparsify"
 
     @property
     def summary(self) -> str:
@@ -126,6 +123,10 @@ class Part:
     def needed(self, options: dict[str, Any]) -> frozenset[str]:
         """What it reads of `needs` with these options, all of them bound."""
         return self.needs if self.reads is None else frozenset(self.reads(**options))
+
+    def walked(self, count: int, options: dict[str, Any]) -> int:
+        """How often a depth walks through the model to remove `count` blocks."""
+        return 1 if self.walks is None else self.walks(count, **options)
 
 
 def score(
@@ -198,9 +199,12 @@ def unit_budget(*, paper: str = "", scored: bool = False) -> Callable[[Function]
     return _register("unit-budget", {"scores"} if scored else set(), paper)
 
 
-def depth(*, paper: str) -> Callable[[Function], Function]:
-    """Register `function(influence, count, *, options...) -> the numbers of the blocks that go`; see `shrink/influence.py`."""
-    return _register("depth", set(), paper)
+def depth(*, paper: str, walks: Callable[..., int] | None = None) -> Callable[[Function], Function]:
+    """Register `function(influence, count, *, options...) -> the numbers of the blocks that go`; see `shrink/influence.py`.
+
+    `walks(count, **options)` says how many measurements of `influence` that takes, where it is not one.
+    """
+    return _register("depth", set(), paper, walks=walks)
 
 
 def compensate(*, needs: set[str], paper: str) -> Callable[[Function], Function]:
@@ -223,6 +227,7 @@ def _register(
     note: str = "",
     objective: str = "",
     reads: Callable[..., set[str]] | None = None,
+    walks: Callable[..., int] | None = None,
 ) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
         name = function.__name__.replace("_", "-")
@@ -247,6 +252,7 @@ def _register(
             note,
             objective,
             reads,
+            walks,
         )
         return function
 

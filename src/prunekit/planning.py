@@ -125,10 +125,10 @@ def make_plan(recipe: Recipe, out: Path, progress: Progress, memory_budget: int 
     walk = Walk(source, Windows(ids), batch)
     dense = recipe.calibration.mode == "dense"
     trial = outline.job.work(walk, dense=dense, ranks=Ranks(), first=0, total=None)
+    trial.suppose()
     seconds = _Trial(trial, source, out).extrapolate(batches, needs.hidden)
     seconds["start"] += opened
-    if outline.job.looks_ahead:  # the dense model is walked through first
-        seconds["forward"] *= 1.5
+    seconds["forward"] *= 1 + trial.passes_ahead / 2  # a run itself passes twice
     seconds["total"] = sum(seconds.values())
     return Plan(
         model=recipe.model,

@@ -241,7 +241,7 @@ def prune_in_memory(
         stored = partial(resident_place, model)
         if work.looks_ahead:
             walk.prepare()
-            progress.start(work.looks_ahead, len(source.anatomy.blocks))
+            progress.start(work.looks_ahead, work.steps_ahead)
             work.look_ahead(None, stored, progress.step)
         work.start()
         reports: list[LinearReport] = []
@@ -336,7 +336,7 @@ def _said(recipe: Recipe) -> dict[str, float | None]:
     """What is to be removed, said in one way."""
     fraction = float(recipe.target.fraction)
     if recipe.removes:
-        return {"ratio": fraction}
+        return {"ratio": None if recipe.sized else fraction}
     return {"sparsity": None if recipe.pattern is not None else fraction}
 
 
@@ -421,7 +421,7 @@ def _orderly_end(out: Path, journal: Journal, run_: _Run) -> Iterator[None]:
         run_.progress.stop()
         done = sum(shard["position"] > 0 for shard in journal.shards)
         run_.progress.say(
-            f"stopped: {done} of {len(run_.source.anatomy.blocks)} blocks are finished in '{out}'; "
+            f"stopped: {done} of {len(run_.work.blocks)} blocks are finished in '{out}'; "
             "the same command with --resume continues"
         )
         raise
@@ -434,7 +434,7 @@ def _look_ahead(run_: _Run, journal: Journal) -> None:
         return
     known = run_.ranks.share(lambda: journal.profile)
     if known is None:
-        run_.progress.start(work.looks_ahead, len(run_.source.anatomy.blocks))
+        run_.progress.start(work.looks_ahead, work.steps_ahead)
     found = work.look_ahead(known, partial(stored_place, run_.source), run_.progress.step)
     if known is None:
         journal.profile = found
@@ -614,6 +614,7 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
             "parameters": parameters,
             "removed": result.removed,
             "block_parameters": result.block_parameters,
+            "blocks_removed": [each.index for each in source.anatomy.blocks if each not in run_.work.blocks],
             "processes": run_.ranks.size,
         },
         "verification": asdict(verification),

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..blockwalk import Appetite, block_parameters
 from ..catalogue import find_method
 from ..distributed import Ranks
@@ -14,7 +12,7 @@ from ..errors import InputError
 from ..model.source import StreamedModel
 from ..model.stream import Walk
 from ..recipe import Recipe
-from .budget import Counts, plan_of
+from .budget import Counts, blocks_to_remove, no_scores, plan_of
 from .plan import Structures
 from .saving import Form
 from .shrinker import Shrinker
@@ -42,7 +40,7 @@ class Shrinking:
             raise InputError(
                 f"calibration.choices={calibration.choices} is for scores that read gradients: '{recipe.method}' has none"
             )
-        if calibration.choices >= calibration.samples:
+        if 1 < calibration.choices >= calibration.samples:
             raise InputError(
                 f"calibration.choices={calibration.choices} shares out the windows, with a last share to judge by: "
                 f"{calibration.samples} --samples are too few"
@@ -57,9 +55,10 @@ class Shrinking:
             raise InputError(f"{type(source.module).__name__} has no units that can be taken out")
         parameters = block_parameters(source)
         # what the ratio or the alignment cannot be is refused before anything is measured
-        chance = [{each.name: torch.zeros(each.count) for each in block} for block in structures]
+        chance = no_scores(structures)
         form: Form | None = None
         if shrinker.depth is not None:
+            blocks_to_remove(recipe.target.fraction, len(structures))
             return cls(shrinker, structures, None, recipe, source, None)
         counts = shrinker.budget.counts(structures, parameters, recipe.target.fraction, chance)
         if not shrinker.plans_first:
@@ -72,11 +71,6 @@ class Shrinking:
         shrinker = self.shrinker
         measures = shrinker.measured | shrinker.gradients | shrinker.refits
         return bool(measures) or shrinker.depth is not None or shrinker.tune is not None
-
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether the plan is made before the first block is cut."""
-        return self.shrinker.plans_first
 
     @property
     def resolved(self) -> dict[str, dict[str, Any]]:

@@ -29,7 +29,7 @@ from ..model.stream import Windows
 from ..recipe import Recipe
 from ..statistics import Statistics
 from ..verify import TOLERANCE, relative_difference
-from .budget import Counts, plan_of, top_units
+from .budget import Counts, blocks_to_remove, no_scores, plan_of, top_units
 from .choosing import choose_calibration
 from .gradients import measure_gradients
 from .influence import Influence
@@ -83,6 +83,33 @@ class ShrinkWalk(BlockWalk):
         ranks = self.shrinker.depth or self.shrinker.score
         return ranks.part.name if ranks is not None and self.shrinker.plans_first else ""
 
+    @property
+    def steps_ahead(self) -> int:
+        """Once a block on every walk through it, there and back; and once for every calibration there is to choose from."""
+        blocks, depth = len(self.structures), self.shrinker.depth
+        if self.shrinker.gradients:
+            choices = self.recipe.calibration.choices
+            return 2 * blocks if choices == 1 else choices * (2 * blocks + 1) + blocks
+        if depth is None:
+            return blocks
+        gone = blocks_to_remove(self.recipe.target.fraction, blocks)
+        return sum(blocks - number for number in range(depth.part.walked(gone, depth.options)))
+
+    @property
+    def passes_ahead(self) -> float:
+        """Walks; of gradients a pass, and another that keeps what the way back needs, which takes two."""
+        if not self.looks_ahead:
+            return 0.0
+        return 4.0 if self.shrinker.gradients else self.steps_ahead / len(self.structures)
+
+    def suppose(self) -> None:
+        """Of every block the same share goes, whichever units that are; blocks that stay whole are not cut at all."""
+        if self.shrinker.depth is not None:
+            self.plan = Plan.whole(self.structures)
+        elif self.shrinker.plans_first:
+            counts = self.shrinker.budget.rough(self.structures, self._parameters, self.recipe.target.fraction)
+            self.plan = plan_of(self.structures, counts, no_scores(self.structures))
+
     def look_ahead(self, known: Any, stored: Stored, step: Callable[[], None]) -> Any:
         """Make the plan from the scores of all blocks of the dense model, or take up the one that is `known`."""
         if not self.shrinker.plans_first:
@@ -100,11 +127,7 @@ class ShrinkWalk(BlockWalk):
             return self._planned(self._gradient_scores(self.walk.windows, stored, step))
         if self.shrinker.depth is None:
             return self._planned(self._dense_scores(stored, step))
-        ratio = self.recipe.target.fraction
-        blocks = len(self.structures)
-        count = round(ratio * blocks)
-        if count >= blocks:
-            raise InputError(f"ratio {float(ratio):g} would remove all {blocks} blocks: ask for less")
+        count = blocks_to_remove(self.recipe.target.fraction, len(self.structures))
         gone = self.shrinker.depth(Influence(self.walk, self.ranks, step), count) if count else []
         whole = Plan.whole(self.structures).blocks
         return Plan(tuple(None if index in gone else kept for index, kept in enumerate(whole)))

@@ -66,11 +66,6 @@ class Sparsification:
         return bool(self.sparsifier.needs | self.budget.part.needs)
 
     @property
-    def looks_ahead(self) -> bool:
-        """Whether the budget measures."""
-        return self.budget.part.measure is not None
-
-    @property
     def resolved(self) -> dict[str, dict[str, Any]]:
         """The recipe's part options with the names and defaults that hold today filled in."""
         parts = self.sparsifier.resolved(self.recipe.parts)

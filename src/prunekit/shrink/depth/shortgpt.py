@@ -8,7 +8,12 @@ from ...parts import depth
 from ..influence import Influence
 
 
-@depth(paper="https://arxiv.org/abs/2403.03853")
+def shortgpt_walks(count: int, choose: str) -> int:
+    """How often the model is walked through to choose `count` blocks."""
+    return count if choose == "greedy" else 1
+
+
+@depth(paper="https://arxiv.org/abs/2403.03853", walks=shortgpt_walks)
 def shortgpt(
     influence: Influence, count: int, *, choose: Literal["once", "greedy", "contiguous"] = "once"
 ) -> list[int]:
