@@ -121,7 +121,9 @@ def _what_went(result: Any) -> str:
     zeros = f"{result.zeros:,} zeros of {result.weights:,} weights in {result.blocks} blocks"
     if not result.removed:
         return f"  sparsity    {result.sparsity:.4f}  ({zeros})\n  parameters  {result.parameters:,}, none removed\n"
-    before_after = "" if result.channels is None else "  channels    {} -> {}, of the residual stream\n".format(*result.channels)
+    before_after = (
+        "" if result.channels is None else "  channels    {} -> {}, of the residual stream\n".format(*result.channels)
+    )
     return (
         f"{before_after}  parameters  {result.parameters:,} -> {result.parameters - result.removed:,}\n"
         f"  ratio       {result.ratio:.4f}  ({result.block_removed:,} of {result.block_parameters:,} block parameters removed)\n"

@@ -106,7 +106,9 @@ class Part:
     @property
     def to(self) -> str:
         """To which kind of method it belongs."""
-        return "shrink" if self.kind.startswith("unit-") or self.kind in ("compensate", "depth", "width") else "sparsify"
+        return (
+            "shrink" if self.kind.startswith("unit-") or self.kind in ("compensate", "depth", "width") else "sparsify"
+        )
 
     @property
     def summary(self) -> str:

@@ -53,14 +53,23 @@ def resize(model: nn.Module, shapes: dict[str, dict[str, Any]]) -> None:
         elif hasattr(module, "nf") and leaf == "weight":  # GPT-2's own kind of linear
             module.nx, module.nf = shape
         elif isinstance(module, nn.Embedding):
-            module.embedding_dim = shape[1]
+            module.__class__ = _NarrowEmbedding
     for name, value in shapes["attributes"].items():
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, value)
 
 
+class _NarrowEmbedding(nn.Embedding):
+    """An embedding of fewer channels than it returns; zeros are in the place of the others."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return widened(super().forward(input), self.embedding_dim)
+
+
 def add_shortcuts(block: nn.Module, branches: Sequence[Sequence[str]]) -> None:
-    """Let the stream that passes through a block have another basis, and another width, behind every branch, in place.
+    """Let the stream that passes through a block have another basis, and fewer channels, behind every branch, in place.
+
+    Between blocks the stream is as wide as ever, with zeros beyond the channels that are kept, so that nothing around them notices.
 
     Args:
         block: computes x + attention(norm(x)), and then the same with its multilayer perceptron.
@@ -71,8 +80,9 @@ def add_shortcuts(block: nn.Module, branches: Sequence[Sequence[str]]) -> None:
         weight = block.get_submodule(norm).get_parameter("weight")
         shortcut = nn.Linear(len(weight), len(weight), bias=False, device="meta", dtype=weight.dtype)
         block.add_module(f"{name}_shortcut", shortcut.to_empty(device=weight.device))
-    block._branches = [tuple(branch) for branch in branches]  # type: ignore[assignment]
-    block.__class__ = _with_shortcuts(type(block))
+    changed: Any = block
+    changed._branches = [tuple(branch) for branch in branches]
+    changed.__class__ = _with_shortcuts(type(changed))
 
 
 @cache
@@ -81,12 +91,18 @@ def _with_shortcuts(kind: Any) -> Any:
 
     class Block(kind):  # type: ignore[misc]
         def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+            stream = hidden_states[..., : len(getattr(self, self._branches[0][0]).weight)]
             for norm, name in self._branches:
-                added = getattr(self, name)(getattr(self, norm)(hidden_states), **kwargs)
+                added = getattr(self, name)(getattr(self, norm)(stream), **kwargs)
                 kwargs = {}  # what is left to say concerns attention, which comes first
                 added = added[0] if isinstance(added, tuple) else added
-                hidden_states = getattr(self, f"{name}_shortcut")(hidden_states) + added
-            return hidden_states
+                stream = getattr(self, f"{name}_shortcut")(stream) + added
+            return widened(stream, hidden_states.shape[-1])
 
     Block.__name__ = Block.__qualname__ = kind.__name__
     return Block
+
+
+def widened(stream: Tensor, channels: int) -> Tensor:
+    """Vectors [..., kept] with zeros behind them, [..., channels]."""
+    return nn.functional.pad(stream, (0, channels - stream.shape[-1]))

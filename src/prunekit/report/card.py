@@ -87,8 +87,9 @@ def _untouched(recipe: Recipe) -> str:
         )
     if "width" in recipe.parts:
         return (
-            "The embedding and the blocks' matrices are in the bases of their places, cut, with the norms' gains in them; shortcuts carry "
-            "the stream from one basis to the next and count as parameters. The head is untouched, and its own matrix where it was tied."
+            "The embedding and the blocks' matrices are in the bases of their places, cut, with the norms' gains in them; shortcuts "
+            "carry the stream from one basis to the next and count as parameters. The head is untouched, and has its own matrix where it "
+            "was tied."
         )
     refitted = recipe.parts.get("compensate", {}).get("name")
     kept = f"those that lost inputs were refitted ({refitted})" if refitted else "what is kept is bit-identical"

@@ -78,7 +78,9 @@ def find_layouts(model: Any, anatomy: Anatomy, structures: Structures) -> list[L
         for name, tensor in model.named_parameters()
         if not name.startswith(f"{anatomy.blocks_name}.") and tensor.ndim > 1
     ]
-    known = [getattr(module, "weight", None) for module in (model.get_input_embeddings(), model.get_output_embeddings())]
+    known = [
+        getattr(module, "weight", None) for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    ]
     strange = [name for name in outer if not any(model.get_parameter(name) is weight for weight in known)]
     with evaluating(model):
         tracer = Tracer(model, anatomy)
@@ -116,7 +118,9 @@ def _layout(kind: str, tracer: Tracer, block: Block, module: nn.Module, structur
     ]
     if set(writers) != {ATTENTION, MLP} or any(writer.transposed for writer in writers.values()) or len(norms) != 2:
         raise InputError(
-            _refusal(kind, f"block {block.index} is not one attention and one perceptron, each behind a norm without bias")
+            _refusal(
+                kind, f"block {block.index} is not one attention and one perceptron, each behind a norm without bias"
+            )
         )
     gain, epsilon = _norm(kind, module.get_submodule(norms[0]), width)
     parts = [writers[which].name.split(".")[0] for which in (ATTENTION, MLP)]

@@ -1,9 +1,9 @@
 """SliceGPT block by block: find the basis of the stream behind each branch, write the block in it, and go on through what was written.
 
-The windows pass through the very tensors that are written, in the channels that are kept; the buffer of hidden states is as wide as
-before, and what is beyond the kept channels is zero. What a branch adds is seen in the model's own channels first, behind everything
-that is sliced before it; the basis of that goes into the branch's writer and into its shortcut. The basis behind a block is what the
-next one begins with: it is saved beside the hidden states, as if it were more windows.
+The windows pass through the very tensors that are written, in the channels that are kept; what is beyond them is zero. What a branch
+adds is seen in the model's own channels first, behind everything that is sliced before it; the basis of that goes into the branch's
+writer and into its shortcut. The basis behind a block is what the next one begins with: it is saved beside the hidden states, as if it
+were more windows.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ..distributed import Ranks
 from ..errors import InputError
 from ..model.anatomy import Block, Linear, weight_of
 from ..model.hidden import HiddenStates, InMemory, Place
-from ..model.resizing import add_shortcuts
+from ..model.resizing import add_shortcuts, widened
 from ..model.source import Source, StreamedModel
-from ..model.stream import Walk, split_call
+from ..model.stream import Walk
 from ..recipe import Recipe
 from ..statistics import Sums
 from .residual import Branch, bare_copy, find_layouts
@@ -44,7 +44,9 @@ def bound_width(method: Method, options: Mapping[str, Mapping[str, Any]]) -> Bou
     """The method's width part with a recipe's options. Raises `InputError`, also for options of parts it does not have."""
     for part in options:
         if part != "width":
-            raise InputError(f"method '{method.name}' has no {part}: all it can be told is --set width.name or width.align")
+            raise InputError(
+                f"method '{method.name}' has no {part}: all it can be told is --set width.name or width.align"
+            )
     bound = bind("width", method, options)
     if bound is None:
         raise InputError(f"method '{method.name}' needs a width: parameters or channels")
@@ -65,7 +67,9 @@ class Slicing:
         name = recipe.method
         bound = bound_width(find_method(name), recipe.parts)
         if not isinstance(source, StreamedModel):
-            raise InputError(f"'{name}' changes the code of blocks, not only their weights: save the model, and prune the folder")
+            raise InputError(
+                f"'{name}' changes the code of blocks, not only their weights: save the model, and prune the folder"
+            )
         if recipe.calibration.mode == "dense":
             raise InputError(
                 f"'{name}' finds each basis behind all that is sliced before it: use --set calibration.mode=sequential"
@@ -79,7 +83,9 @@ class Slicing:
         stream = Stream(channels, ratio, before, lambda width: Turned(source, layouts, width).block_parameters())
         width = bound(stream)
         if width < 1:
-            raise InputError(f"ratio {float(ratio):g} leaves none of the {channels} channels of the stream: ask for less")
+            raise InputError(
+                f"ratio {float(ratio):g} leaves none of the {channels} channels of the stream: ask for less"
+            )
         return cls(recipe, bound, Turned(source, layouts, width))
 
     @property
@@ -126,7 +132,7 @@ class SliceWalk(BlockWalk):
     _first: Tensor | None = field(init=False, default=None)
     _next: Tensor | None = field(init=False, default=None)
     _kept: InMemory | None = field(init=False, default=None)
-    _sliced: _Sliced | None = field(init=False, default=None)
+    _sliced: nn.Module | None = field(init=False, default=None)
     _written: dict[str, Tensor] = field(init=False, default_factory=dict)
 
     @property
@@ -193,11 +199,11 @@ class SliceWalk(BlockWalk):
         """Write the block in its bases; returns output errors of its writers, by name."""
         layout, tensors = self.turned.layouts[block.index], self._tensors(block)
         written, errors = dict(tensors), {}
-        sliced = self._sliced = _Sliced(bare_copy(module), self.turned, block.index, dict(module.named_parameters()))
+        sliced = self._sliced = self._with_shortcuts(block, module)
         before = self._basis.clone()
         for branch in layout.branches:
             opened = turn_branch(branch, layout, tensors, before, None)
-            sliced.set(opened)
+            _set(sliced, opened, self.turned.source)
             if self.turned.is_last(block.index, branch):
                 written |= opened
                 continue
@@ -205,12 +211,21 @@ class SliceWalk(BlockWalk):
             turned = turn_branch(branch, layout, tensors, before, after)
             with self.seconds.timed("prune"):
                 errors[branch.writer.name] = self._writer_error(block, sliced, branch, after, turned)
-            sliced.set(turned)
+            _set(sliced, turned, self.turned.source)
             written |= turned
             before = after
         self._next = before
         self._written = {f"{block.name}.{name}": tensor for name, tensor in written.items()}
         return errors
+
+    def _with_shortcuts(self, block: Block, module: nn.Module) -> nn.Module:
+        """The block's code with shortcuts, as yet with the weights of the dense block."""
+        layout, sliced = self.turned.layouts[block.index], bare_copy(module)
+        add_shortcuts(sliced, layout.named)
+        for branch in layout.branches:
+            setattr(sliced.get_submodule(branch.norm), layout.epsilon, self.turned.epsilon(block.index, branch))
+        _set(sliced, dict(module.named_parameters()), self.turned.source)
+        return sliced.eval()
 
     def _tensors(self, block: Block) -> dict[str, Tensor]:
         """The block's tensors as they are stored, by their names in it."""
@@ -220,10 +235,10 @@ class SliceWalk(BlockWalk):
             for name in source.block_parameters(block.index)
         }
 
-    def _components(self, block: Block, sliced: _Sliced, branch: Branch) -> Tensor:
+    def _components(self, block: Block, sliced: nn.Module, branch: Branch) -> Tensor:
         """The basis behind a branch that adds to the stream in the model's own channels as yet."""
         sums = Sums(frozenset({"gram"}))
-        with self.seconds.timed("forward"), self.ranks.together(), sliced.up_to(branch):
+        with self.seconds.timed("forward"), self.ranks.together(), _up_to(sliced, branch):
             for position, batch in enumerate(self.walk.batches):
                 found = self.walk.run_batch(block.index, sliced, position, self.walk.hidden[batch])
                 sums.add(found.double(), self.walk.windows[batch].keep)
@@ -233,12 +248,12 @@ class SliceWalk(BlockWalk):
             return principal(sums.sums["gram"].cpu(), self.turned.width)
 
     def _writer_error(
-        self, block: Block, sliced: _Sliced, branch: Branch, after: Tensor, turned: Mapping[str, Tensor]
+        self, block: Block, sliced: nn.Module, branch: Branch, after: Tensor, turned: Mapping[str, Tensor]
     ) -> float:
         """How much of what a writer adds lies outside the kept channels."""
         name = branch.writer.name
-        module = sliced.block.get_submodule(name)
-        with sliced.up_to(branch):
+        module = sliced.get_submodule(name)
+        with _up_to(sliced, branch):
             collector = self._collect(block, sliced, {name: module}, frozenset(), None)
         weight = weight_of(module)
         kept, basis = turned[f"{name}.weight"].to(weight), after.to(weight)
@@ -261,8 +276,10 @@ class SliceWalk(BlockWalk):
     @torch.inference_mode()
     def pass_on(self, index: int, module: nn.Module) -> None:
         """Send the windows through the block as it is written; what is behind it has the next basis."""
-        assert self._sliced is not None and self._kept is not None and self._next is not None
+        assert self._sliced is not None
         super().pass_on(index, self._sliced)
+        assert self._kept is not None
+        assert self._next is not None
         self._basis.copy_(self._next)
         self._kept.turn()
         self._sliced = self._next = None
@@ -311,49 +328,20 @@ class SliceWalk(BlockWalk):
         return sum(block_parameters(self.turned.source)) - self.turned.block_parameters()
 
 
-class _Sliced(nn.Module):
-    """A block with shortcuts that computes in the kept channels of a buffer that is wider; what is beyond them is zero.
-
-    Shapes: hidden states [windows, length, channels], before and behind.
-    """
-
-    def __init__(self, bare: nn.Module, turned: Turned, index: int, parameters: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        layout = turned.layouts[index]
-        add_shortcuts(bare, layout.named)
-        for branch in layout.branches:
-            setattr(bare.get_submodule(branch.norm), layout.epsilon, turned.epsilon(index, branch))
-        self.block = bare.eval()
-        self._width = turned.width
-        self._dtype, self._device = turned.source.dtype, turned.source.device
-        self._branches = layout.named
-        self.set(parameters)
-
-    def set(self, tensors: Mapping[str, Tensor]) -> None:
-        """Let the block compute with these, by their names in it."""
-        for name, tensor in tensors.items():
-            path, _, leaf = name.rpartition(".")
-            value = nn.Parameter(tensor.to(self._device, self._dtype), requires_grad=False)
-            self.block.get_submodule(path).register_parameter(leaf, value)
-
-    @contextmanager
-    def up_to(self, branch: Branch) -> Iterator[None]:
-        """Leave out for the time being what comes behind a branch."""
-        names: Any = self.block
-        names._branches = self._branches[: self._branches.index([branch.norm, branch.part]) + 1]
-        try:
-            yield
-        finally:
-            names._branches = self._branches
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the block."""
-        hidden, call = split_call(args, kwargs)
-        found = call.replay(self.block, hidden[..., : self._width])
-        assert isinstance(found, Tensor)
-        return widened(found, hidden.shape[-1])
+def _set(block: nn.Module, tensors: Mapping[str, Tensor], source: StreamedModel) -> None:
+    """Let a block compute with these, by their names in it."""
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        value = nn.Parameter(tensor.to(source.device, source.dtype), requires_grad=False)
+        block.get_submodule(path).register_parameter(leaf, value)
 
 
-def widened(values: Tensor, channels: int) -> Tensor:
-    """Vectors [..., kept] with zeros behind them: [..., channels]."""
-    return nn.functional.pad(values, (0, channels - values.shape[-1]))
+@contextmanager
+def _up_to(block: Any, branch: Branch) -> Iterator[None]:
+    """Leave out for the time being what comes behind a branch."""
+    whole = block._branches
+    block._branches = whole[: whole.index((branch.norm, branch.part)) + 1]
+    try:
+        yield
+    finally:
+        block._branches = whole

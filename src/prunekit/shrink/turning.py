@@ -9,6 +9,7 @@ linears that read it. Behind a branch the stream is x Q' = s Qᵀ Q' + what the 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,7 +34,7 @@ def principal(gram: Tensor, width: int) -> Tensor:
 
     Shapes: gram [channels, channels] -> [channels, width] float32.
     """
-    components = torch.linalg.eigh(gram.double())[1]
+    components: Tensor = torch.linalg.eigh(gram.double())[1]
     return components.flip(1)[:, :width].float().contiguous()
 
 
@@ -45,7 +46,7 @@ def turn_reader(weight: Tensor, gains: Tensor, basis: Tensor) -> Tensor:
     exact = torch.promote_types(weight.dtype, torch.float32)
     channels, kept = basis.shape
     turned = (weight.to(exact) * gains.to(exact)) @ basis.to(exact)
-    return (turned * (channels / kept) ** 0.5).to(weight.dtype)
+    return turned.mul(math.sqrt(channels / kept)).to(weight.dtype)
 
 
 def turn_writer(tensor: Tensor, basis: Tensor | None) -> Tensor:
@@ -115,7 +116,7 @@ class Turned:
         """Name of the embedding's weight."""
         module = self.source.module
         weight = module.get_input_embeddings().weight
-        return next(name for name, tensor in module.named_parameters() if tensor is weight)
+        return next(str(name) for name, tensor in module.named_parameters() if tensor is weight)
 
     @property
     def tied_head(self) -> str | None:
@@ -207,7 +208,9 @@ def turn_branch(
     """A branch's tensors, by their names in the block, where the stream has the basis `before` and then `after`, or none."""
     norm = f"{branch.norm}.weight"
     gains = tensors[norm].to(torch.promote_types(tensors[norm].dtype, torch.float32)) + layout.gain
-    found = {f"{each.name}.weight": turn_reader(tensors[f"{each.name}.weight"], gains, before) for each in branch.readers}
+    found = {
+        f"{each.name}.weight": turn_reader(tensors[f"{each.name}.weight"], gains, before) for each in branch.readers
+    }
     found[norm] = tensors[norm].new_full((before.shape[1],), 1 - layout.gain)
     weight = f"{branch.writer.name}.weight"
     for name in (weight, f"{branch.writer.name}.bias"):

@@ -159,8 +159,7 @@ class Tracer:
         module = self._model.get_submodule(block.name)
         outputs = {linear.name: self._random(1, _TOKENS, linear.out_features) for linear in block.linears}
         rest: dict[str, Tensor] = {
-            name: nn.Parameter(self._random(*shape).detach())
-            for name, shape in other_parameters(block, module).items()
+            name: nn.Parameter(self._random(*shape).detach()) for name, shape in other_parameters(block, module).items()
         }
         traced = self._run(block, module, outputs, rest)
         found = []
