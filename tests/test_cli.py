@@ -625,6 +625,9 @@ def test_export_takes_every_option(tmp_path: Path) -> None:
         "peak_rss_bytes",
     }
     assert call("export", tmp_path / "packed", "--out", tmp_path / "plain", "--json").json["format"] == "zip-free"
+    done = call("export", tmp_path / "model", "--out", tmp_path / "it", "--pad")
+    assert done.code == 2
+    assert "has no blocks of different widths: transformers loads it as it is, without --pad" in done.err
     done = call("export", tmp_path / "model", "--out", tmp_path / "it", "--format", "tar")
     assert done.code == 2
     assert "format 'tar' is unknown" in done.err

@@ -135,6 +135,13 @@ def test_two_processes_refit_and_measure_as_one_does(folder: Path) -> None:
     }
     scenarios = {name: options(folder, folder / f"pair-{name}", **changes) for name, changes in kinds.items()}
     parts = {"pattern": {"permute": True}}
+    shrinking: dict[str, dict[str, Any]] = {
+        "obs": {"method": "obs", "ratio": 0.3},
+        "numerical": {"method": "numerical", "ratio": 0.3},
+        "shortgpt": {"method": "shortgpt", "ratio": 0.3},
+    }
+    scenarios |= {name: options(folder, folder / f"pair-{name}", **changes) for name, changes in shrinking.items()}
+    scenarios["gradients"] = options(folder, folder / "pair-gradients", method="nirvana", ratio=0.3)
     scenarios["permuted"] = options(folder, folder / "pair-permuted", method="wanda", pattern="2:4", parts=parts)
     scenarios["tuned"] = options(folder, folder / "pair-tuned", method="wanda+blockwise")
     told = together(folder, 2, scenarios)
@@ -146,6 +153,14 @@ def test_two_processes_refit_and_measure_as_one_does(folder: Path) -> None:
             assert torch.equal(value == 0, theirs[key] == 0), f"{name}: {key}"
             # products of some of the rows may round otherwise than products of all
             torch.testing.assert_close(value, theirs[key], rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
+    for name, changes in shrinking.items():
+        alone(**options(folder, folder / f"single-{name}", **changes))
+        plans = [(folder / f"{kind}-{name}" / "prune_plan.json").read_text() for kind in ("pair", "single")]
+        assert plans[0] == plans[1], name
+        ours, theirs = (tensors(folder / f"{kind}-{name}") for kind in ("pair", "single"))
+        for key, value in ours.items():
+            torch.testing.assert_close(value, theirs[key], rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
+    assert "wants gradients, which one process computes" in told[0]["gradients"]
     # orders that retain equally much are told apart by rounding, so another number of processes may take another one
     assert told[0]["permuted"] == told[1]["permuted"]
     assert told[0]["permuted"]["permuted"] == 6

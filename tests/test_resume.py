@@ -426,6 +426,41 @@ def test_a_run_goes_on_with_the_threads_it_began_with(setting: Setting, out: Pat
     assert shards(out) == setting.whole
 
 
+@pytest.mark.parametrize("call", range(SHARDS))
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [
+        ("wanda-sp", "sequential"),
+        ("obs", "sequential"),
+        ("obs", "dense"),
+        ("flap", "sequential"),
+        ("numerical", "sequential"),
+        ("nirvana", "sequential"),
+        ("wanda-sp+blockwise", "sequential"),
+    ],
+)
+def test_methods_that_remove_structures_resume_to_the_same_bits(
+    method: str, mode: str, call: int, setting: Setting, out: Path, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {"method": method, "ratio": 0.3, "calibration": {"mode": mode}}
+    asked |= {"parts": {"budget": {"align": 1, "shape": "free"}}} if method == "nirvana" else {}
+    setting.run(tmp_path / "whole", **asked)
+    interrupt(setting, out, call, **asked)
+    setting.run(out, resume=True, **asked)
+    assert shards(out) == shards(tmp_path / "whole")
+    for name in ("prune_plan.json", "config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_model_of_fewer_blocks_resumes_to_the_same_bits(setting: Setting, out: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"method": "shortgpt", "ratio": 0.3}
+    setting.run(tmp_path / "whole", **asked)
+    assert len(shards(tmp_path / "whole")) == SHARDS - 1
+    interrupt(setting, out, 2, **asked)
+    setting.run(out, resume=True, **asked)
+    assert shards(out) == shards(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("method", ["owl", "wanda+least-squares+blockwise", "sparsegpt+owl"])
 def test_methods_that_measure_first_or_refit_resume_to_the_same_bits(
     method: str, setting: Setting, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         prune,
         prune_,
         push,
+        recover,
         study,
         sweep,
         write_report,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from .model.stream import Windows
     from .pruning import Result
     from .recipe import Recipe
+    from .recovering import Recovery
     from .reporting import Report
     from .studying import Findings
     from .sweeping import Sweep
@@ -53,6 +55,7 @@ _HOMES = {
     "Plan": "api",
     "PrunekitError": "errors",
     "Recipe": "recipe",
+    "Recovery": "recovering",
     "Report": "reporting",
     "Result": "pruning",
     "StorageError": "errors",
@@ -71,6 +74,7 @@ _HOMES = {
     "prune": "api",
     "prune_": "api",
     "push": "api",
+    "recover": "api",
     "study": "api",
     "sweep": "api",
     "write_report": "api",
@@ -87,6 +91,7 @@ __all__ = [
     "Plan",
     "PrunekitError",
     "Recipe",
+    "Recovery",
     "Report",
     "Result",
     "StorageError",
@@ -105,6 +110,7 @@ __all__ = [
     "prune",
     "prune_",
     "push",
+    "recover",
     "study",
     "sweep",
     "write_report",

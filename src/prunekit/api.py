@@ -30,6 +30,7 @@ from .progress import Progress, Silent
 from .pruning import Result
 from .recipe import Recipe
 from .shrink.shrinker import Shrinker
+from .shrink.slicewalk import bound_width
 from .sparsify.budget import Budget
 from .sparsify.linear import Sparsifier
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .benching import Bench
     from .comparing import Comparison
     from .exporting import Export
+    from .recovering import Recovery
     from .reporting import Report
     from .studying import Findings
     from .sweeping import Sweep
@@ -60,6 +62,7 @@ __all__ = [
     "prune",
     "prune_",
     "push",
+    "recover",
     "study",
     "sweep",
     "write_report",
@@ -498,6 +501,50 @@ def export(
     return export_folder(place, Path(out), form=form, overwrite=overwrite, progress=progress)
 
 
+def recover(
+    model: str | Path,
+    *,
+    data: str,
+    out: str | Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Recovery:
+    """Train a pruned model with low-rank adapters (LoRA, by peft) and write the folder with them merged; zeros stay where they are.
+
+    Defaults are those of LLM-Pruner. What was trained is what is written: zeros of every pruned linear and logits are compared before
+    the run is called done.
+
+    Args:
+        model: a folder, plain or packed; a hub id; or `smollm2-135m`.
+        data: the text to train on, as for `calibration`; a tenth of its windows, at most 32, is held out and measured.
+        out: the folder to write; it must be empty or new unless `resume` or `overwrite` is given.
+        resume: continue what is in `out`.
+        overwrite: replace what is in `out`.
+        progress: told what is going on; silent by default.
+        **options: `steps`, `rank` (8), `alpha` (16), `dropout` (0.05), `targets` (globs of linears; all of the blocks), `rate` (1e-4),
+            `warmup` (steps, or a share below 1), `batch` (64 windows a step), `samples` (windows to train on), `length` (256),
+            `distill` (a dense model to learn from), `distill_share` (0.5, what its divergence counts for), `checkpointing`, `seed`,
+            `dtype`, `device`, `trust_remote_code`.
+
+    Returns:
+        What was done, with the loss of every step and held-out perplexities.
+
+    Raises:
+        InputError: something in the input is wrong, or peft is not installed; nothing of this run is left in `out`.
+        StorageError: the disk refused; the last state that was saved can be resumed.
+        VerificationError: what was written is not what was trained, or has other zeros.
+    """
+    from .recovering import recover_folder
+    from .recovery.options import RecoveryOptions
+
+    made = RecoveryOptions.build({"data": str(data), **options})
+    progress = progress or Silent()
+    place = locate(str(model), trust_remote_code=made.trust_remote_code, progress=progress)
+    return recover_folder(place, Path(out), made, resume=resume, overwrite=overwrite, progress=progress)
+
+
 def bench(
     model: str | Path,
     *,
@@ -555,7 +602,8 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
         options: dict[str, Any] = {}
         for bound in parts:
             options |= {f"{bound.part.word}.{name}": value for name, value in bound.options.items()}
-        options |= {f"budget.{name}": value for name, value in budget.options.items()} | more
+        options |= {f"budget.{name}": value for name, value in budget.options.items()} if budget else {}
+        options |= more
         listed.append(
             {
                 "name": row.name,
@@ -566,12 +614,14 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
                 "reconstruct": row.reconstruct,
                 "tune": row.tune,
                 "compensate": row.compensate,
+                "depth": row.depth,
+                "width": row.width,
                 "formulas": {bound.part.word: bound.part.summary for bound in parts},
                 "notes": [bound.part.note for bound in parts if bound.part.note],
                 "group": row.group,
-                "budget": row.budget,
+                "budget": budget.part.name if budget else None,
                 "needs": sorted(
-                    frozenset().union(*(bound.part.needs for bound in parts), budget.part.needs) - {"scores"}
+                    frozenset().union(*(bound.part.needs for bound in (*parts, *filter(None, [budget])))) - {"scores"}
                 ),
                 "options": options,
                 "paper": row.paper,
@@ -580,8 +630,10 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
     return listed
 
 
-def _parts_of(row: Method) -> tuple[list[Bound], Bound, dict[str, Any]]:
-    """A method's parts, its budget, and options that are no part's, each with its default."""
+def _parts_of(row: Method) -> tuple[list[Bound], Bound | None, dict[str, Any]]:
+    """A method's parts, its budget if it has one, and options that are no part's, each with its default."""
+    if row.width is not None:
+        return [bound_width(row, {})], None, {}
     if row.kind == "shrink":
         shrinker = Shrinker.of(row, {})
         given = shrinker.budget

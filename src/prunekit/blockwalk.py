@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .binding import Bound
 from .bits import row_chunks
 from .checkpoint.shard import Piece
 from .checkpoint.writer import MODELING_NAME
@@ -23,7 +24,7 @@ from .distributed import Ranks
 from .model.anatomy import Block, Linear
 from .model.hidden import HiddenStates, InMemory, Place
 from .model.resizing import SHAPES
-from .model.source import Source, StreamedModel, resizing_code
+from .model.source import Source, StreamedModel, exchanged, resizing_code
 from .model.stream import Walk
 from .statistics import Collector
 
@@ -40,7 +41,7 @@ class LinearReport:
     `output_error` is ‖X(W̃−W)‖_F / ‖XW‖_F over the last 256 tokens of the last window, X being what the linear was fed when it was
     measured; None where it was left dense. `seconds` is scoring, masking and that error. `permuted` says, where that was asked for,
     whether its inputs have a new order; those that nothing can hand over in another order (the residual stream) keep theirs.
-    `shape` and `weights` are those of what is stored; `removed` weights went with structures and are not.
+    `name` is its name in the dense model; `shape` and `weights` are those of what is stored; `removed` weights went with structures.
     """
 
     name: str
@@ -283,6 +284,33 @@ class BlockWalk(ABC):
         self.ranks.sum_up([squares])
         lost, whole = squares.sqrt().tolist()
         return float(lost / whole) if whole > 0 else 0.0
+
+    def _descend(
+        self, tune: Bound, block: Block, module: nn.Module, names: Collection[str], wanted: HiddenStates
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Parameters of a block, and which entries of them are not zero, tuned on all windows towards `wanted` outputs.
+
+        The module itself is left as it is.
+        """
+        walk = self.walk
+        # gradients need tensors that were not made in inference mode
+        with torch.inference_mode(False), torch.enable_grad():
+            copies = {
+                name: nn.Parameter(old.detach().clone(), name in names) for name, old in module.named_parameters()
+            }
+            weights = {name: (copies[name], copies[name].detach() != 0) for name in names}
+            buffers = {name: old.clone() for name, old in module.named_buffers()}
+
+            def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+                for position, batch in enumerate(walk.batches):
+                    inputs = walk.hidden[batch].clone()
+                    outputs = walk.replay(block.index, module, position, inputs)
+                    yield inputs, outputs, wanted[batch].to(outputs.device).clone()
+
+            steps = max(self.ranks.gather(len(walk.batches)))
+            with exchanged(module, {**copies, **buffers}):
+                tune(weights, batches, steps, self.ranks.sum_up)
+        return {name: (tuned.detach(), keep) for name, (tuned, keep) in weights.items()}
 
     def _collect(
         self,

@@ -414,6 +414,7 @@ def methods(
         find_method(name)  # refused before anything heavy is imported
     from .api import addable
     from .api import methods as list_methods
+    from .report.methods import REMOVED
 
     rows = list_methods(name)
     if markdown:
@@ -440,12 +441,12 @@ def methods(
         + "".join(f"  {kind:<11} {row[kind]}: {formula}\n" for kind, formula in row["formulas"].items())
         + "".join(f"  note        {note}\n" for note in row["notes"])
         + (
-            "  removes     groups of heads and channels\n"
+            f"  removes     {REMOVED[row['group']]}\n"
             if row["kind"] == "shrink"
             else f"  compares    weights of the same {row['group']} (a K:G pattern: of the same group of G)\n"
         )
-        + f"  budget      {row['budget']}\n"
-        f"  measures    {', '.join(row['needs']) or 'nothing'}\n"
+        + (f"  budget      {row['budget']}\n" if row["budget"] else "")
+        + f"  measures    {', '.join(row['needs']) or 'nothing'}\n"
         f"  paper       {row['paper']}\n"
         f"  options\n{options}",
     )
@@ -505,6 +506,11 @@ def _print_inspection(found: Any) -> None:
     from .recipe import Recipe
 
     typer.echo(f"recipe      {Recipe.build(found.manifest['recipe']).command('OUT')}")
+    recovery = found.manifest.get("recovery")
+    if recovery is not None:
+        from .recovery.options import RecoveryOptions
+
+        typer.echo(f"recovery    {RecoveryOptions.of(recovery).command('OUT', 'RECOVERED')}")
     recorded = sum(linear.holds is not None for linear in found.linears)
     broken = (
         f"BROKEN in {', '.join(found.broken)}" if found.broken else f"holds in all {recorded} linears it was asked of"
@@ -641,6 +647,81 @@ def export(
         f"{folder} -> {found.out} ({found.format})\n"
         f"  files       {found.before:,} -> {found.after:,} bytes ({found.after / found.dense:.4f} x the dense tensors)\n"
         f"{packed}  compared    every tensor read again, bit for bit the same",
+    )
+
+
+@app.command()
+def recover(
+    model: Annotated[str, typer.Argument(help="Folder, plain or packed; hub id; or smollm2-135m.", metavar="DIR")],
+    data: Annotated[
+        str,
+        typer.Option(metavar="SRC", help="Text: file, folder, preset or hf:ID[:split[:field]].", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    steps: Annotated[int | None, typer.Option(help="Steps. Default: two times all windows.")] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 8,
+    alpha: Annotated[float, typer.Option(help="Their product is multiplied by alpha / rank.")] = 16.0,
+    dropout: Annotated[float, typer.Option(help="Share of an adapter's inputs that is left out.")] = 0.05,
+    targets: Annotated[
+        str | None,
+        typer.Option(metavar="GLOB,...", help="Linears to tune, like '*.down_proj'. Default: all of the blocks."),
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Learning rate behind the warm-up; it falls to 0 linearly.")] = 1e-4,
+    warmup: Annotated[
+        float | None,
+        typer.Option(help="Steps, or below 1 a share of them. Default: 100, at most a tenth.", show_default=False),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Windows a step.")] = 64,
+    samples: Annotated[
+        int | None, typer.Option(help="Windows to train on. Default: all of the text, at most 25600.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    distill: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Learn from this dense model's logits too.")
+    ] = None,
+    distill_share: Annotated[float, typer.Option(help="What they count for in the loss.")] = 0.5,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Less memory, more time: activations are computed twice.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16: of the passes.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    trust_remote_code: Trust = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue what is in the output folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a pruned model with low-rank adapters, which are merged at the end; zeros stay where they are."""
+    _quiet()
+    from .api import recover as recover_model
+    from .progress import for_terminal
+
+    adapters: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "checkpointing": checkpointing}
+    schedule: dict[str, Any] = {"steps": steps, "rate": rate, "warmup": warmup, "batch": batch}
+    text: dict[str, Any] = {"data": data, "samples": samples, "length": length, "seed": seed}
+    dense: dict[str, Any] = {"distill": distill, "distill_share": distill_share}
+    computing: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    globs = [] if targets is None else [glob.strip() for glob in targets.split(",")]
+    options = {**adapters, **schedule, **text, **dense, **computing, "targets": globs}
+    progress = for_terminal()
+    try:
+        found = recover_model(model, out=out, resume=resume, overwrite=overwrite, progress=progress, **options)
+    finally:
+        progress.stop()
+    tenth = max(1, found.steps // 10)
+    first, last = (sum(part) / tenth for part in (found.losses[:tenth], found.losses[-tenth:]))
+    _emit(
+        as_json,
+        found.summary(),
+        f"{model} recovered -> {found.out}\n"
+        f"  trained     {found.trained:,} parameters on {found.linears} linears, {found.masked} of which keep their zeros\n"
+        f"  text        {found.windows:,} windows of {found.length} tokens, {found.tokens:,} tokens in {found.steps} steps\n"
+        f"  loss        {first:.4f} in the first {tenth} steps, {last:.4f} in the last\n"
+        f"  perplexity  {found.before:.4f} -> {found.after:.4f} on {found.held_out} held-out windows\n"
+        f"  zeros       {found.zeros:,} of {found.weights:,} block weights\n"
+        f"  time        {found.seconds:.1f} s, memory {found.peak_rss_bytes / 1e9:.2f} GB at most\n"
+        f"  reloaded    logits differ by {found.verification.difference:.1e} of their norm "
+        f"(through {found.verification.through})",
     )
 
 

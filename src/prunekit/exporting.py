@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from . import machine
 from .checkpoint.bitmask import VERSION
-from .checkpoint.manifest import changed_files, read_manifest
-from .checkpoint.output import check_output, take_output
+from .checkpoint.manifest import unchanged_manifest
+from .checkpoint.output import check_output, refuse_no_room, take_output
 from .checkpoint.packing import Sheet, packed_sheets, plain_sheets
 from .checkpoint.reader import Reader, sha256_file
 from .checkpoint.shard import Piece
@@ -32,10 +32,9 @@ from .checkpoint.writer import (
     Writer,
     clear,
     drop_leftovers,
-    model_files,
     refuse_unfinished,
 )
-from .errors import InputError, StorageError, VerificationError
+from .errors import StorageError, VerificationError
 from .evaluation.record import read_record
 from .model.source import StreamedModel
 from .progress import Progress, Silent
@@ -109,11 +108,7 @@ def export_folder(
     out = out.expanduser()
     refuse_unfinished(folder)
     reader = Reader(folder)
-    manifest = read_manifest(folder)
-    if manifest is not None and (changed := changed_files(folder, manifest)):
-        raise InputError(
-            f"'{folder}' is not what was written: {', '.join(changed)} changed since; prune or export again"
-        )
+    manifest = unchanged_manifest(folder)
     check_output(folder, out, resume=None, overwrite=overwrite)
     texts = None
     wanted = [Piece.stored(name, reader) for name in reader.entries]
@@ -124,7 +119,7 @@ def export_folder(
     else:
         sheets = packed_sheets(reader) if form == "bitmask" else plain_sheets(reader)
     after = sum(sheet.bytes for sheet in sheets)
-    _refuse_disk(out, after)
+    refuse_no_room(out, after)
     with ExitStack() as held:
         take_output(folder, out, held, resume=None, overwrite=overwrite)
         journal = Journal.fresh(out, {"export": form})
@@ -132,7 +127,7 @@ def export_folder(
             journal.save()  # a killed export is known for what it is
             clear(out, keep=journal.path)
             writer = Writer(out, len(sheets), packed=form == "bitmask")
-            outputs = _write(reader, writer, sheets, texts, progress)
+            outputs = write_sheets(reader, writer, sheets, progress, texts)
             _compare(wanted, out, folder, progress)
             _finish(reader, writer, form, manifest, outputs)
         except BaseException:
@@ -164,17 +159,8 @@ def export_folder(
     )
 
 
-def _refuse_disk(out: Path, needed: int) -> None:
-    replaced = sum(path.stat().st_size for path in model_files(out) if path.is_file()) if out.is_dir() else 0
-    free = machine.free_disk_bytes(out) + replaced
-    if needed * 1.02 > free:
-        raise InputError(
-            f"'{out}' needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free: make room or choose another --out"
-        )
-
-
-def _write(
-    reader: Reader, writer: Writer, sheets: list[Sheet], texts: dict[str, str] | None, progress: Progress
+def write_sheets(
+    reader: Reader, writer: Writer, sheets: list[Sheet], progress: Progress, texts: dict[str, str] | None = None
 ) -> dict[str, str]:
     """Write weights, index, config and tokenizer; returns file name -> sha256."""
     progress.start("writing", len(sheets))

@@ -143,4 +143,6 @@ def _count(linear: Linear, weight: Tensor, pattern: str | None, group: str) -> L
 def _group(manifest: dict[str, Any] | None) -> str:
     if manifest is None:
         return "row"
-    return str(manifest["recipe"]["parts"].get("pattern", {}).get("group", "row"))
+    return str(
+        manifest["recipe"]["parts"].get("pattern", {"group": "row"})["group"]
+    )  # no pattern where structures went

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .blockwalk import Job
 from .catalogue import find_method
-from .model.source import Source
+from .model.source import Source, StreamedModel
 from .recipe import Recipe
 
 
@@ -28,12 +28,12 @@ def check_options(recipe: Recipe) -> None:
 
 def job_of(recipe: Recipe, source: Source) -> Job:
     """The job a recipe asks for. Raises `InputError` for what the method cannot do with this model."""
-    method = find_method(recipe.method)
-    if method.width is not None:
-        from .shrink.slicewalk import Slicing
+    if recipe.removes:
+        assert isinstance(source, StreamedModel)  # what lies in memory keeps its shapes
+        if find_method(recipe.method).width is not None:
+            from .shrink.slicewalk import Slicing
 
-        return Slicing.of(recipe, source)
-    if method.kind == "shrink":
+            return Slicing.of(recipe, source)
         from .shrink.job import Shrinking
 
         return Shrinking.of(recipe, source)

@@ -16,6 +16,8 @@ from .errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from .progress import Progress
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -166,6 +168,15 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def adopt_threads(begun_with: int, progress: Progress) -> None:
+    """Compute with as many threads as a run began with: sums taken in another order differ in their last bits."""
+    import torch
+
+    if begun_with != torch.get_num_threads():
+        progress.say(f"computing with {begun_with} threads, as this run began, to end in the same bits")
+        torch.set_num_threads(begun_with)
 
 
 def versions() -> dict[str, str]:

@@ -207,8 +207,11 @@ def depth(*, paper: str) -> Callable[[Function], Function]:
 
 
 def width(*, paper: str = "") -> Callable[[Function], Function]:
-    """Register `function(stream, *, options...) -> how many channels the residual stream keeps`; see `shrink/width.py`."""
-    return _register("width", set(), paper)
+    """Register `function(stream, *, options...) -> how many channels the residual stream keeps`; see `shrink/width.py`.
+
+    Which ones they are is read off the stream's gram matrix.
+    """
+    return _register("width", {"gram"}, paper)
 
 
 def compensate(*, needs: set[str], paper: str) -> Callable[[Function], Function]:

@@ -30,7 +30,7 @@ from .calibration.windows import (
 from .checkpoint.locate import locate
 from .checkpoint.lock import LOCK_NAME, locked
 from .checkpoint.manifest import FORMAT, changed_files, read_manifest
-from .checkpoint.output import check_output, take_output
+from .checkpoint.output import check_output, refuse_other, take_output
 from .checkpoint.reader import INDEX_NAME, read_file, sha256_file
 from .checkpoint.shard import Piece
 from .checkpoint.storage import remove
@@ -38,7 +38,6 @@ from .checkpoint.writer import (
     Journal,
     Writer,
     clear,
-    difference,
     drop_leftovers,
     is_leftover,
     leftovers,
@@ -212,7 +211,7 @@ def run(
         journal = ranks.share(lambda: _journal(out, prepared, resume=resume, overwrite=overwrite))
         if not out.is_dir():
             raise InputError(f"output folder '{out}' is not there for process {ranks.rank}: all need the same folder")
-        _adopt_threads(journal, progress)
+        machine.adopt_threads(journal.identity["machine"]["threads"], progress)
         writer = Writer(out, len(prepared.source.anatomy.blocks) + 1)
         with _orderly_end(out, journal, prepared), Keeper(writer, journal, ranks) as keeper:
             prepared.work.seconds.start = time.perf_counter() - begun
@@ -230,12 +229,15 @@ def prune_in_memory(
     """Prune a model that lies in memory, in place, on windows of tokens. Raises `InputError`."""
     begun = time.perf_counter()
     progress = progress or Silent()
+    if recipe.removes:
+        raise InputError(
+            f"'{recipe.method}' removes structures, and a model in memory keeps its shapes: save it, and give prunekit.prune the folder"
+        )
     with evaluating(model):
         source = ResidentModel(model)
         check_vocabulary(windows, model)
         window_length(model.config, windows.length, progress)
         job = job_of(recipe, source)
-        parameters, dense_parameters = source.parameter_count, sum(block_parameters(source))
         asked = len(windows)
         windows = windows[0 if job.looks_at_data else asked - 1 :]
         walk = Walk(source, windows, recipe.calibration.batch)
@@ -259,15 +261,13 @@ def prune_in_memory(
         out=None,
         method=recipe.method,
         linears=reports,
-        parameters=parameters,
+        parameters=source.parameter_count,
         blocks=len(work.blocks),
         windows=len(windows),
         tokens=windows.tokens,
         seconds=work.seconds,
         peak_rss_bytes=machine.peak_rss_bytes(),
-        removed=work.removed,
-        block_parameters=dense_parameters,
-        block_removed=work.block_removed,
+        block_parameters=sum(block_parameters(source)),
     )
 
 
@@ -350,7 +350,7 @@ def _journal(out: Path, run_: _Run, *, resume: bool, overwrite: bool) -> Journal
     if journal is None:
         journal = Journal.fresh(out, run_.identity)
     else:
-        _refuse_other(out, journal.identity, run_.identity)
+        refuse_other(out, journal.identity, run_.identity)
         journal.shards = journal.whole_shards()
     finished = sum(shard["bytes"] for shard in journal.shards)
     kept = {shard["file"] for shard in journal.shards}
@@ -364,28 +364,12 @@ def _journal(out: Path, run_: _Run, *, resume: bool, overwrite: bool) -> Journal
     return journal
 
 
-def _adopt_threads(journal: Journal, progress: Progress) -> None:
-    """Compute with as many threads as the run began with: sums taken in another order differ in their last bits."""
-    begun_with = journal.identity["machine"]["threads"]
-    if begun_with != torch.get_num_threads():
-        progress.say(f"computing with {begun_with} threads, as this run began, to end in the same bits")
-        torch.set_num_threads(begun_with)
-
-
-def _refuse_other(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    differing = [line for line in difference(found, wanted) if not line.startswith("machine.threads ")]
-    if differing:
-        raise InputError(
-            f"'{out}' belongs to another run: {'; '.join(differing)}. Resume with what it was begun with, or use --overwrite"
-        )
-
-
 def _finished(out: Path, identity: dict[str, Any]) -> Result | None:
     manifest = read_manifest(out) if out.is_dir() else None
     if manifest is None:
         return None
     recipe = {name: value for name, value in manifest["recipe"].items() if name != "model"}
-    _refuse_other(out, {**{name: manifest[name] for name in identity}, "recipe": recipe}, identity)
+    refuse_other(out, {**{name: manifest[name] for name in identity}, "recipe": recipe}, identity)
     changed = changed_files(out, manifest)
     if changed:
         raise InputError(

@@ -42,7 +42,7 @@ DEFAULT_LENGTH = 2048
 # the parts a method may have, by what it does
 KINDS = {
     "sparsify": ("score", "pattern", "refine", "reconstruct", "tune", "budget"),
-    "shrink": ("score", "budget", "compensate", "depth", "width"),
+    "shrink": ("score", "budget", "compensate", "tune", "depth", "width"),
 }
 DEFAULT_RATIO = 0.2
 
@@ -124,6 +124,11 @@ class Calibration(_Section):
         "sequential", description="statistics behind the already pruned blocks, or of the dense model throughout"
     )
     batch: int | None = Field(None, ge=1, description="windows per forward pass; default: as many as hold 2048 tokens")
+    choices: int = Field(
+        1,
+        ge=1,
+        description="of so many calibrations, take the one whose plan moves predictions least (gradient scores)",
+    )
 
 
 class Recipe(_Section):
@@ -212,7 +217,7 @@ class Recipe(_Section):
         words += ["--seed", str(self.seed), "--dtype", self.dtype, "--device", self.device]
         words += [] if self.revision is None else ["--revision", self.revision]
         words += ["--trust-remote-code"] if self.trust_remote_code else []
-        for name in ("sampling", "mode", "batch"):
+        for name in ("sampling", "mode", "batch", "choices"):
             value = getattr(calibration, name)
             if value != Calibration.model_fields[name].default:
                 words += ["--set", f"calibration.{name}={value}"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .bits import row_chunks
 from .errors import PrunekitError
 
-INPUT_SUMS = frozenset({"input_sum", "input_square", "input_abs", "gram"})
+INPUT_SUMS = frozenset({"input_sum", "input_square", "input_abs", "window_abs", "gram"})
 OUTPUT_SUMS = frozenset({"output_square"})
 # tokens whose products are summed in float32 before they join the float64 sums; few enough to stay in cache
 _ROWS = 256
@@ -30,7 +30,8 @@ _GRAM_ROWS, _GRAM_PANEL = 512, 512
 class Statistics:
     """Sums over the calibration tokens that a linear has seen, and the norms of its weight's columns.
 
-    Shapes: input_sum, input_square, input_abs [in]; output_square [out] (of the module's output, bias included); gram [in, in];
+    Shapes: input_sum, input_square, input_abs, window_abs [in]; output_square [out] (of the module's output, bias included); gram
+    [in, in];
     count is the number of tokens. Sums are kept in float64 (the gram matrix in float32) and handed out in float64, or in what `to`
     was told; what is derived of them is computed before that cast. Reading a sum that was not measured raises `PrunekitError`.
     """
@@ -74,6 +75,11 @@ class Statistics:
     def input_abs(self) -> Tensor:
         """Σ |x|, [in]."""
         return self._out(self._get("input_abs"))
+
+    @property
+    def window_abs(self) -> Tensor:
+        """Σ over windows of (mean over a window's tokens of |x|)², [in]."""
+        return self._out(self._get("window_abs"))
 
     @property
     def output_square(self) -> Tensor:
@@ -193,8 +199,11 @@ class Sums:
         self.count = 0
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, values: Tensor, keep: Tensor | None) -> None:
-        """Add the vectors along the last axis of `values` [..., width], or those where `keep` [...] is True."""
+    def add(self, values: Tensor, keep: Tensor | None, windows: int = 1) -> None:
+        """Add the vectors along the last axis of `values` [..., width], or those where `keep` [...] is True; they are of `windows`."""
+        if "window_abs" in self.wanted:
+            count = len(keep) if keep is not None else len(values) if values.ndim == 3 else windows
+            self._add_windows(values.reshape(count, -1, values.shape[-1]), keep)
         rows = values.reshape(-1, values.shape[-1])
         if keep is not None:
             rows = rows[keep.reshape(-1).to(rows.device)]
@@ -202,7 +211,7 @@ class Sums:
         if "gram" in self.wanted:
             for chunk in torch.split(rows, _GRAM_ROWS):
                 self._add_gram(chunk if chunk.dtype == torch.float64 else chunk.float())
-        if self.wanted <= {"gram"}:
+        if self.wanted <= {"gram", "window_abs"}:
             return
         for chunk in torch.split(rows, _ROWS):
             exact = chunk if chunk.dtype == torch.float64 else chunk.float()
@@ -219,6 +228,11 @@ class Sums:
         if name not in self.sums:
             self.sums[name] = torch.zeros_like(value, dtype=torch.float64)
         self.sums[name] += value
+
+    def _add_windows(self, values: Tensor, keep: Tensor | None) -> None:
+        for number, window in enumerate(values):
+            rows = window if keep is None else window[keep[number].to(window.device)]
+            self._accumulate("window_abs", rows.abs().mean(0, dtype=torch.float64).square())
 
     def _add_gram(self, rows: Tensor) -> None:
         width = rows.shape[1]
@@ -317,7 +331,7 @@ class Collector:
                 return
         self._live.append((name, value))
         self._leader[name] = name
-        self._input_sums.setdefault(name, Sums(self._inputs_wanted)).add(value, self.keep)
+        self._input_sums.setdefault(name, Sums(self._inputs_wanted)).add(value, self.keep, self.windows)
         if self.sample_tokens:
             self._samples[name] = self._last(value).clone()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,11 @@ from .model.source import StreamedModel, build_skeleton
 from .model.stream import Walk, Windows
 from .progress import no_bar
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # Same weights, same inputs, same batch: most machines give the same bits. What is left over is the order of sums in other kernels.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 _TOKENS = 128  # positions at the end of the last window whose logits are compared
 
 
@@ -67,8 +70,8 @@ def verify(
         found = _through_transformers(folder, windows, len(expected), dtype, device, trust_remote_code)
     else:
         found = _streamed(folder, windows, len(expected), dtype, device, trust_remote_code)
-    difference = _relative_difference(found, expected)
-    result = Verification("from_pretrained" if whole else "streamed", len(expected), difference, _TOLERANCE[dtype])
+    difference = relative_difference(found, expected)
+    result = Verification("from_pretrained" if whole else "streamed", len(expected), difference, TOLERANCE[dtype])
     if not difference <= result.tolerance:
         raise VerificationError(
             f"'{folder}' does not compute what was pruned: its logits differ by {difference:.2g} of their norm "
@@ -77,7 +80,7 @@ def verify(
     return result
 
 
-def _relative_difference(found: Tensor, expected: Tensor) -> float:
+def relative_difference(found: Tensor, expected: Tensor) -> float:
     """‖found − expected‖_F / ‖expected‖_F, a few rows at a time: in float32 a large vocabulary's logits are larger than a block."""
     squares = torch.zeros(2, dtype=torch.float64)
     for ours, theirs in zip(torch.split(expected, 16), torch.split(found, 16), strict=True):
@@ -102,15 +105,20 @@ def _through_transformers(
             model = resized(type(skeleton)).from_pretrained(folder, config=skeleton.config, **options)
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
-    model.to(device).eval()
+    return tail_logits(model.to(device).eval(), windows, tokens)
+
+
+@torch.inference_mode()
+def tail_logits(model: PreTrainedModel, windows: Windows, tokens: int) -> Tensor:
+    """A model's logits at the last `tokens` positions of the last window: [tokens, vocabulary]."""
 
     def cut(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         # the head sees only the positions that are compared; logits of a whole batch may be larger than the model
         return (inputs[0][-1:, -tokens:],)
 
     handle = model.get_output_embeddings().register_forward_pre_hook(cut)
-    mask = None if windows.keep is None else windows.keep.to(device=device, dtype=torch.long)
-    output = model(input_ids=windows.ids.to(device), attention_mask=mask, use_cache=False)
+    mask = None if windows.keep is None else windows.keep.to(device=model.device, dtype=torch.long)
+    output = model(input_ids=windows.ids.to(model.device), attention_mask=mask, use_cache=False)
     handle.remove()
     logits = output.logits[0]
     assert isinstance(logits, Tensor)

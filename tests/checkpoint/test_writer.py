@@ -263,3 +263,18 @@ def test_clear_removes_a_folder_that_held_nothing_else(tmp_path: Path) -> None:
     clear(folder)
     assert not folder.exists()
     clear(folder)  # and does not mind that it is gone
+
+
+def test_files_are_written_in_the_place_of_the_sources(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder in (source, target):
+        folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "modeling_prunekit.py"):
+        (source / name).write_text("old")
+    carried = Writer(target, 1).carry_over(source, with_code=True, written={"config.json": "new", "extra.json": "more"})
+    assert carried == ["extra.json", "tokenizer.json", "config.json"]
+    assert {path.name: path.read_text() for path in target.iterdir()} == {
+        "config.json": "new",
+        "extra.json": "more",
+        "tokenizer.json": "old",
+    }

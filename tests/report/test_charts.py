@@ -19,6 +19,7 @@ from prunekit.report.charts import (
     front_chart,
     memory_chart,
     pareto,
+    recovery_chart,
     style_of,
 )
 from prunekit.report.plots import MARKERS
@@ -33,10 +34,11 @@ def made() -> list[Chart]:
         error_chart(ERRORS),
         memory_chart(MOMENTS, total=5.0, peak=900_000_000),
         front_chart("front-0", runs, 15.0),
+        recovery_chart([3.0, 2.9, 2.5, 2.6], {0: 20.0, 2: 18.0, 4: 15.0}),
     ]
 
 
-@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("which", range(4))
 def test_a_picture_takes_everything_from_its_page(which: int) -> None:
     svg = made()[which].svg
     assert svg is not None
@@ -52,7 +54,7 @@ def test_a_picture_takes_everything_from_its_page(which: int) -> None:
 
 def test_names_differ_between_pictures_and_lead_somewhere() -> None:
     names = [set(re.findall(r' id="([^"]+)"', chart.svg or "")) for chart in made()]
-    assert not names[0] & names[1] | names[0] & names[2] | names[1] & names[2]
+    assert len(set().union(*names)) == sum(map(len, names))
     for chart, own in zip(made(), names, strict=True):
         targets = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', chart.svg or ""))
         assert {one or other for one, other in targets} <= own
@@ -91,7 +93,7 @@ def test_memory_is_drawn_over_the_whole_run() -> None:
 
 def test_without_matplotlib_there_is_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(charts, "find_spec", lambda name: None)
-    assert [chart.svg for chart in made()] == [None] * 3
+    assert [chart.svg for chart in made()] == [None] * 4
     assert made()[0].data == []
 
 

@@ -362,6 +362,43 @@ def test_heads_that_a_class_counts_once_go_from_all_blocks_alike(tmp_path: Path)
         choose_form(source, structures, plan)
 
 
+class Own(LlamaForCausalLM):
+    """Stands for a class that a folder brings."""
+
+
+def chooser_of(model: PreTrainedModel, config: dict[str, Any], **options: Any) -> FormChooser:
+    anatomy = read_anatomy(model)
+    structures = find_structures(model, anatomy)
+    key_of = {name: name for name, _ in model.named_parameters()}
+    return FormChooser(model, anatomy, config, key_of, structures, some_plan(structures, **options))
+
+
+def test_code_that_a_folder_brings_is_saved_only_as_it_is() -> None:
+    config = tiny.make_config("llama")
+    form = chooser_of(Own(config), config.to_dict()).stock()
+    assert form is not None
+    assert form.config["intermediate_size"] == 28
+    chooser = chooser_of(Own(config), config.to_dict(), free=True)
+    assert chooser.stock() is None
+    with pytest.raises(
+        prunekit.InputError, match="Own is code that the folder brings, and its blocks have different widths"
+    ):
+        chooser.free()
+
+
+def test_a_part_of_a_larger_model_is_said_in_its_part_of_the_config() -> None:
+    model = tiny.make_model("gemma3_text")
+    config = {"model_type": "gemma3", "text_config": model.config.to_dict(), "vision_config": {}}
+    form = chooser_of(model, config).stock()
+    assert form is not None
+    assert form.config["text_config"]["intermediate_size"] == 28
+    assert "intermediate_size" not in form.config
+    chooser = chooser_of(model, config, free=True)
+    assert chooser.stock() is None
+    with pytest.raises(prunekit.InputError, match="is a part of a larger model"):
+        chooser.free()
+
+
 def test_blocks_that_compute_by_their_place_stay(tmp_path: Path) -> None:
     tiny.save_model(tmp_path / "base", "gpt2", scale_attn_by_inverse_layer_idx=True)
     source, structures = opened(tmp_path / "base")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PLENTY = 4  # random windows are drawn from so many times the tokens they need, or from all there are
+_MOST_TRAINED = 25_600  # windows of a recovery where nothing is said: two passes over them are 800 steps of 64
+_MOST_HELD_OUT = 32
 _SEPARATOR = "\n\n"
 _GROUP = 32  # documents tokenised in one call
 
@@ -120,6 +122,25 @@ def evaluation_windows(
     _check_enough(stream, samples or 1, length)
     count = min(samples or len(stream), len(stream) // length)
     return Windows(stream[: count * length].reshape(count, length).clone())
+
+
+def recovery_windows(
+    documents: Sequence[Document], tokenizer: Any, *, samples: int | None, length: int, seed: int
+) -> tuple[Windows, Windows]:
+    """Windows to train on and windows to measure on, which share no token, of documents in an order drawn by `seed`.
+
+    `samples` is how many to train on, by default all the text holds within limits. Of those that are there a tenth is held out, at
+    most 32. Raises `InputError` where the text holds fewer.
+    """
+    order = list(documents)
+    random.Random(seed).shuffle(order)
+    stream = tokenise(order, tokenizer, ((samples or _MOST_TRAINED) + _MOST_HELD_OUT) * length)
+    there = len(stream) // length
+    held = min(_MOST_HELD_OUT, max(1, there // 10))
+    _check_enough(stream, held + (samples or 1), length)
+    count = held + min(samples or _MOST_TRAINED, there - held)
+    ids = stream[: count * length].reshape(count, length)
+    return Windows(ids[held:].clone()), Windows(ids[:held].clone())
 
 
 def token_hash(windows: Windows) -> str:

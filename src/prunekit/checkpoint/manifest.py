@@ -35,6 +35,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def unchanged_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest, where there is one; raises `InputError` where it no longer tells of what lies in the folder."""
+    manifest = read_manifest(folder)
+    if manifest is not None and (changed := changed_files(folder, manifest)):
+        raise InputError(
+            f"'{folder}' is not what was written: {', '.join(changed)} changed since; prune or export again"
+        )
+    return manifest
+
+
 def changed_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
     """Output files that are missing or whose sha256 is not the recorded one."""
     return [

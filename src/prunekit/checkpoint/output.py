@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
+from .. import machine
 from ..errors import InputError
 from .lock import locked, refuse_locked
 from .manifest import read_manifest
 from .storage import make_folder
-from .writer import Journal, holds_model, is_leftover, model_files
+from .writer import Journal, difference, holds_model, is_leftover, model_files
 
 
 def check_output(folder: Path, out: Path, *, resume: bool | None, overwrite: bool, ours: bool = False) -> None:
@@ -62,6 +64,25 @@ def take_output(folder: Path, out: Path, held: ExitStack, *, resume: bool | None
     except OSError as problem:
         raise InputError(f"output folder '{out}' cannot be used: {problem.strerror}") from None
     check_output(folder, out, resume=resume, overwrite=overwrite, ours=True)
+
+
+def refuse_no_room(out: Path, needed: int) -> None:
+    """Raise `InputError` where the disk of `out` cannot hold `needed` bytes, what they replace given back."""
+    replaced = sum(path.stat().st_size for path in model_files(out) if path.is_file()) if out.is_dir() else 0
+    free = machine.free_disk_bytes(out) + replaced
+    if needed * 1.02 > free:
+        raise InputError(
+            f"'{out}' needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free: make room or choose another --out"
+        )
+
+
+def refuse_other(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise `InputError` where what lies in `out` is of a run with another identity. Another number of threads can be adopted."""
+    differing = [line for line in difference(found, wanted) if not line.startswith("machine.threads ")]
+    if differing:
+        raise InputError(
+            f"'{out}' belongs to another run: {'; '.join(differing)}. Resume with what it was begun with, or use --overwrite"
+        )
 
 
 def _leave_no_empty(out: Path) -> None:

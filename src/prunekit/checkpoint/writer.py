@@ -28,6 +28,8 @@ PAGE_NAME = "report.html"
 EVALUATION_NAME = "evaluation.json"
 MODELING_NAME = "modeling_prunekit.py"
 HIDDEN_PREFIX = ".prunekit-hidden-"
+PLAN_NAME = "prune_plan.json"
+STATE_PREFIX = ".prunekit-recovery-"
 PAGES = (
     CARD_NAME,
     PAGE_NAME,
@@ -231,6 +233,10 @@ def refuse_unfinished(folder: Path) -> None:
         return
     if "export" in journal.identity:
         raise InputError(f"'{folder}' is the output of an export that was interrupted: run it again with --overwrite")
+    if "options" in journal.identity:
+        raise InputError(
+            f"'{folder}' is the output of a recovery that was interrupted: finish it with the same command and --resume"
+        )
     raise InputError(
         f"'{folder}' is the output of a run that was interrupted after {len(journal.shards)} shards: "
         "finish it with the same command and --resume"
@@ -273,6 +279,7 @@ def model_files(folder: Path) -> list[Path]:
     ours = {
         JOURNAL_NAME,
         MANIFEST_NAME,
+        PLAN_NAME,
         *PAGES,
         INDEX_NAME,
         PACKED_INDEX_NAME,
@@ -291,8 +298,8 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether this is what a run keeps only while it runs: a half-written file, hidden states, its lock."""
-    return is_temporary(path) or path.name.startswith(HIDDEN_PREFIX) or path.name == LOCK_NAME
+    """Whether this is what a run keeps only while it runs: a half-written file, hidden states, adapters, its lock."""
+    return is_temporary(path) or path.name.startswith((HIDDEN_PREFIX, STATE_PREFIX)) or path.name == LOCK_NAME
 
 
 def holds_model(folder: Path) -> bool:
@@ -312,7 +319,7 @@ def _written_before(folder: Path) -> set[str]:
 
 
 def _is_carried(path: Path, with_code: bool) -> bool:
-    if path.name in (MANIFEST_NAME, JOURNAL_NAME, *PAGES) or path.name.endswith(".index.json"):
+    if path.name in (MANIFEST_NAME, JOURNAL_NAME, PLAN_NAME, *PAGES) or path.name.endswith(".index.json"):
         return False
     if path.name.startswith(_LEFT_BEHIND):
         return False

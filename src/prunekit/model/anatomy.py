@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -46,6 +47,10 @@ class Linear:
     def matrix(self, weight: Tensor) -> Tensor:
         """A view of the stored weight as `[out, in]`."""
         return weight.t() if self.transposed else weight
+
+    def matches(self, glob: str) -> bool:
+        """Whether a glob means it: by its name in the model, its name in its block, or the name of its block."""
+        return any(fnmatchcase(name, glob) for name in (self.full_name, self.name, self.block))
 
 
 def place_of(full_name: str) -> tuple[int, str]:

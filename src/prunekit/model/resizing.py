@@ -82,7 +82,7 @@ def add_shortcuts(block: nn.Module, branches: Sequence[Sequence[str]]) -> None:
         block.add_module(f"{name}_shortcut", shortcut.to_empty(device=weight.device))
     changed: Any = block
     changed._branches = [tuple(branch) for branch in branches]
-    changed.__class__ = _with_shortcuts(type(changed))
+    changed.__class__ = _with_shortcuts(changed.__class__)
 
 
 @cache

@@ -13,11 +13,13 @@ import yaml
 from ..catalogue import find_method
 from ..evaluation.record import EvaluationRecord
 from ..recipe import Recipe
+from ..recovery.options import RecoveryOptions
 from .findings import spelt
 
 _FIGURES = "## Before and after"
 _AFTER_FIGURES = "The zeros are stored"
 _AFTER_SHAPES = "The widths are"
+_TRAINED = "kept weights were trained with low-rank adapters, which are merged; zeros are where the pruning put them."
 # what an evaluation puts into a card: the last names of the metadata, and a section
 _IN_METADATA = re.compile(r"^metrics:\n(?:- .*\n)+model-index:\n(?:[- ] .*\n)+", re.MULTILINE)
 _IN_TEXT = re.compile(rf"^{_FIGURES}\n.*?(?=^{_AFTER_FIGURES}|^{_AFTER_SHAPES})", re.MULTILINE | re.DOTALL)
@@ -32,7 +34,7 @@ def model_card(manifest: dict[str, Any], source: Path, evaluation: EvaluationRec
     """Markdown with the hub's metadata block: base model, licence as the card in `source` has it, tags, figures, the command."""
     recipe = Recipe.build(manifest["recipe"])
     method = find_method(recipe.method)
-    run = manifest["run"]
+    run, recovery = manifest["run"], manifest.get("recovery")
     base = recipe.model if re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.model) and not Path(recipe.model).exists() else None
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     front += [f"base_model: {base}", "base_model_relation: finetune"] if base else []
@@ -47,17 +49,20 @@ def model_card(manifest: dict[str, Any], source: Path, evaluation: EvaluationRec
         **_what_went(recipe, run),
         "calibration": f"{recipe.calibration.source}, {run['windows']} windows, {run['tokens']:,} tokens, seed {recipe.seed}",
         "output error of the linears": f"median {median(errors):.3f}, largest {max(errors):.3f}" if errors else "–",
+        **({} if recovery is None else {"recovery": _recovered(recovery)}),
         "reload check": f"logits differ by {manifest['verification']['difference']:.1e} of their norm",
         "made with": ", ".join(f"{library} {version}" for library, version in manifest["versions"].items()),
     }
+    kept = _untouched(recipe, trained=recovery is not None)
+    again = "" if recovery is None else "\n" + RecoveryOptions.of(recovery).command("OUT", "RECOVERED")
     table = "\n".join(f"| {left} | {right} |" for left, right in rows.items())
     return "\n".join(front) + (
         f"\n\n# {name}, pruned with {method.name}\n\n"
-        f"Made by prunekit. {method.summary} {_untouched(recipe)}\n\n"
+        f"Made by prunekit. {method.summary} {kept}\n\n"
         f"| | |\n|---|---|\n{table}\n\n"
         f"{'' if evaluation is None else _figures(evaluation)}"
         f"{_loads(recipe)}\n\n"
-        f"Repeat it with\n\n```\n{recipe.command('OUT')}\n```\n\n"
+        f"Repeat it with\n\n```\n{recipe.command('OUT')}{again}\n```\n\n"
         "`prunekit.json` holds the whole record: recipe, versions, hashes of inputs and outputs, a line per linear; `report.html` "
         "shows it.\n"
     )
@@ -80,20 +85,20 @@ def _what_went(recipe: Recipe, run: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _untouched(recipe: Recipe) -> str:
+def _untouched(recipe: Recipe, *, trained: bool) -> str:
     if not recipe.removes:
-        return (
-            "Embeddings, output head, norms and biases are untouched; kept weights are bit-identical to the original's."
-        )
+        kept = _TRAINED if trained else "kept weights are bit-identical to the original's."
+        return f"Embeddings, output head, norms and biases are untouched; {kept}"
+    again = "; then all were trained with low-rank adapters, which are merged" if trained else ""
     if "width" in recipe.parts:
         return (
             "The embedding and the blocks' matrices are in the bases of their places, cut, with the norms' gains in them; shortcuts "
-            "carry the stream from one basis to the next and count as parameters. The head is untouched, and has its own matrix where it "
-            "was tied."
+            "carry the stream from one basis to the next and count as parameters. The head is untouched, and has its own matrix where "
+            f"it was tied{again}."
         )
     refitted = recipe.parts.get("compensate", {}).get("name")
     kept = f"those that lost inputs were refitted ({refitted})" if refitted else "what is kept is bit-identical"
-    return f"Embeddings and output head are untouched; of the blocks' matrices, {kept}."
+    return f"Embeddings and output head are untouched; of the blocks' matrices, {kept}{again}."
 
 
 def _loads(recipe: Recipe) -> str:
@@ -109,6 +114,16 @@ def _loads(recipe: Recipe) -> str:
         )
     return (
         f"{_AFTER_SHAPES} like those of a model that was trained with them: it is smaller and faster wherever it loads."
+    )
+
+
+def _recovered(recovery: dict[str, Any]) -> str:
+    options, result = RecoveryOptions.of(recovery), recovery["result"]
+    distilled = "" if options.distill is None else f", distilled from {options.distill}"
+    return (
+        f"adapters of rank {options.rank} on {result['linears']} linears, {result['steps']} steps of {options.batch} × "
+        f"{result['length']} tokens of {options.data}{distilled}; perplexity on held-out windows of it "
+        f"{spelt(result['before'])} → {spelt(result['after'])}"
     )
 
 

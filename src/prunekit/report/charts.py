@@ -7,6 +7,7 @@ reader can point at is handed to the page as points in the picture's own coordin
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -139,6 +140,23 @@ def memory_chart(moments: Sequence[Moment], *, total: float, peak: int) -> Chart
         ]
 
     return _drawn("memory", (400, 240), draw)
+
+
+def recovery_chart(losses: Sequence[float], curve: Mapping[int, float]) -> Chart:
+    """The loss of every step, and on top of it the logarithm of the held-out perplexity, a dot a measurement."""
+
+    def draw(axes: Axes) -> list[tuple[float, float, str]]:
+        axes.plot(range(1, len(losses) + 1), losses, color=_MUTED, linewidth=1, alpha=0.7)
+        steps, heights = list(curve), [math.log(perplexity) for perplexity in curve.values()]
+        axes.plot(steps, heights, ".-", color=_ACCENT, linewidth=1.8, markersize=6)
+        axes.set(xlabel="step", ylabel="loss, nats per token")
+        _whole_ticks(axes)
+        return [
+            (step, height, f"Behind step {step}: held-out perplexity {curve[step]:.2f}")
+            for step, height in zip(steps, heights, strict=True)
+        ]
+
+    return _drawn("recovery", (520, 260), draw)
 
 
 def front_chart(name: str, runs: Sequence[Candidate], dense: float | None) -> Chart:

@@ -18,7 +18,8 @@ from ..catalogue import find_method
 from ..evaluation.record import EvaluationRecord
 from ..model.anatomy import place_of
 from ..recipe import Recipe
-from .charts import Chart, Error, Moment, error_chart, memory_chart
+from ..recovery.options import RecoveryOptions
+from .charts import Chart, Error, Moment, error_chart, memory_chart, recovery_chart
 from .findings import spelt
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def run_page(manifest: Mapping[str, Any], evaluation: EvaluationRecord | None = 
         removed=bool(run.get("removed")),
         headlines=_headlines(manifest, evaluation),
         evaluation=evaluation,
+        recovery=_recovered(manifest),
         heat=_heat(linears),
         errors=errors,
         error_chart=error_chart(errors) if errors else None,
@@ -91,6 +93,25 @@ def _asked(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
     if target.group is None:
         return f"{target} of the weights, compared within the {parts['pattern']['group']}"
     return f"{target}: {target.keep} of every {target.group} consecutive inputs are kept"
+
+
+@dataclass(frozen=True)
+class _Recovered:
+    options: RecoveryOptions
+    result: Mapping[str, Any]
+    curve: dict[int, float]
+    chart: Chart
+    command: str
+
+
+def _recovered(manifest: Mapping[str, Any]) -> _Recovered | None:
+    recovery = manifest.get("recovery")
+    if recovery is None:
+        return None
+    options, result = RecoveryOptions.of(recovery), recovery["result"]
+    curve = dict(result["curve"])
+    chart = recovery_chart(result["losses"], curve)
+    return _Recovered(options, result, curve, chart, options.command("OUT", "RECOVERED"))
 
 
 @cache

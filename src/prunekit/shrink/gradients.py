@@ -40,7 +40,7 @@ GRADIENTS = frozenset({ABS, SIGNED, SECOND, MIXED})
 LOSS, OUTPUT = "loss", "output"
 
 BATCH_TOKENS = 1024  # that go through a block with gradients together: what it computes on the way is kept for them
-_HEAD_COPIES = 4  # logits, their exponentials and two derivatives are held at a time
+_HEAD_COPIES = 2  # logits and the derivative at them are held at a time
 
 
 def measure_gradients(
@@ -91,6 +91,7 @@ def measure_gradients(
             walk.run(block.index, module)
             if block.index < len(blocks) - 1:  # the last one is the first on the way back
                 source.free_block(block.index)
+            return_memory()
             step()
         inputs.turn()
         shares = _derive(walk, walk.hidden, objective)
@@ -231,13 +232,15 @@ class _Sums:
             weight = self._weight[part].to(inputs.device, exact)
             total, square = self._carried.pop(part.start, (None, None))
             for fed, derivative in zip(inputs, derivatives, strict=True):
-                gradient = (derivative[:, part].t() @ fed).to(exact)
+                gradient = derivative[:, part].t() @ fed
                 if SECOND in self._needs:
                     self._sum(SECOND, part, (weight * gradient).square_())
+                if self._needs == {SECOND}:
+                    continue
+                gradient = gradient.to(exact)
                 if MIXED in self._needs:
                     square = gradient.square() if square is None else square.addcmul_(gradient, gradient)
-                if self._needs != {SECOND}:
-                    total = gradient if total is None else total.add_(gradient)
+                total = gradient if total is None else total.add_(gradient)
             if not last:
                 self._carried[part.start] = total, square
             elif total is not None:
@@ -308,29 +311,34 @@ def _loss_slope(targets: Tensor, predicts: Tensor, logits: Tensor) -> Tensor:
 
 def _derive_output(walk: Walk, state: Tensor, ids: Tensor, keep: Tensor, size: int) -> tuple[Tensor, float]:
     """Of the largest logit of every token of the vocabulary over a window's positions."""
+    share = 1 / walk.source.module.get_output_embeddings().weight.shape[0]
+    pieces = list(_pieces(len(ids), size))
+    if len(pieces) == 1:
+        return _through_head(walk, state, ids, partial(_peak_slope, keep)), share
+    found = [_peaks(walk.head(state[piece], ids[piece]), keep[piece]) for piece in pieces]
+    highest = torch.stack([values for values, _ in found]).argmax(0, keepdim=True)
+    places = torch.stack([places + piece.start for piece, (_, places) in zip(pieces, found, strict=True)])
+    peaks = places.gather(0, highest)[0]
     derivative = torch.zeros_like(state)
-    peaks = _peaks(walk, state, ids, keep, size)
-    for piece in _pieces(len(ids), size):
+    for piece in pieces:
         slope = partial(_output_slope, peaks - piece.start)
         derivative[piece] = _through_head(walk, state[piece], ids[piece], slope)
-    return derivative, 1 / len(peaks)
+    return derivative, share
+
+
+def _peaks(logits: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of every column of logits [tokens, vocabulary] where `keep` [tokens] holds, and where it is: [vocabulary] each."""
+    values, places = logits.masked_fill(~keep[:, None].to(logits.device), -torch.inf).max(0)
+    return values, places
+
+
+def _peak_slope(keep: Tensor, logits: Tensor) -> Tensor:
+    return _output_slope(_peaks(logits, keep)[1], logits)
 
 
 def _output_slope(peaks: Tensor, logits: Tensor) -> Tensor:
     """One where a logit is the largest of its column. Shapes: peaks [vocabulary], logits [tokens, vocabulary]."""
     return peaks == torch.arange(len(logits), device=peaks.device)[:, None]
-
-
-def _peaks(walk: Walk, state: Tensor, ids: Tensor, keep: Tensor, size: int) -> Tensor:
-    """At which position of a window every logit is largest, the first where several are: [vocabulary]."""
-    values, places = [], []
-    for piece in _pieces(len(ids), size):
-        logits = walk.head(state[piece], ids[piece])
-        value, place = logits.masked_fill(~keep[piece, None].to(logits.device), -torch.inf).max(0)
-        values.append(value)
-        places.append(place + piece.start)
-    highest = torch.stack(values).argmax(0, keepdim=True)
-    return torch.stack(places).gather(0, highest)[0]
 
 
 def _through_head(walk: Walk, state: Tensor, ids: Tensor, slope: Callable[[Tensor], Tensor]) -> Tensor:

@@ -47,9 +47,9 @@ class Influence:
         def see(index: int, before: Tensor, after: Tensor, keep: Tensor | None) -> Tensor:
             if keep is not None:
                 raise InputError("depth.choose=contiguous looks at last tokens: it cannot do with padded windows")
-            inputs[index].append(before[:, -1].float())
+            inputs[index].append(before[:, -1].clone())  # they are about to be overwritten
             if index == blocks - 1:
-                inputs[blocks].append(after[:, -1].float())
+                inputs[blocks].append(after[:, -1].clone())
             return torch.zeros(2, dtype=torch.float64)
 
         self._through((), see)
@@ -95,6 +95,6 @@ class Influence:
 
 
 def _cosines(before: Tensor, after: Tensor) -> Tensor:
-    """Cosine of every vector with its successor. Shapes: [..., hidden] twice -> [...] float32."""
-    cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1, eps=0.0)
+    """Cosine of every vector with its successor. Shapes: [..., hidden] twice -> [...] float64."""
+    cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1, eps=0.0)
     return torch.where(torch.isfinite(cosine), cosine, _NO_DIRECTION)

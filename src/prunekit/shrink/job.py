@@ -11,7 +11,7 @@ from ..blockwalk import Appetite, block_parameters
 from ..catalogue import find_method
 from ..distributed import Ranks
 from ..errors import InputError
-from ..model.source import Source, StreamedModel
+from ..model.source import StreamedModel
 from ..model.stream import Walk
 from ..recipe import Recipe
 from .budget import Counts, plan_of
@@ -30,13 +30,28 @@ class Shrinking:
     structures: Structures
     counts: Counts | None
     recipe: Recipe
-    source: Source
+    source: StreamedModel
     form: Form | None
 
     @classmethod
-    def of(cls, recipe: Recipe, source: Source) -> Shrinking:
+    def of(cls, recipe: Recipe, source: StreamedModel) -> Shrinking:
         """Raises `InputError` for what the method or its budget cannot do with this model."""
         shrinker = Shrinker.of(find_method(recipe.method), recipe.parts, recipe.seed)
+        calibration = recipe.calibration
+        if calibration.choices > 1 and not shrinker.gradients:
+            raise InputError(
+                f"calibration.choices={calibration.choices} is for scores that read gradients: '{recipe.method}' has none"
+            )
+        if calibration.choices >= calibration.samples:
+            raise InputError(
+                f"calibration.choices={calibration.choices} shares out the windows, with a last share to judge by: "
+                f"{calibration.samples} --samples are too few"
+            )
+        if shrinker.tune is not None and (calibration.mode == "dense" or shrinker.depth is not None):
+            raise InputError(
+                f"tune '{shrinker.tune.part.name}' goes from block to cut block: leave out "
+                + ("--set calibration.mode=dense" if shrinker.depth is None else "the tuning, whole blocks are not cut")
+            )
         structures = find_structures(source.module, source.anatomy)
         if not any(structures):
             raise InputError(f"{type(source.module).__name__} has no units that can be taken out")
@@ -47,7 +62,7 @@ class Shrinking:
         if shrinker.depth is not None:
             return cls(shrinker, structures, None, recipe, source, None)
         counts = shrinker.budget.counts(structures, parameters, recipe.target.fraction, chance)
-        if isinstance(source, StreamedModel) and not shrinker.plans_first:
+        if not shrinker.plans_first:
             form = form_of(source, structures, plan_of(structures, counts, chance), shrinker)
         return cls(shrinker, structures, None if shrinker.plans_first else counts, recipe, source, form)
 
@@ -55,7 +70,8 @@ class Shrinking:
     def looks_at_data(self) -> bool:
         """Whether score or compensation read statistics or gradients."""
         shrinker = self.shrinker
-        return bool(shrinker.measured | shrinker.gradients | shrinker.refits) or shrinker.depth is not None
+        measures = shrinker.measured | shrinker.gradients | shrinker.refits
+        return bool(measures) or shrinker.depth is not None or shrinker.tune is not None
 
     @property
     def looks_ahead(self) -> bool:
@@ -75,7 +91,7 @@ class Shrinking:
         sums = max(sum(width**2 * 4 for width in block) for block in widths) if gram else 0
         widest = max(max(block, default=0) for block in widths)
         largest = max(linear.count for linear in self.source.anatomy.linears())
-        return Appetite(sums, 3 * largest * 4 + (3 * widest**2 * 8 if gram else 0))
+        return Appetite(sums, 3 * largest * 4 + (3 * widest**2 * 8 if gram else 0), self.shrinker.tune is not None)
 
     def work(
         self, walk: Walk, *, dense: bool, ranks: Ranks | None = None, first: int = 0, total: int | None = None

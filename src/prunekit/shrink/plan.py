@@ -15,7 +15,6 @@ from ..errors import InputError
 from .units import Structure
 
 FORMAT = 1
-PLAN_NAME = "prune_plan.json"
 
 Structures = Sequence[Sequence[Structure]]
 

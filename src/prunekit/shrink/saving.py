@@ -35,6 +35,7 @@ _UNSET_WIDTHS = ("n_inner", "ffn_hidden_size", "intermediate_size", "ffn_dim")
 # configs that refuse heads which do not divide the hidden size, though the class computes with them, and the model type that computes
 # the same and does not: what it is loaded as, and what must be said for it
 _TWINS: dict[str, tuple[str, dict[str, Any]]] = {"llama": ("mistral", {"sliding_window": None})}
+_OURS = (SHAPES, "auto_map")
 # what configs say of themselves
 _LABELS = {"architectures", "auto_map", "dtype", "model_type", "transformers_version", "_name_or_path", SHAPES}
 # what blocks may note of their own place, for caches
@@ -350,13 +351,13 @@ class FormChooser:
             before = modules.get(numbers[block] + name.removeprefix(block) if block else name)
             if before is None or _role(before, self._module) != _role(module, built):
                 return f"'{name}' would be a {type(module).__name__}"
+            if is_linear(module) or isinstance(
+                module, PreTrainedModel
+            ):  # shapes are compared; a model names its folder
+                continue
             ours, theirs = _values(module), _values(before)
             if not block:  # may have something for a kind of blocks of which none is left
                 theirs = {key: value for key, value in theirs.items() if key in ours}
-            if is_linear(module) or isinstance(
-                module, PreTrainedModel
-            ):  # their shapes are compared; it names its folder
-                continue
             index = int(numbers[block].removeprefix(self._blocks)) if block else first
             ratios = [self._ratio(each) for each in self._structures[index]]
             ratios += [(len(self._plan.kept(each)), each.count) for each in self._structures[index]]
@@ -395,9 +396,6 @@ class FormChooser:
             weight = names[f"{name.removesuffix('bias')}weight"]
             names.setdefault(name, f"{weight.removesuffix('weight')}bias")
         return names
-
-
-_OURS = (SHAPES, "auto_map")
 
 
 def _shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:

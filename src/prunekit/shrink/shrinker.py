@@ -29,6 +29,7 @@ class Shrinker:
     budget: UnitBudget
     compensate: Bound | None
     depth: Bound | None = None
+    tune: Bound | None = None
     seed: int = 0
 
     @classmethod
@@ -39,14 +40,14 @@ class Shrinker:
             raise InputError(
                 f"method '{method.name}' must have either a score, which ranks units, or a depth, which removes blocks"
             )
-        return cls(
-            score, UnitBudget.of(method, options.get("budget")), bind("compensate", method, options), depth, seed
-        )
+        budget = UnitBudget.of(method, options.get("budget"))
+        compensate, tune = bind("compensate", method, options), bind("tune", method, options)
+        return cls(score, budget, compensate, depth, tune, seed)
 
     @property
     def parts(self) -> list[Bound]:
         """The parts it has, its budget aside."""
-        return [part for part in (self.score, self.compensate, self.depth) if part is not None]
+        return [part for part in (self.score, self.compensate, self.depth, self.tune) if part is not None]
 
     @property
     def measured(self) -> frozenset[str]:

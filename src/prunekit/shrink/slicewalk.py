@@ -30,7 +30,7 @@ from ..errors import InputError
 from ..model.anatomy import Block, Linear, weight_of
 from ..model.hidden import HiddenStates, InMemory, Place
 from ..model.resizing import add_shortcuts, widened
-from ..model.source import Source, StreamedModel
+from ..model.source import StreamedModel
 from ..model.stream import Walk
 from ..recipe import Recipe
 from ..statistics import Sums
@@ -62,14 +62,10 @@ class Slicing:
     turned: Turned
 
     @classmethod
-    def of(cls, recipe: Recipe, source: Source) -> Slicing:
+    def of(cls, recipe: Recipe, source: StreamedModel) -> Slicing:
         """Raises `InputError` for models that do not compute the same with their stream turned, and ratios that leave nothing."""
         name = recipe.method
         bound = bound_width(find_method(name), recipe.parts)
-        if not isinstance(source, StreamedModel):
-            raise InputError(
-                f"'{name}' changes the code of blocks, not only their weights: save the model, and prune the folder"
-            )
         if recipe.calibration.mode == "dense":
             raise InputError(
                 f"'{name}' finds each basis behind all that is sliced before it: use --set calibration.mode=sequential"

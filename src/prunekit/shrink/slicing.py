@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from ..model.source import exchanged
 from .plan import Plan
-from .units import Structure
+from .units import Structure, scaled_numbers, told_heads
 
 
 class Slicer:
@@ -41,3 +45,56 @@ class Slicer:
         for axis, index in self.index.get(name, {}).items():
             tensor = tensor.index_select(axis, index.to(tensor.device))
         return tensor
+
+    def fill(self, name: str, whole: Tensor, part: Tensor) -> None:
+        """Put what is left of a tensor back into its places in the whole one; the rest of that stays as it is."""
+        _fill(whole, part.to(whole), list(self.index.get(name, {}).items()))
+
+
+def _fill(whole: Tensor, part: Tensor, axes: list[tuple[int, Tensor]]) -> None:
+    if not axes:
+        whole.copy_(part)
+        return
+    (axis, index), *others = axes
+    index = index.to(whole.device)
+    stretch = whole.index_select(axis, index)
+    _fill(stretch, part, others)
+    whole.index_copy_(axis, index, stretch)
+
+
+@contextmanager
+def cut(module: nn.Module, config: Any, structures: Sequence[Structure], plan: Plan, slicer: Slicer) -> Iterator[None]:
+    """Let a block compute with what is left of its tensors for the time being, as the smaller model will.
+
+    `config` is the text model's, which some blocks ask for their numbers of heads.
+    """
+    tensors = {
+        name: nn.Parameter(slicer(name, tensor.detach()), requires_grad=False)
+        for name, tensor in module.named_parameters()
+        if name in slicer.index
+    }
+    with ExitStack() as stack:
+        stack.enter_context(exchanged(module, tensors))
+        for structure in structures:
+            kept = len(plan.kept(structure))
+            for attribute in structure.scaled:
+                path, _, name = attribute.rpartition(".")
+                owner = module.get_submodule(path)
+                numbers = {name: getattr(owner, name)}
+                stack.enter_context(scaled_numbers(owner, numbers, structure.count, kept))
+            if structure.resizes == "together":
+                heads = told_heads(config, structure.count)
+                stack.enter_context(scaled_numbers(config, heads, structure.count, kept))
+        for child in module.modules():
+            if isinstance(child, Conv1D):  # GPT-2's own kind of linear says its width itself
+                stack.enter_context(_wide(child))
+        yield
+
+
+@contextmanager
+def _wide(child: Conv1D) -> Iterator[None]:
+    before, child.nf = child.nf, child.weight.shape[1]
+    try:
+        yield
+    finally:
+        child.nf = before

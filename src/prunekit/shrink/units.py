@@ -115,7 +115,7 @@ def find_structures(model: Any, anatomy: Anatomy) -> list[tuple[Structure, ...]]
     """
     known: dict[Any, tuple[Structure, ...]] = {}
     found = []
-    with evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
         tracer = Tracer(model, anatomy)
         for block in anatomy.blocks:
             module = model.get_submodule(block.name)
@@ -240,12 +240,15 @@ class Tracer:
             if type(value) is int and value in countable and value % count == 0
         ]
         subsets = list(chain.from_iterable(combinations(names, taken) for taken in range(len(names) + 1)))
-        told = {name: value for name in HEADS if (value := getattr(self._config, name, None)) and value % count == 0}
+        told = told_heads(self._config, count)
         ways: list[tuple[Literal["alone", "together"], dict[str, int]]] = [("alone", {}), ("together", told)]
         for resizes, config in ways:
             for some in subsets:
                 scaled = {name: getattr(owner, name) for name in some}
-                with _scaled(owner, scaled, count, len(keep)), _scaled(self._config, config, count, len(keep)):
+                with (
+                    scaled_numbers(owner, scaled, count, len(keep)),
+                    scaled_numbers(self._config, config, count, len(keep)),
+                ):
                     try:
                         found = self._run(block, module, cut, cut_rest)[structure.consumer.name]
                     except (
@@ -471,12 +474,17 @@ def _shared_path(names: Sequence[str]) -> str:
     return ".".join(shared)
 
 
+def told_heads(config: Any, count: int) -> dict[str, int]:
+    """What a text model's config says of numbers of heads that `count` units divide."""
+    return {name: value for name in HEADS if (value := getattr(config, name, None)) and value % count == 0}
+
+
 def _near(found: Tensor, wanted: Tensor) -> bool:
     return float((found - wanted).abs().max()) <= _SAME * float(wanted.abs().max())
 
 
 @contextmanager
-def _scaled(holder: Any, values: Mapping[str, int], count: int, kept: int) -> Iterator[None]:
+def scaled_numbers(holder: Any, values: Mapping[str, int], count: int, kept: int) -> Iterator[None]:
     """Let an object's numbers be those of `kept` units out of `count` for the time being."""
     for name, value in values.items():
         setattr(holder, name, value // count * kept)

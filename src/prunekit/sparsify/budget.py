@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from ..bits import row_chunks
 from ..catalogue import Method
 from ..errors import InputError
-from ..model.anatomy import Anatomy, Block, Linear
+from ..model.anatomy import Anatomy, Block
 from ..parts import Part, budget, find_part
 from ..recipe import Pattern
 from ..statistics import Statistics
@@ -138,11 +137,11 @@ class Budget:
             for linear in block.linears:
                 wanted: Pattern | None = block_pattern
                 for glob, override in self.overrides.items():
-                    if _matches(glob, linear):
+                    if linear.matches(glob):
                         wanted = override
                         unused.discard(glob)
                 for glob in self.ignore:
-                    if _matches(glob, linear):
+                    if linear.matches(glob):
                         wanted = None
                         unused.discard(glob)
                 if wanted is block_pattern and vary and wanted.group is None:
@@ -160,10 +159,6 @@ class Budget:
                 f"'{next(anatomy.linears()).full_name}', with in each block {names}"
             )
         return allotted
-
-
-def _matches(glob: str, linear: Linear) -> bool:
-    return any(fnmatchcase(name, glob) for name in (linear.full_name, linear.name, linear.block))
 
 
 def _patterns(overrides: Any) -> dict[str, Pattern]:
