@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +27,7 @@ IDS = torch.arange(40).reshape(2, 20) * 5 % 250
 FREE_HEADS = {"gpt2", "gpt_neox", "opt", "stablelm"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """transformers copies the code of folders into a cache and imports it from there."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(sys, "path", list(sys.path))
-        yield
+pytestmark = pytest.mark.usefixtures("own_module_cache")
 
 
 def opened(folder: Path) -> tuple[StreamedModel, list[Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 SHAPES = "prunekit_shapes"
+SHORTCUTS = "shortcuts"
 
 
 def resized(kind: Any) -> Any:
@@ -37,7 +38,7 @@ def resize(model: nn.Module, shapes: dict[str, dict[str, Any]]) -> None:
             `attributes`, name -> value of what a module keeps beside its tensors and must fit them, like its number of heads; and
             perhaps `shortcuts`, name of a block -> its branches, see `add_shortcuts`.
     """
-    for name, branches in shapes.get("shortcuts", {}).items():
+    for name, branches in shapes.get(SHORTCUTS, {}).items():
         add_shortcuts(model.get_submodule(name), branches)
     for name, shape in shapes["tensors"].items():
         path, _, leaf = name.rpartition(".")

@@ -71,8 +71,6 @@ def find_layouts(model: Any, anatomy: Anatomy, structures: Structures) -> list[L
     Raises `InputError` where turning the stream would change what the model computes.
     """
     kind = type(model).__name__
-    if "_branches" in vars(model.get_submodule(anatomy.blocks[0].name)):
-        raise InputError("the residual stream of this model was sliced before: slice the original")
     outer = [
         name
         for name, tensor in model.named_parameters()

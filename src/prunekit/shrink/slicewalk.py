@@ -82,6 +82,8 @@ class Slicing:
             raise InputError(
                 f"ratio {float(ratio):g} leaves none of the {channels} channels of the stream: ask for less"
             )
+        if width >= channels:  # transformers alone would load the folder, and leave its shortcuts out
+            raise InputError(f"ratio {float(ratio):g} keeps all {channels} channels of the stream: ask for more")
         return cls(recipe, bound, Turned(source, layouts, width))
 
     @property

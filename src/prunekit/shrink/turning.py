@@ -21,8 +21,8 @@ from ..checkpoint.reader import Reader, bytes_of
 from ..checkpoint.shard import Piece
 from ..checkpoint.writer import MODELING_NAME
 from ..errors import InputError
-from ..model.resizing import SHAPES
-from ..model.source import StreamedModel, resizing_code
+from ..model.resizing import SHAPES, SHORTCUTS
+from ..model.source import StreamedModel, refuse_sliced, resizing_code
 from .residual import Branch, Layout
 
 
@@ -163,7 +163,7 @@ class Turned:
             for branch in layout.branches:
                 attributes[f"{block.name}.{branch.norm}.{layout.epsilon}"] = self.epsilon(block.index, branch)
             shortcuts[block.name] = layout.named
-        config[SHAPES] = {"tensors": tensors, "attributes": attributes, "shortcuts": shortcuts}
+        config[SHAPES] = {"tensors": tensors, "attributes": attributes, SHORTCUTS: shortcuts}
         config["tie_word_embeddings"] = False
         kind = type(source.module).__name__
         config["auto_map"] = {"AutoModelForCausalLM": f"{MODELING_NAME.removesuffix('.py')}.{kind}"}
@@ -177,6 +177,7 @@ class Turned:
 def refuse_foreign(source: StreamedModel) -> None:
     """Raise `InputError` for models whose config cannot note shapes."""
     module, kind = source.module, type(source.module).__name__
+    refuse_sliced(source, "slice the original")
     if type(module.config).model_type != source.reader.config.get("model_type"):
         raise InputError(f"{kind} is a part of a larger model: its residual stream cannot be sliced")
     if not type(module).__module__.startswith("transformers."):
