@@ -204,8 +204,15 @@ def test_transformers_alone_refuses_a_free_folder(family: str, tmp_path: Path) -
 def test_the_code_in_a_free_folder_needs_no_prunekit(free_folder: Path) -> None:
     code = (free_folder / "modeling_prunekit.py").read_text()
     imports = [line.split()[1] for line in code.splitlines() if line.startswith(("import ", "from "))]
-    assert {name.split(".")[0] for name in imports} == {"__future__", "typing", "torch", "transformers"}
-    assert len(code.splitlines()) < 80
+    assert {name.split(".")[0] for name in imports} == {
+        "__future__",
+        "collections",
+        "functools",
+        "typing",
+        "torch",
+        "transformers",
+    }
+    assert len(code.splitlines()) < 140
 
 
 def test_a_free_model_that_transformers_saves_again_is_the_same(free_folder: Path, tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def _norm(kind: str, norm: nn.Module, width: int) -> tuple[float, str]:
 
 @dataclass(frozen=True)
 class _LowRank:
-    """A made-up linear: x ↦ x · rows · columns + bias. Shapes: rows [in, rank], columns [rank, out]."""
+    """A made-up linear: x ↦ x · rows · columns. Shapes: rows [in, rank], columns [rank, out]."""
 
     rows: Tensor
     columns: Tensor

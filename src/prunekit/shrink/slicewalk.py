@@ -207,8 +207,7 @@ class SliceWalk(BlockWalk):
                 continue
             after = self._components(block, sliced, branch)
             turned = turn_branch(branch, layout, tensors, before, after)
-            with self.seconds.timed("prune"):
-                errors[branch.writer.name] = self._writer_error(block, sliced, branch, after, turned)
+            errors[branch.writer.name] = self._writer_error(block, sliced, branch, after, turned)
             _set(sliced, turned, self.turned.source)
             written |= turned
             before = after
@@ -256,7 +255,8 @@ class SliceWalk(BlockWalk):
         weight = weight_of(module)
         kept, basis = turned[f"{name}.weight"].to(weight), after.to(weight)
         sample = self.ranks.from_last(collector.sample(name))
-        return self._output_error(weight, lambda rows: weight[rows] - basis[rows] @ kept, sample)
+        with self.seconds.timed("prune"):
+            return self._output_error(weight, lambda rows: weight[rows] - basis[rows] @ kept, sample)
 
     def _report(self, linear: Linear, error: float | None, seconds: float) -> LinearReport:
         weight = self._written[f"{linear.full_name}.weight"]

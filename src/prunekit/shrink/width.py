@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -35,8 +36,9 @@ def parameters(stream: Stream, *, align: _Whole = 8) -> int:
 
     0 where there is none.
     """
-    allowed = (1 - stream.ratio) * stream.parameters
-    return next((size for size in range(_whole(stream.channels, align), 0, -align) if stream.left(size) <= allowed), 0)
+    sizes = range(align, stream.channels + 1, align)
+    fitting = bisect_right(sizes, int((1 - stream.ratio) * stream.parameters), key=stream.left)
+    return sizes[fitting - 1] if fitting else 0
 
 
 @width(paper="https://arxiv.org/abs/2401.15024")
@@ -45,8 +47,4 @@ def channels(stream: Stream, *, align: _Whole = 8) -> int:
 
     Of the block parameters it takes less, because of the shortcuts; of a small model nothing at all.
     """
-    return _whole(int((1 - stream.ratio) * stream.channels), align)
-
-
-def _whole(count: int, align: int) -> int:
-    return count // align * align
+    return int((1 - stream.ratio) * stream.channels) // align * align
