@@ -30,6 +30,7 @@ from .progress import Progress, Silent
 from .pruning import Result
 from .recipe import Recipe
 from .shrink.shrinker import Shrinker
+from .shrink.slicewalk import bound_width
 from .sparsify.budget import Budget
 from .sparsify.linear import Sparsifier
 
@@ -601,7 +602,8 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
         options: dict[str, Any] = {}
         for bound in parts:
             options |= {f"{bound.part.word}.{name}": value for name, value in bound.options.items()}
-        options |= {f"budget.{name}": value for name, value in budget.options.items()} | more
+        options |= {f"budget.{name}": value for name, value in budget.options.items()} if budget else {}
+        options |= more
         listed.append(
             {
                 "name": row.name,
@@ -613,12 +615,13 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
                 "tune": row.tune,
                 "compensate": row.compensate,
                 "depth": row.depth,
+                "width": row.width,
                 "formulas": {bound.part.word: bound.part.summary for bound in parts},
                 "notes": [bound.part.note for bound in parts if bound.part.note],
                 "group": row.group,
-                "budget": row.budget,
+                "budget": budget.part.name if budget else None,
                 "needs": sorted(
-                    frozenset().union(*(bound.part.needs for bound in parts), budget.part.needs) - {"scores"}
+                    frozenset().union(*(bound.part.needs for bound in (*parts, *filter(None, [budget])))) - {"scores"}
                 ),
                 "options": options,
                 "paper": row.paper,
@@ -627,8 +630,10 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
     return listed
 
 
-def _parts_of(row: Method) -> tuple[list[Bound], Bound, dict[str, Any]]:
-    """A method's parts, its budget, and options that are no part's, each with its default."""
+def _parts_of(row: Method) -> tuple[list[Bound], Bound | None, dict[str, Any]]:
+    """A method's parts, its budget if it has one, and options that are no part's, each with its default."""
+    if row.width is not None:
+        return [bound_width(row, {})], None, {}
     if row.kind == "shrink":
         shrinker = Shrinker.of(row, {})
         given = shrinker.budget

@@ -97,6 +97,7 @@ class Appetite:
 
     Attributes:
         sums: of a block's statistics, at most.
+        written: bytes of the model that is written beyond those of the one that is read.
         choosing: while it works on a linear.
         tunes: whether it runs blocks with gradients, towards the outputs of the dense ones.
     """
@@ -104,6 +105,7 @@ class Appetite:
     sums: int
     choosing: int
     tunes: bool = False
+    written: int = 0
 
 
 class Job(Protocol):
@@ -195,6 +197,16 @@ class BlockWalk(ABC):
         """How many parameters the model has fewer; known when the walk is over."""
         return 0
 
+    @property
+    def block_removed(self) -> int:
+        """How many of them were in blocks."""
+        return self.removed
+
+    @property
+    def channels(self) -> tuple[int, int] | None:
+        """How many channels the residual stream had and has between blocks; None where nothing was done to it."""
+        return None
+
     def outer(self) -> list[Piece]:
         """What is written of what lies outside the blocks."""
         source = self.walk.source
@@ -215,9 +227,13 @@ class BlockWalk(ABC):
     def start(self, hidden: HiddenStates | None = None, *, keep: bool = True) -> None:
         """Run the model around its blocks; `walk.hidden` then holds the first block's inputs, unless `keep` is False."""
         with self.seconds.timed("forward"), self.ranks.together():
-            self.walk.start(hidden, keep=keep)
+            self.walk.start(hidden, keep=keep, enter=self.enter)
         if self.dense and self._checks:
             self.check = self._last_batch(self.walk.hidden[self.walk.batches[-1]] if keep else None)
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """What the first block is given in the place of the model's own first hidden states [windows, length, hidden]."""
+        return hidden
 
     def _last_batch(self, values: Tensor | None) -> InMemory:
         batch = self.walk.batches[-1]

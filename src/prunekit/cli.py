@@ -121,9 +121,12 @@ def _what_went(result: Any) -> str:
     zeros = f"{result.zeros:,} zeros of {result.weights:,} weights in {result.blocks} blocks"
     if not result.removed:
         return f"  sparsity    {result.sparsity:.4f}  ({zeros})\n  parameters  {result.parameters:,}, none removed\n"
+    before_after = (
+        "" if result.channels is None else "  channels    {} -> {}, of the residual stream\n".format(*result.channels)
+    )
     return (
-        f"  parameters  {result.parameters:,} -> {result.parameters - result.removed:,}\n"
-        f"  ratio       {result.ratio:.4f}  ({result.removed:,} of {result.block_parameters:,} block parameters removed)\n"
+        f"{before_after}  parameters  {result.parameters:,} -> {result.parameters - result.removed:,}\n"
+        f"  ratio       {result.ratio:.4f}  ({result.block_removed:,} of {result.block_parameters:,} block parameters removed)\n"
     )
 
 
@@ -411,6 +414,7 @@ def methods(
         find_method(name)  # refused before anything heavy is imported
     from .api import addable
     from .api import methods as list_methods
+    from .report.methods import REMOVED
 
     rows = list_methods(name)
     if markdown:
@@ -437,12 +441,12 @@ def methods(
         + "".join(f"  {kind:<11} {row[kind]}: {formula}\n" for kind, formula in row["formulas"].items())
         + "".join(f"  note        {note}\n" for note in row["notes"])
         + (
-            "  removes     groups of heads and channels\n"
+            f"  removes     {REMOVED[row['group']]}\n"
             if row["kind"] == "shrink"
             else f"  compares    weights of the same {row['group']} (a K:G pattern: of the same group of G)\n"
         )
-        + f"  budget      {row['budget']}\n"
-        f"  measures    {', '.join(row['needs']) or 'nothing'}\n"
+        + (f"  budget      {row['budget']}\n" if row["budget"] else "")
+        + f"  measures    {', '.join(row['needs']) or 'nothing'}\n"
         f"  paper       {row['paper']}\n"
         f"  options\n{options}",
     )

@@ -30,6 +30,7 @@ _HOMES = {
     "unit-budget": "prunekit.shrink.budget",
     "compensate": "prunekit.shrink.compensate",
     "depth": "prunekit.shrink.depth",
+    "width": "prunekit.shrink.width",
 }
 _REGISTERED: dict[str, dict[str, Part]] = {kind: {} for kind in _HOMES}
 
@@ -70,7 +71,7 @@ class Part:
 
     Attributes:
         kind: `score`, `refine`, `reconstruct`, `tune` or `budget`; of methods that remove structures `unit-score`, `unit-budget`,
-            `compensate` or `depth`.
+            `compensate`, `depth` or `width`.
         needs: names of the `Statistics` sums it reads; nothing else is measured.
         rowwise: the result for some rows depends on those rows alone (and on `Statistics`, which know the norms of the whole weight's
             columns), so they may be computed in chunks.
@@ -105,7 +106,9 @@ class Part:
     @property
     def to(self) -> str:
         """To which kind of method it belongs."""
-        return "shrink" if self.kind.startswith("unit-") or self.kind in ("compensate", "depth") else "sparsify"
+        return (
+            "shrink" if self.kind.startswith("unit-") or self.kind in ("compensate", "depth", "width") else "sparsify"
+        )
 
     @property
     def summary(self) -> str:
@@ -201,6 +204,14 @@ def unit_budget(*, paper: str = "", scored: bool = False) -> Callable[[Function]
 def depth(*, paper: str) -> Callable[[Function], Function]:
     """Register `function(influence, count, *, options...) -> the numbers of the blocks that go`; see `shrink/influence.py`."""
     return _register("depth", set(), paper)
+
+
+def width(*, paper: str = "") -> Callable[[Function], Function]:
+    """Register `function(stream, *, options...) -> how many channels the residual stream keeps`; see `shrink/width.py`.
+
+    Which ones they are is read off the stream's gram matrix.
+    """
+    return _register("width", {"gram"}, paper)
 
 
 def compensate(*, needs: set[str], paper: str) -> Callable[[Function], Function]:

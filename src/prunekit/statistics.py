@@ -191,8 +191,8 @@ def column_norm(weight: Tensor, p: float) -> Tensor:
     return total if p in (0, 1, math.inf) else total.pow(1 / p) * unit
 
 
-class _Sums:
-    """Accumulates the sums of one stream of vectors."""
+class Sums:
+    """Accumulates sums over one stream of vectors: those named, by name in `sums` when it is finished."""
 
     def __init__(self, wanted: frozenset[str]) -> None:
         self.wanted = wanted
@@ -281,8 +281,8 @@ class Collector:
         unknown = frozenset(needs) - INPUT_SUMS - OUTPUT_SUMS
         if unknown:
             raise PrunekitError(f"unknown statistics {sorted(unknown)}: known are {sorted(INPUT_SUMS | OUTPUT_SUMS)}")
-        self._input_sums: dict[str, _Sums] = {}  # by the first linear that is fed the tensor
-        self._output_sums: dict[str, _Sums] = {}
+        self._input_sums: dict[str, Sums] = {}  # by the first linear that is fed the tensor
+        self._output_sums: dict[str, Sums] = {}
         self._leader: dict[str, str] = {}  # linear -> the linear it shares its input with
         self._live: list[tuple[str, Tensor]] = []  # inputs of the batch under way, held so that identity means sameness
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -322,7 +322,7 @@ class Collector:
             self._see_input(name, inputs[0])
             self._last_called, self._last_width = name, output.shape[-1]
             if self._outputs_wanted:
-                self._output_sums.setdefault(name, _Sums(self._outputs_wanted)).add(output, self.keep)
+                self._output_sums.setdefault(name, Sums(self._outputs_wanted)).add(output, self.keep)
 
         return hook
 
@@ -333,7 +333,7 @@ class Collector:
                 return
         self._live.append((name, value))
         self._leader[name] = name
-        self._input_sums.setdefault(name, _Sums(self._inputs_wanted)).add(value, self.keep, self.windows)
+        self._input_sums.setdefault(name, Sums(self._inputs_wanted)).add(value, self.keep, self.windows)
         if self.sample_tokens:
             self._samples[name] = self._last(value).clone()
 

@@ -76,11 +76,12 @@ def _what_went(recipe: Recipe, run: dict[str, Any]) -> dict[str, str]:
             "sparsity (zeros / weights of the block linears)": f"{run['sparsity']:.4f} ({run['zeros']:,} of {run['weights']:,})",
             "parameters": f"{run['parameters']:,}; none removed, shapes are those of the original",
         }
-    after, removed = run["parameters"] - run["removed"], run["removed"]
+    after, channels = run["parameters"] - run["removed"], run["channels"]
     return {
+        **({"channels of the residual stream": f"{channels['after']} of {channels['before']}"} if channels else {}),
         "parameters": f"{after:,} of {run['parameters']:,}",
-        "ratio (parameters removed / block parameters)": f"{removed / run['block_parameters']:.4f} "
-        f"({removed:,} of {run['block_parameters']:,})",
+        "ratio (parameters removed / block parameters)": f"{run['ratio']:.4f} "
+        f"({run['block_removed']:,} of {run['block_parameters']:,})",
     }
 
 
@@ -88,9 +89,15 @@ def _untouched(recipe: Recipe, *, trained: bool) -> str:
     if not recipe.removes:
         kept = _TRAINED if trained else "kept weights are bit-identical to the original's."
         return f"Embeddings, output head, norms and biases are untouched; {kept}"
+    again = "; then all were trained with low-rank adapters, which are merged" if trained else ""
+    if "width" in recipe.parts:
+        return (
+            "The embedding and the blocks' matrices are in the bases of their places, cut, with the norms' gains in them; shortcuts "
+            "carry the stream from one basis to the next and count as parameters. The head is untouched, and has its own matrix where "
+            f"it was tied{again}."
+        )
     refitted = recipe.parts.get("compensate", {}).get("name")
     kept = f"those that lost inputs were refitted ({refitted})" if refitted else "what is kept is bit-identical"
-    again = "; then all were trained with low-rank adapters, which are merged" if trained else ""
     return f"Embeddings and output head are untouched; of the blocks' matrices, {kept}{again}."
 
 
@@ -99,6 +106,11 @@ def _loads(recipe: Recipe) -> str:
         return (
             f"{_AFTER_FIGURES} like any other number: the folder loads with `AutoModelForCausalLM.from_pretrained`, and a dense "
             "runtime is neither faster nor smaller for them."
+        )
+    if "width" in recipe.parts:
+        return (
+            f"{_AFTER_SHAPES} noted in `config.json`, and no stock class has them: load the folder with `prunekit.load`, or with "
+            "`AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`, which runs `modeling_prunekit.py`."
         )
     return (
         f"{_AFTER_SHAPES} like those of a model that was trained with them: it is smaller and faster wherever it loads."

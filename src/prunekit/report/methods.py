@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# what methods that remove structures take out, by what they compare
+REMOVED = {
+    "unit": "groups of heads and channels",
+    "block": "whole blocks",
+    "channel": "channels of the residual stream",
+}
+
 
 def as_markdown(rows: Sequence[Mapping[str, Any]], parts: Sequence[Mapping[str, Any]]) -> str:
     """A section per method, and a table of the parts that can be added to one by name."""
@@ -23,7 +30,7 @@ def as_markdown(rows: Sequence[Mapping[str, Any]], parts: Sequence[Mapping[str, 
         lines += [f"- {kind}: `{row[kind]}`. {formula}" for kind, formula in row["formulas"].items()]
         lines += [f"- note: {note}" for note in row["notes"]]
         if row["kind"] == "shrink":
-            lines.append("- removes groups of heads and channels")
+            lines.append(f"- removes {REMOVED[row['group']]}")
         else:
             lines.append(f"- compares weights of the same {row['group']}; a K:G pattern those of the same group of G")
         lines.append(f"- measures {', '.join(f'`{need}`' for need in row['needs']) or 'nothing'}")

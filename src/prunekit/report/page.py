@@ -85,6 +85,9 @@ def _asked(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
     """What was to go, in words."""
     target, parts = recipe.target, manifest["recipe"]["parts"]
     if recipe.removes:
+        if channels := manifest["run"]["channels"]:
+            of = "block parameters, shortcuts counted" if parts["width"]["name"] == "parameters" else "channels"
+            return f"{target} of the {of}; {channels['after']} of {channels['before']} channels of the residual stream stay"
         widths = "all blocks as wide" if parts["budget"]["shape"] == "uniform" else "blocks of their own widths"
         return f"{target} of the block parameters, {widths}"
     if target.group is None:
@@ -159,8 +162,8 @@ def _headlines(manifest: Mapping[str, Any], evaluation: EvaluationRecord | None)
         before = f"{spelt(first.before)} before, {first.ratio:.3f} ×, on" if first.before is not None else "on"
         found.append(Headline("perplexity", spelt(first.perplexity), f"{before} {first.text}"))
     if run.get("removed"):
-        note = f"of the block parameters: {run['removed']:,} of {run['block_parameters']:,}"
-        gone = Headline("removed", f"{100 * run['removed'] / run['block_parameters']:.2f} %", note)
+        note = f"of the block parameters: {run['block_removed']:,} of {run['block_parameters']:,}"
+        gone = Headline("removed", f"{100 * run['ratio']:.2f} %", note)
     else:
         note = f"{run['zeros']:,} of {run['weights']:,} block weights"
         gone = Headline("zeros", f"{100 * run['sparsity']:.2f} %", note)

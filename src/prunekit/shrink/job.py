@@ -11,7 +11,7 @@ from ..blockwalk import Appetite, block_parameters
 from ..catalogue import find_method
 from ..distributed import Ranks
 from ..errors import InputError
-from ..model.source import StreamedModel
+from ..model.source import StreamedModel, refuse_sliced
 from ..model.stream import Walk
 from ..recipe import Recipe
 from .budget import Counts, plan_of
@@ -52,6 +52,7 @@ class Shrinking:
                 f"tune '{shrinker.tune.part.name}' goes from block to cut block: leave out "
                 + ("--set calibration.mode=dense" if shrinker.depth is None else "the tuning, whole blocks are not cut")
             )
+        refuse_sliced(source, "take heads and channels out of the original")
         structures = find_structures(source.module, source.anatomy)
         if not any(structures):
             raise InputError(f"{type(source.module).__name__} has no units that can be taken out")
