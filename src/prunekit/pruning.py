@@ -402,10 +402,11 @@ def result_of(out: Path, manifest: dict[str, Any]) -> Result:
         peak_rss_bytes=run_["peak_rss_bytes"],
         verification=Verification(**manifest["verification"]),
         memory=run_["memory"],
-        removed=run_["removed"],
-        block_parameters=run_["block_parameters"],
-        block_removed=run_["block_removed"],
-        channels=None if run_["channels"] is None else (run_["channels"]["before"], run_["channels"]["after"]),
+        # manifests have these since structures can be removed
+        removed=run_.get("removed", 0),
+        block_parameters=run_.get("block_parameters", 0),
+        block_removed=run_.get("block_removed", 0),
+        channels=None if run_.get("channels") is None else (run_["channels"]["before"], run_["channels"]["after"]),
     )
 
 
