@@ -214,12 +214,14 @@ def width(*, paper: str = "") -> Callable[[Function], Function]:
     return _register("width", {"gram"}, paper)
 
 
-def compensate(*, needs: set[str], paper: str) -> Callable[[Function], Function]:
+def compensate(
+    *, needs: set[str], paper: str, reads: Callable[..., set[str]] | None = None
+) -> Callable[[Function], Function]:
     """Register `function(weight, keep, stats, *, options...) -> (weight, bias or None)` of a linear that loses inputs.
 
     Shapes: weight [out, in] float32 or float64, keep [kept] int64 -> [out, kept], and what is added to its output, [out].
     """
-    return _register("compensate", needs, paper)
+    return _register("compensate", needs, paper, reads=reads)
 
 
 def _register(

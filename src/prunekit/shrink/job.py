@@ -89,7 +89,8 @@ class Shrinking:
         needs = self.shrinker.measured | self.shrinker.refits
         gram = "gram" in needs
         widths = [[each.consumer.in_features for each in block] for block in self.structures]
-        sums = max(sum(width**2 * 4 for width in block) for block in widths) if gram else 0
+        matrices = 2 if "half_gram" in needs else 1
+        sums = matrices * max(sum(width**2 * 4 for width in block) for block in widths) if gram else 0
         widest = max(max(block, default=0) for block in widths)
         largest = max(linear.count for linear in self.source.anatomy.linears())
         return Appetite(sums, 3 * largest * 4 + (3 * widest**2 * 8 if gram else 0), self.shrinker.tune is not None)

@@ -66,7 +66,7 @@ class Shrinker:
     @property
     def refits(self) -> frozenset[str]:
         """Statistics its compensation reads."""
-        return frozenset() if self.compensate is None else self.compensate.part.needs
+        return frozenset() if self.compensate is None else self.compensate.part.needed(self.compensate.options)
 
     @property
     def plans_first(self) -> bool:
