@@ -55,6 +55,7 @@ class ShrinkWalk(BlockWalk):
         form: how the smaller model is saved, where that is known before anything is scored.
         kept: what stays of the blocks that are done.
         biases: consumers that were given a bias they did not have, by full name.
+        added: how many parameters those are in every block that is done.
     """
 
     shrinker: Shrinker
@@ -65,6 +66,7 @@ class ShrinkWalk(BlockWalk):
     form: Form | None = None
     kept: dict[int, Kept] = field(default_factory=dict, kw_only=True)
     biases: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
+    added: dict[int, int] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         self._parameters = block_parameters(self.walk.source)
@@ -189,6 +191,8 @@ class ShrinkWalk(BlockWalk):
                     each, units, module, stored, statistics[each.name], collector.sample(each.name)
                 )
                 seconds[each.name] = time.perf_counter() - begun
+            given = (self.biases.get(each.consumer.full_name) for each in structures)
+            self.added[block.index] = sum(bias.numel() for bias in given if bias is not None)
             slicer = self._slicer(block)
             reports = []
             for linear in block.linears:
@@ -347,13 +351,16 @@ class ShrinkWalk(BlockWalk):
         return self.form
 
     def noted(self, block: Block) -> dict[str, Any]:
-        """The units that stay."""
-        return {"kept": {name: list(units) for name, units in self.kept[block.index].items()}}
+        """The units that stay, and how many parameters of biases were added."""
+        kept = {name: list(units) for name, units in self.kept[block.index].items()}
+        return {"kept": kept, "added": self.added[block.index]}
 
     def skip(self, block: Block, noted: Mapping[str, Any]) -> None:
         """Remember what stays of the block."""
         self.kept[block.index] = {name: tuple(units) for name, units in noted["kept"].items()}
+        self.added[block.index] = noted["added"]
 
+    @torch.inference_mode()
     def take_up(self, block: Block, tensors: dict[str, Tensor], noted: Mapping[str, Any]) -> nn.Module:
         """The dense block with the consumers that were written."""
         source, names = self._streamed, self._form.names
@@ -385,7 +392,7 @@ class ShrinkWalk(BlockWalk):
     @property
     def removed(self) -> int:
         """Parameters of removed units and blocks, less those of biases that were added."""
-        added = sum(bias.numel() for bias in self.biases.values())
+        added = sum(self.added.values())
         added += sum(torch.Size(shape).numel() for zeros in self._form.zeros.values() for shape in zeros.values())
         return self.made_plan().removed(self.structures, self._parameters) - added
 
