@@ -85,6 +85,8 @@ def _asked(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
     """What was to go, in words."""
     target, parts = recipe.target, manifest["recipe"]["parts"]
     if recipe.removes:
+        if "depth" in parts:
+            return f"{target} of the blocks"
         widths = "all blocks as wide" if parts["budget"]["shape"] == "uniform" else "blocks of their own widths"
         return f"{target} of the block parameters, {widths}"
     if target.group is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,17 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from ..bits import all_finite, count_zeros
-from ..blockwalk import BlockWalk, LinearReport, Stored, block_parameters
+from ..blockwalk import BlockWalk, LinearReport, Rehearsal, Stored, block_parameters
 from ..checkpoint.shard import Piece
 from ..checkpoint.writer import PLAN_NAME
 from ..errors import InputError, PrunekitWarning, VerificationError
+from ..machine import return_memory
 from ..model.anatomy import Block, weight_of
 from ..model.hidden import room_for
 from ..model.source import StreamedModel
 from ..recipe import Recipe
 from ..statistics import Statistics
 from ..verify import TOLERANCE, relative_difference
-from .budget import Counts, plan_of, top_units
+from .budget import Counts, blocks_to_remove, plan_of, top_units
 from .gradients import measure_gradients
 from .influence import Influence
 from .plan import Plan, Structures
@@ -40,6 +41,7 @@ from .view import BlockView, Gradients
 from .writing import block_tensors, outer_pieces
 
 Kept = Mapping[str, tuple[int, ...]]
+_PASSES_FOR_GRADIENTS = 4.0  # there; and back, where each block is run again and its inputs and weights have gradients
 
 
 @dataclass
@@ -83,6 +85,48 @@ class ShrinkWalk(BlockWalk):
         ranks = self.shrinker.depth or self.shrinker.score
         return ranks.part.name if ranks is not None and self.shrinker.plans_first else ""
 
+    @property
+    def steps_ahead(self) -> int:
+        """Once through the dense model, and back where there are gradients; depths say how often they go through it."""
+        blocks = len(self.structures)
+        if not self.shrinker.plans_first:
+            return 0
+        if self.shrinker.depth is None:
+            return 2 * blocks if self.shrinker.gradients else blocks
+        steps, count = self.shrinker.depth.part.steps, self._blocks_to_remove
+        assert steps is not None
+        return steps(blocks, count, **self.shrinker.depth.options) if count else 0
+
+    def rehearse(self) -> Rehearsal:
+        """Stand in for `look_ahead` with random scores, or with the last blocks removed."""
+        blocks = len(self.structures)
+        passes = self.steps_ahead / blocks
+        if self.shrinker.depth is not None:
+            plan = self.plan = self._without(range(blocks - self._blocks_to_remove, blocks))
+        else:
+            generator = torch.Generator().manual_seed(self.recipe.seed)
+            scores = [
+                {each.name: torch.rand(each.count, generator=generator) for each in block} for block in self.structures
+            ]
+            counts = self.counts or self.shrinker.budget.counts(
+                self.structures, self._parameters, self.recipe.target.fraction, scores
+            )
+            plan = plan_of(self.structures, counts, scores)
+            if self.shrinker.gradients:  # which no block alone has
+                self.plan, passes = plan, _PASSES_FOR_GRADIENTS
+            else:
+                self.counts = counts
+        if self.form is None:
+            self.form = form_of(self._streamed, self.structures, plan, self.shrinker)
+        names = self._streamed.key_of
+        new = [
+            each
+            for each in _biased(self.structures, plan, self.shrinker)
+            if f"{each.consumer.full_name}.bias" not in names
+        ]
+        added = sum(each.consumer.out_features for each in new) + self._zeros
+        return Rehearsal(plan.removed(self.structures, self._parameters) - added, passes)
+
     def look_ahead(self, known: Any, stored: Stored, step: Callable[[], None]) -> Any:
         """Make the plan from the scores of all blocks of the dense model, or take up the one that is `known`."""
         if not self.shrinker.plans_first:
@@ -101,11 +145,16 @@ class ShrinkWalk(BlockWalk):
             )
             counts = self.shrinker.budget.counts(self.structures, self._parameters, ratio, scores)
             return plan_of(self.structures, counts, scores)
-        blocks = len(self.structures)
-        count = round(ratio * blocks)
-        if count >= blocks:
-            raise InputError(f"ratio {float(ratio):g} would remove all {blocks} blocks: ask for less")
-        gone = self.shrinker.depth(Influence(self.walk, self.ranks, step), count) if count else []
+        with self.seconds.timed("forward"):
+            count = self._blocks_to_remove
+            gone = self.shrinker.depth(Influence(self.walk, self.ranks, step), count) if count else []
+        return self._without(gone)
+
+    @property
+    def _blocks_to_remove(self) -> int:
+        return blocks_to_remove(self.recipe.target.fraction, len(self.structures))
+
+    def _without(self, gone: Collection[int]) -> Plan:
         whole = Plan.whole(self.structures).blocks
         return Plan(tuple(None if index in gone else kept for index, kept in enumerate(whole)))
 
@@ -113,10 +162,6 @@ class ShrinkWalk(BlockWalk):
         """Scores of all units from gradients of the dense model."""
         score = self.shrinker.score
         assert score is not None
-        if self.ranks.size > 1:
-            raise InputError(
-                f"'{score.part.name}' wants gradients, which one process computes: start it without torchrun"
-            )
         source = self.walk.source
         with self.seconds.timed("forward"):
             measured = measure_gradients(
@@ -150,6 +195,7 @@ class ShrinkWalk(BlockWalk):
                 with self.seconds.timed("prune"), self.ranks.together():
                     found.append(self._scores(block, stored, collector.statistics(self.ranks.sum_up)))
                 walk.source.free_block(block.index)
+                return_memory()
                 step()
             walk.release()
         walk.prepare()
@@ -392,9 +438,12 @@ class ShrinkWalk(BlockWalk):
     @property
     def removed(self) -> int:
         """Parameters of removed units and blocks, less those of biases that were added."""
-        added = sum(self.added.values())
-        added += sum(torch.Size(shape).numel() for zeros in self._form.zeros.values() for shape in zeros.values())
-        return self.made_plan().removed(self.structures, self._parameters) - added
+        return self.made_plan().removed(self.structures, self._parameters) - sum(self.added.values()) - self._zeros
+
+    @property
+    def _zeros(self) -> int:
+        """Entries of biases that the smaller model's class has besides."""
+        return sum(torch.Size(shape).numel() for zeros in self._form.zeros.values() for shape in zeros.values())
 
     def made_plan(self) -> Plan:
         """What stays of every block, known when the walk is over."""
@@ -407,15 +456,8 @@ def form_of(source: StreamedModel, structures: Structures, plan: Plan, shrinker:
 
     Raises `InputError` where the model cannot be saved in that shape.
     """
-    biased: list[str] = []
-    if shrinker.compensate is not None and shrinker.compensate.part.name == "bias":
-        biased = [
-            each.consumer.full_name
-            for index in plan.kept_blocks
-            for each in structures[index]
-            if len(plan.kept(each)) < each.count
-        ]
-    form = choose_form(source, structures, plan, biased=biased)
+    biased = _biased(structures, plan, shrinker)
+    form = choose_form(source, structures, plan, biased=[each.consumer.full_name for each in biased])
     if not form.stock and shrinker.budget.shape == "uniform":
         warnings.warn(
             f"{form.reason}: the folder brings code that loads it, for --trust-remote-code or prunekit.load",
@@ -423,3 +465,10 @@ def form_of(source: StreamedModel, structures: Structures, plan: Plan, shrinker:
             stacklevel=2,
         )
     return form
+
+
+def _biased(structures: Structures, plan: Plan, shrinker: Shrinker) -> list[Structure]:
+    """Those whose consumers are given a bias, or another one, for what they lose."""
+    if shrinker.compensate is None or shrinker.compensate.part.name != "bias":
+        return []
+    return [each for index in plan.kept_blocks for each in structures[index] if len(plan.kept(each)) < each.count]
