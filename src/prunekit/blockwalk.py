@@ -28,6 +28,8 @@ from .model.source import Source, StreamedModel, exchanged, resizing_code
 from .model.stream import Walk
 from .statistics import Collector
 
+# activations a block holds at a time, in vectors a token: of the widest linear's width, and of the hidden states' width
+_WIDE, _NARROW = 4, 8
 ERROR_TOKENS = 256  # inputs of the last window on which a linear's output error is measured
 
 # weight and bias of a linear as the checkpoint holds them
@@ -100,12 +102,27 @@ class Appetite:
         written: bytes of the model that is written beyond those of the one that is read.
         choosing: while it works on a linear.
         tunes: whether it runs blocks with gradients, towards the outputs of the dense ones.
+        ahead: all told, while gradients of the dense model are measured before the first block is changed.
     """
 
     sums: int
     choosing: int
     tunes: bool = False
     written: int = 0
+    ahead: int = 0
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What can be said of a run before it looks at any data.
+
+    Attributes:
+        removed: how many parameters go with structures, as nearly as that is known.
+        passes: what `look_ahead` takes, in forward passes of all windows through all blocks.
+    """
+
+    removed: int
+    passes: float
 
 
 class Job(Protocol):
@@ -116,15 +133,11 @@ class Job(Protocol):
         """Whether anything depends on the calibration tokens; else one window does, for output errors and the reload check."""
 
     @property
-    def looks_ahead(self) -> bool:
-        """Whether the dense model is walked once before the first block is changed."""
-
-    @property
     def resolved(self) -> dict[str, dict[str, Any]]:
         """The recipe's part options with the names and defaults that hold today filled in."""
 
-    def appetite(self) -> Appetite:
-        """What it takes of memory."""
+    def appetite(self, windows: int, length: int) -> Appetite:
+        """What it takes of memory, on so many windows of that many tokens."""
 
     def work(self, walk: Walk, *, dense: bool, ranks: Ranks, first: int, total: int | None) -> BlockWalk:
         """What changes the blocks of `walk`'s model."""
@@ -173,6 +186,15 @@ class BlockWalk(ABC):
     def looks_ahead(self) -> str:
         """The name of the part that wants `look_ahead`; empty where none does."""
         return ""
+
+    @property
+    def steps_ahead(self) -> int:
+        """Through how many blocks `look_ahead` sends the windows, there and back: how often it calls its `step`."""
+        return 0
+
+    def rehearse(self) -> Rehearsal:
+        """Stand in for `look_ahead` with made-up findings, so that the first of `blocks` can be tried as a run would change it."""
+        return Rehearsal(0, self.steps_ahead / len(self.walk.source.anatomy.blocks))
 
     def shard(self, block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is written of a block, by the names it is stored under; `tensors` are the checkpoint's, changed by `prune_block`."""
@@ -337,6 +359,11 @@ class BlockWalk(ABC):
             if outputs is not None:
                 outputs.turn()
         return collector
+
+
+def activation_bytes(tokens: int, widest: int, width: int, dtype: torch.dtype) -> int:
+    """What a block holds at a time of so many tokens; `widest` is the width of its widest linear, `width` that of hidden states."""
+    return tokens * (_WIDE * widest + _NARROW * width) * dtype.itemsize
 
 
 def error_squares(weight: Tensor, change: Callable[[slice], Tensor], inputs: Tensor, rows: slice) -> Tensor:

@@ -340,6 +340,12 @@ def plan(
         made.summary(),
         f"{made.model}: {made.parameters:,} parameters, {made.blocks} blocks, {made.linears} linears with {made.weights:,} weights\n"
         f"  {made.method}: {made.windows} windows of {made.length} tokens in {made.dtype}\n"
+        + (
+            f"  removes     about {made.removed:,} parameters, {made.ratio:.4f} of those of the blocks; "
+            f"{made.parameters - made.removed:,} stay\n"
+            if recipe.removes
+            else ""
+        )
         + "".join(f"  memory {phase:<7} about {size / 1e9:.2f} GB\n" for phase, size in made.memory.items())
         + f"              {made.hidden_states / 1e9:.2f} GB hidden states {'in files' if made.hidden_in_files else 'among it'}; "
         f"{made.memory_available / 1e9:.1f} GB are free\n"

@@ -144,7 +144,7 @@ def compare(
     pruners = [job.work(walk, dense=True) for job in jobs]
     for recipe, pruner in zip(recipes, pruners, strict=True):
         if pruner.looks_ahead:
-            progress.start(f"{recipe.method}: {pruner.looks_ahead}", len(source.anatomy.blocks))
+            progress.start(f"{recipe.method}: {pruner.looks_ahead}", pruner.steps_ahead)
             pruner.look_ahead(None, partial(stored_place, source), progress.step)
     needs = frozenset().union(*(pruner.sparsifier.needs for pruner in pruners))
     pruners[0].start()

@@ -81,6 +81,7 @@ class Part:
         note: what to know before it is used, such as a group within which a score says no more than a simpler one.
         objective: of what the gradients are that it reads; empty where it reads none.
         reads: which of `needs` it reads with the options at hand, where that depends on them.
+        steps: of one that measures on walks of its own, through how many blocks these go, of how many there are and remove how many.
         options: its keyword-only parameters.
     """
 
@@ -97,6 +98,7 @@ class Part:
     note: str = ""
     objective: str = ""
     reads: Callable[..., set[str]] | None = None
+    steps: Callable[..., int] | None = None
 
     @property
     def word(self) -> str:
@@ -201,9 +203,12 @@ def unit_budget(*, paper: str = "", scored: bool = False) -> Callable[[Function]
     return _register("unit-budget", {"scores"} if scored else set(), paper)
 
 
-def depth(*, paper: str) -> Callable[[Function], Function]:
-    """Register `function(influence, count, *, options...) -> the numbers of the blocks that go`; see `shrink/influence.py`."""
-    return _register("depth", set(), paper)
+def depth(*, paper: str, steps: Callable[..., int]) -> Callable[[Function], Function]:
+    """Register `function(influence, count, *, options...) -> the numbers of the blocks that go`; see `shrink/influence.py`.
+
+    `steps(blocks, count, **options)` says through how many blocks its measurements go.
+    """
+    return _register("depth", set(), paper, steps=steps)
 
 
 def width(*, paper: str = "") -> Callable[[Function], Function]:
@@ -236,6 +241,7 @@ def _register(
     note: str = "",
     objective: str = "",
     reads: Callable[..., set[str]] | None = None,
+    steps: Callable[..., int] | None = None,
 ) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
         name = function.__name__.replace("_", "-")
@@ -260,6 +266,7 @@ def _register(
             note,
             objective,
             reads,
+            steps,
         )
         return function
 

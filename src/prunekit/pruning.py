@@ -245,7 +245,7 @@ def prune_in_memory(
         stored = partial(resident_place, model)
         if work.looks_ahead:
             walk.prepare()
-            progress.start(work.looks_ahead, len(source.anatomy.blocks))
+            progress.start(f"{work.looks_ahead} looks ahead", work.steps_ahead)
             work.look_ahead(None, stored, progress.step)
         work.start()
         reports: list[LinearReport] = []
@@ -328,7 +328,7 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
         length=length,
         batch=batch,
         width=hidden_width(source),
-        appetite=job.appetite(),
+        appetite=job.appetite(len(walk.windows), length),
         budget=room,
         base=base,
     )
@@ -441,7 +441,7 @@ def _look_ahead(run_: _Run, journal: Journal) -> None:
         return
     known = run_.ranks.share(lambda: journal.profile)
     if known is None:
-        run_.progress.start(work.looks_ahead, len(run_.source.anatomy.blocks))
+        run_.progress.start(f"{work.looks_ahead} looks ahead", work.steps_ahead)
     found = work.look_ahead(known, partial(stored_place, run_.source), run_.progress.step)
     if known is None:
         journal.profile = found

@@ -88,6 +88,8 @@ def _asked(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
         if channels := manifest["run"]["channels"]:
             of = "block parameters, shortcuts counted" if parts["width"]["name"] == "parameters" else "channels"
             return f"{target} of the {of}; {channels['after']} of {channels['before']} channels of the residual stream stay"
+        if "depth" in parts:
+            return f"{target} of the blocks"
         widths = "all blocks as wide" if parts["budget"]["shape"] == "uniform" else "blocks of their own widths"
         return f"{target} of the block parameters, {widths}"
     if target.group is None:

@@ -319,6 +319,14 @@ def top_units(scores: Tensor, count: int) -> tuple[int, ...]:
     return tuple(sorted(order.tolist()))
 
 
+def blocks_to_remove(ratio: Fraction, blocks: int) -> int:
+    """How many of so many blocks are nearest to a ratio. Raises `InputError` where that is all of them."""
+    count = round(ratio * blocks)
+    if count >= blocks:
+        raise InputError(f"ratio {float(ratio):g} would remove all {blocks} blocks: ask for less")
+    return count
+
+
 def plan_of(structures: Structures, counts: Counts, scores: Scores) -> Plan:
     """The plan that keeps the best units of every structure."""
     return Plan(

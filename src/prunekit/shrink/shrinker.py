@@ -40,6 +40,11 @@ class Shrinker:
             raise InputError(
                 f"method '{method.name}' must have either a score, which ranks units, or a depth, which removes blocks"
             )
+        if depth is not None and options.get("budget"):
+            name = next(iter(options["budget"]))
+            raise InputError(
+                f"'budget.{name}' is for methods that remove units of blocks; '{method.name}' removes whole blocks: leave it out"
+            )
         budget = UnitBudget.of(method, options.get("budget"))
         compensate, tune = bind("compensate", method, options), bind("tune", method, options)
         return cls(score, budget, compensate, depth, tune, seed)
@@ -76,7 +81,8 @@ class Shrinker:
     def resolved(self, options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """A recipe's part options with the names and defaults that hold today filled in."""
         own = {bound.part.word: {"name": bound.part.name, **bound.options} for bound in self.parts}
-        return {**{key: dict(value) for key, value in options.items()}, **own, "budget": self.budget.resolved}
+        budget = {"budget": self.budget.resolved} if self.depth is None else {}
+        return {**{key: dict(value) for key, value in options.items()}, **own, **budget}
 
     def scores(self, view: BlockView) -> dict[str, Tensor]:
         """Importance of the units of every structure of a block, [units] by name. Raises `InputError` where one is not finite."""

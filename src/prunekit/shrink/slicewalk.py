@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..binding import Bound, bind
 from ..bits import count_zeros
-from ..blockwalk import Appetite, BlockWalk, LinearReport, Stored, block_parameters
+from ..blockwalk import Appetite, BlockWalk, LinearReport, Rehearsal, Stored, block_parameters
 from ..catalogue import Method, find_method
 from ..checkpoint.shard import Piece
 from ..checkpoint.writer import MODELING_NAME
@@ -101,7 +101,7 @@ class Slicing:
         """The recipe's part options with the names and defaults that hold today filled in."""
         return {"width": {"name": self.width.part.name, **self.width.options}}
 
-    def appetite(self) -> Appetite:
+    def appetite(self, windows: int, length: int) -> Appetite:
         """A gram matrix of the stream and its components in float64, and a block in its new basis twice."""
         source, channels = self.turned.source, self.turned.channels
         largest = max(block_parameters(source)) + 2 * channels**2
@@ -309,6 +309,10 @@ class SliceWalk(BlockWalk):
         """The config, and the code that loads the model."""
         config = json.dumps(self.turned.config(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         return {"config.json": config, MODELING_NAME: self.turned.code()}
+
+    def rehearse(self) -> Rehearsal:
+        """What goes is known from shapes."""
+        return Rehearsal(self.removed, 0.0)
 
     @property
     def removed(self) -> int:

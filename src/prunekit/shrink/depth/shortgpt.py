@@ -8,7 +8,11 @@ from ...parts import depth
 from ..influence import Influence
 
 
-@depth(paper="https://arxiv.org/abs/2403.03853")
+def _steps(blocks: int, count: int, *, choose: str) -> int:
+    return sum(range(blocks - count + 1, blocks + 1)) if choose == "greedy" else blocks
+
+
+@depth(paper="https://arxiv.org/abs/2403.03853", steps=_steps)
 def shortgpt(
     influence: Influence, count: int, *, choose: Literal["once", "greedy", "contiguous"] = "once"
 ) -> list[int]:
