@@ -5,11 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import prunekit
 import tiny
+from prunekit.catalogue import METHODS
 from prunekit.errors import InputError
+from prunekit.model.source import StreamedModel
+from prunekit.model.stream import Walk, Windows
 from prunekit.recipe import Recipe
+from prunekit.shrink.job import Shrinking
+from prunekit.shrink.walk import ShrinkWalk
 
 
 def make(folder: Path, **changes: object) -> prunekit.Plan:
@@ -53,12 +59,57 @@ def test_hidden_states_grow_with_samples_and_magnitude_needs_one_window(llama_fo
     assert make(llama_folder, method="magnitude").windows == 1
 
 
+FREE = {"budget": {"shape": "free", "align": 1, "skip_first": 0, "skip_last": 0}}
+
+
+@pytest.mark.parametrize("method", [row.name for row in METHODS.values() if row.kind == "shrink"])
+def test_methods_that_remove_structures_are_planned_as_they_run(
+    method: str, llama_folder: Path, tmp_path: Path
+) -> None:
+    options: dict[str, object] = {"method": method, "ratio": 0.3, "parts": {} if METHODS[method].depth else FREE}
+    made = make(llama_folder, **options)
+    text = tmp_path / "text.txt"
+    text.write_text(tiny.make_text(600), encoding="utf-8")
+    calibration = {"source": str(text), "samples": 4, "length": 16}
+    result = prunekit.prune(llama_folder, out=tmp_path / "out", calibration=calibration, dtype="float32", **options)
+    assert made.ratio == pytest.approx(result.ratio, abs=0.07), (
+        "a group of heads is so much of this model, and scores choose"
+    )
+    assert made.ratio == made.removed / result.block_parameters
+    assert min(made.seconds[phase] for phase in ("start", "forward", "prune", "verify")) > 0
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
+
+
+def test_looking_ahead_is_planned_for(llama_folder: Path) -> None:
+    # every walk of a greedy search is one more pass; gradients are kept, and all that blocks were fed
+    greedy = {"parts": {"depth": {"choose": "greedy"}}}
+    walks = [jobs_walk(llama_folder, {"method": "shortgpt", "ratio": 0.6} | more) for more in ({}, greedy)]
+    assert [walk.steps_ahead for walk in walks] == [3, 3 + 2]
+    assert [walk.rehearse().passes for walk in walks] == [1, 5 / 3]
+    free = {"parts": FREE, "ratio": 0.3}
+    taylor, random = (make(llama_folder, method=method, **free) for method in ("llm-pruner", "random"))
+    assert taylor.memory["start"] > random.memory["start"]
+    assert jobs_walk(llama_folder, {"method": "llm-pruner"} | free).steps_ahead == 6
+    assert jobs_walk(llama_folder, {"method": "random"} | free).steps_ahead == 0
+
+
+def jobs_walk(folder: Path, values: dict[str, object]) -> ShrinkWalk:
+    source = StreamedModel.open(folder, dtype="float32", device="cpu")
+    recipe = Recipe.build({"model": str(folder)} | values)
+    windows = Windows(torch.zeros(2, 16, dtype=torch.int64))
+    return Shrinking.of(recipe, source).work(Walk(source, windows), dense=False)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"pattern": "3:5"}, "do not divide the 32 inputs of 'model.layers.0.self_attn.q_proj'"),
         ({"calibration": {"length": 4096}}, "length 4096 is more than the 128 positions"),
         ({"parts": {"budget": {"ignore": ["nothing"]}}}, "matches no linear"),
+        ({"method": "numerical", "ratio": 0.99}, "ask for at most 0"),
+        ({"method": "shortgpt", "ratio": 0.9}, "would remove all 3 blocks"),
+        ({"method": "shortgpt", "ratio": 0.3, "parts": FREE}, "'shortgpt' removes whole blocks: leave it out"),
+        ({"method": "llm-pruner", "ratio": 0.3}, "skip all of the model's 3 blocks"),
     ],
 )
 def test_what_a_run_would_refuse_is_refused(llama_folder: Path, changes: dict[str, object], message: str) -> None:

@@ -30,6 +30,7 @@ from .progress import Progress, Silent
 from .pruning import Result
 from .recipe import Recipe
 from .shrink.shrinker import Shrinker
+from .shrink.slicewalk import bound_width
 from .sparsify.budget import Budget
 from .sparsify.linear import Sparsifier
 
@@ -614,6 +615,7 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
                 "tune": row.tune,
                 "compensate": row.compensate,
                 "depth": row.depth,
+                "width": row.width,
                 "formulas": {bound.part.word: bound.part.summary for bound in parts},
                 "notes": [bound.part.note for bound in parts if bound.part.note],
                 "group": row.group,
@@ -634,6 +636,8 @@ def _read(parts: Sequence[Bound]) -> frozenset[str]:
 
 def _parts_of(row: Method) -> tuple[list[Bound], Bound | None, dict[str, Any]]:
     """A method's parts, its budget if it has one, and options that are no part's, each with its default."""
+    if row.width is not None:
+        return [bound_width(row, {})], None, {}
     if row.kind == "shrink":
         shrinker = Shrinker.of(row, {})
         given = shrinker.budget

@@ -28,6 +28,8 @@ from .model.source import Source, StreamedModel, exchanged, resizing_code
 from .model.stream import Walk
 from .statistics import Collector
 
+# activations a block holds at a time, in vectors a token: of the widest linear's width, and of the hidden states' width
+_WIDE, _NARROW = 4, 8
 ERROR_TOKENS = 256  # inputs of the last window on which a linear's output error is measured
 
 # weight and bias of a linear as the checkpoint holds them
@@ -97,13 +99,30 @@ class Appetite:
 
     Attributes:
         sums: of a block's statistics, at most.
+        written: bytes of the model that is written beyond those of the one that is read.
         choosing: while it works on a linear.
         tunes: whether it runs blocks with gradients, towards the outputs of the dense ones.
+        ahead: all told, while gradients of the dense model are measured before the first block is changed.
     """
 
     sums: int
     choosing: int
     tunes: bool = False
+    written: int = 0
+    ahead: int = 0
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What can be said of a run before it looks at any data.
+
+    Attributes:
+        removed: how many parameters go with structures, as nearly as that is known.
+        passes: what `look_ahead` takes, in forward passes of all windows through all blocks.
+    """
+
+    removed: int
+    passes: float
 
 
 class Job(Protocol):
@@ -117,8 +136,8 @@ class Job(Protocol):
     def resolved(self) -> dict[str, dict[str, Any]]:
         """The recipe's part options with the names and defaults that hold today filled in."""
 
-    def appetite(self) -> Appetite:
-        """What it takes of memory."""
+    def appetite(self, windows: int, length: int) -> Appetite:
+        """What it takes of memory, on so many windows of that many tokens."""
 
     def work(self, walk: Walk, *, dense: bool, ranks: Ranks, first: int, total: int | None) -> BlockWalk:
         """What changes the blocks of `walk`'s model."""
@@ -170,17 +189,12 @@ class BlockWalk(ABC):
 
     @property
     def steps_ahead(self) -> int:
-        """How often `look_ahead` calls `step`: mostly once a block."""
-        return len(self.walk.source.anatomy.blocks)
+        """Through how many blocks `look_ahead` sends the windows, there and back: how often it calls its `step`."""
+        return 0
 
-    @property
-    def passes_ahead(self) -> float:
-        """What `look_ahead` costs, in forward passes of the windows through all blocks."""
-        return 1.0 if self.looks_ahead else 0.0
-
-    def suppose(self) -> None:
-        """Settle by rule of thumb what `look_ahead` would find out, so that a block can be tried for an estimate."""
-        return
+    def rehearse(self) -> Rehearsal:
+        """Stand in for `look_ahead` with made-up findings, so that the first of `blocks` can be tried as a run would change it."""
+        return Rehearsal(0, self.steps_ahead / len(self.walk.source.anatomy.blocks))
 
     def shard(self, block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is written of a block, by the names it is stored under; `tensors` are the checkpoint's, changed by `prune_block`."""
@@ -205,6 +219,16 @@ class BlockWalk(ABC):
         """How many parameters the model has fewer; known when the walk is over."""
         return 0
 
+    @property
+    def block_removed(self) -> int:
+        """How many of them were in blocks."""
+        return self.removed
+
+    @property
+    def channels(self) -> tuple[int, int] | None:
+        """How many channels the residual stream had and has between blocks; None where nothing was done to it."""
+        return None
+
     def outer(self) -> list[Piece]:
         """What is written of what lies outside the blocks."""
         source = self.walk.source
@@ -225,9 +249,13 @@ class BlockWalk(ABC):
     def start(self, hidden: HiddenStates | None = None, *, keep: bool = True) -> None:
         """Run the model around its blocks; `walk.hidden` then holds the first block's inputs, unless `keep` is False."""
         with self.seconds.timed("forward"), self.ranks.together():
-            self.walk.start(hidden, keep=keep)
+            self.walk.start(hidden, keep=keep, enter=self.enter)
         if self.dense and self._checks:
             self.check = self._last_batch(self.walk.hidden[self.walk.batches[-1]] if keep else None)
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """What the first block is given in the place of the model's own first hidden states [windows, length, hidden]."""
+        return hidden
 
     def _last_batch(self, values: Tensor | None) -> InMemory:
         batch = self.walk.batches[-1]
@@ -331,6 +359,11 @@ class BlockWalk(ABC):
             if outputs is not None:
                 outputs.turn()
         return collector
+
+
+def activation_bytes(tokens: int, widest: int, width: int, dtype: torch.dtype) -> int:
+    """What a block holds at a time of so many tokens; `widest` is the width of its widest linear, `width` that of hidden states."""
+    return tokens * (_WIDE * widest + _NARROW * width) * dtype.itemsize
 
 
 def error_squares(weight: Tensor, change: Callable[[slice], Tensor], inputs: Tensor, rows: slice) -> Tensor:

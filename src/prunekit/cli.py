@@ -126,9 +126,12 @@ def _what_went(result: Any) -> str:
     zeros = f"{result.zeros:,} zeros of {result.weights:,} weights in {result.blocks} blocks"
     if not result.removed:
         return f"  sparsity    {result.sparsity:.4f}  ({zeros})\n  parameters  {result.parameters:,}, none removed\n"
+    before_after = (
+        "" if result.channels is None else "  channels    {} -> {}, of the residual stream\n".format(*result.channels)
+    )
     return (
-        f"  parameters  {result.parameters:,} -> {result.parameters - result.removed:,}\n"
-        f"  ratio       {result.ratio:.4f}  ({result.removed:,} of {result.block_parameters:,} block parameters removed)\n"
+        f"{before_after}  parameters  {result.parameters:,} -> {result.parameters - result.removed:,}\n"
+        f"  ratio       {result.ratio:.4f}  ({result.block_removed:,} of {result.block_parameters:,} block parameters removed)\n"
     )
 
 
@@ -342,6 +345,12 @@ def plan(
         made.summary(),
         f"{made.model}: {made.parameters:,} parameters, {made.blocks} blocks, {made.linears} linears with {made.weights:,} weights\n"
         f"  {made.method}: {made.windows} windows of {made.length} tokens in {made.dtype}\n"
+        + (
+            f"  removes     about {made.removed:,} parameters, {made.ratio:.4f} of those of the blocks; "
+            f"{made.parameters - made.removed:,} stay\n"
+            if recipe.removes
+            else ""
+        )
         + "".join(f"  memory {phase:<7} about {size / 1e9:.2f} GB\n" for phase, size in made.memory.items())
         + f"              {made.hidden_states / 1e9:.2f} GB hidden states {'in files' if made.hidden_in_files else 'among it'}; "
         f"{made.memory_available / 1e9:.1f} GB are free\n"

@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import machine
-from .blockwalk import Appetite
+from .blockwalk import Appetite, activation_bytes
 from .errors import InputError
 from .model.source import StreamedModel
-
-# activations a block holds at a time, in vectors a token: of the widest linear's width, and of the hidden states' width
-_WIDE, _NARROW = 4, 8
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def needs_of(
     linears = list(anatomy.linears())
     block_weights = max(sum(linear.count for linear in each.linears) for each in anatomy.blocks)
     widest = max(max(linear.out_features, linear.in_features) for linear in linears)
-    activations = batch * length * (_WIDE * widest + _NARROW * width) * size
+    activations = activation_bytes(batch * length, widest, width, source.dtype)
     hidden = windows * length * width * size
     in_files = hidden > budget
     in_memory = batch * length * width * size if in_files else hidden
@@ -80,13 +77,13 @@ def needs_of(
         in_memory *= 1 if in_files else 2
         choosing = max(choosing, 8 * block_weights * 4 + 3 * activations)
     outer = source.outer_bytes(all_windows * length)
-    start = base + outer + in_memory + block + converted + activations
+    start = base + max(outer + in_memory + block + converted + activations, appetite.ahead)
     walk = base + in_memory + 2 * block + converted + appetite.sums + max(activations, choosing)
     parameters = source.parameter_count * size
     verify = base + activations + (parameters if parameters <= budget else 2 * block + converted)
     memory = {"start": start, "walk": max(start, walk), "verify": max(start, walk, verify)}
     memory["peak"] = memory["verify"]
-    weights = sum(stored.values())
+    weights = sum(stored.values()) + appetite.written
     kept = 2 * all_windows * length * width * size if len(anatomy.blocks) > 1 else 0
     disk = {"weights": weights, "hidden": kept, "peak": weights + kept}
     return Needs(memory, disk, hidden, in_files, activations, block + converted)

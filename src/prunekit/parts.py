@@ -30,6 +30,7 @@ _HOMES = {
     "unit-budget": "prunekit.shrink.budget",
     "compensate": "prunekit.shrink.compensate",
     "depth": "prunekit.shrink.depth",
+    "width": "prunekit.shrink.width",
 }
 _REGISTERED: dict[str, dict[str, Part]] = {kind: {} for kind in _HOMES}
 
@@ -70,7 +71,7 @@ class Part:
 
     Attributes:
         kind: `score`, `refine`, `reconstruct`, `tune` or `budget`; of methods that remove structures `unit-score`, `unit-budget`,
-            `compensate` or `depth`.
+            `compensate`, `depth` or `width`.
         needs: names of the `Statistics` sums it reads; nothing else is measured.
         rowwise: the result for some rows depends on those rows alone (and on `Statistics`, which know the norms of the whole weight's
             columns), so they may be computed in chunks.
@@ -80,7 +81,7 @@ class Part:
         note: what to know before it is used, such as a group within which a score says no more than a simpler one.
         objective: of what the gradients are that it reads; empty where it reads none.
         reads: which of `needs` it reads with the options at hand, where that depends on them.
-        walks: how often a depth walks through the model to remove so many blocks; None for once.
+        steps: of one that measures on walks of its own, through how many blocks these go, of how many there are and remove how many.
         options: its keyword-only parameters.
     """
 
@@ -97,7 +98,7 @@ class Part:
     note: str = ""
     objective: str = ""
     reads: Callable[..., set[str]] | None = None
-    walks: Callable[..., int] | None = None
+    steps: Callable[..., int] | None = None
 
     @property
     def word(self) -> str:
@@ -123,10 +124,6 @@ class Part:
     def needed(self, options: dict[str, Any]) -> frozenset[str]:
         """What it reads of `needs` with these options, all of them bound."""
         return self.needs if self.reads is None else frozenset(self.reads(**options))
-
-    def walked(self, count: int, options: dict[str, Any]) -> int:
-        """How often a depth walks through the model to remove `count` blocks."""
-        return 1 if self.walks is None else self.walks(count, **options)
 
 
 def score(
@@ -199,20 +196,30 @@ def unit_budget(*, paper: str = "", scored: bool = False) -> Callable[[Function]
     return _register("unit-budget", {"scores"} if scored else set(), paper)
 
 
-def depth(*, paper: str, walks: Callable[..., int] | None = None) -> Callable[[Function], Function]:
+def depth(*, paper: str, steps: Callable[..., int]) -> Callable[[Function], Function]:
     """Register `function(influence, count, *, options...) -> the numbers of the blocks that go`; see `shrink/influence.py`.
 
-    `walks(count, **options)` says how many measurements of `influence` that takes, where it is not one.
+    `steps(blocks, count, **options)` says through how many blocks its measurements go.
     """
-    return _register("depth", set(), paper, walks=walks)
+    return _register("depth", set(), paper, steps=steps)
 
 
-def compensate(*, needs: set[str], paper: str) -> Callable[[Function], Function]:
+def width(*, paper: str = "") -> Callable[[Function], Function]:
+    """Register `function(stream, *, options...) -> how many channels the residual stream keeps`; see `shrink/width.py`.
+
+    Which ones they are is read off the stream's gram matrix.
+    """
+    return _register("width", {"gram"}, paper)
+
+
+def compensate(
+    *, needs: set[str], paper: str, reads: Callable[..., set[str]] | None = None
+) -> Callable[[Function], Function]:
     """Register `function(weight, keep, stats, *, options...) -> (weight, bias or None)` of a linear that loses inputs.
 
     Shapes: weight [out, in] float32 or float64, keep [kept] int64 -> [out, kept], and what is added to its output, [out].
     """
-    return _register("compensate", needs, paper)
+    return _register("compensate", needs, paper, reads=reads)
 
 
 def _register(
@@ -227,7 +234,7 @@ def _register(
     note: str = "",
     objective: str = "",
     reads: Callable[..., set[str]] | None = None,
-    walks: Callable[..., int] | None = None,
+    steps: Callable[..., int] | None = None,
 ) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
         name = function.__name__.replace("_", "-")
@@ -252,7 +259,7 @@ def _register(
             note,
             objective,
             reads,
-            walks,
+            steps,
         )
         return function
 

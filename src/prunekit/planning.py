@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import machine
-from .blockwalk import BlockWalk, Job
+from .blockwalk import BlockWalk, Job, Rehearsal, block_parameters
 from .calibration.windows import load_tokenizer, window_length
 from .checkpoint.locate import locate
 from .checkpoint.reader import bytes_of
@@ -37,6 +37,7 @@ class Plan:
         memory: the process's peak up to the end of each phase: `start` (embeddings and first hidden states), `walk`, `verify`;
             `peak` is the last.
         memory_available: what this machine could give now.
+        removed: parameters that go with structures, about; `ratio` is their share of the block parameters.
         hidden_states: the buffer of windows × length × hidden, part of `walk`; in files beyond the memory budget.
         disk: `weights` of the output folder, `hidden` while the run lasts, `peak` both; `disk_available` is what is free.
         seconds: by phase, as a run's own figures: `start`, `forward`, `prune`, `tune`, `write` (what is waited for), `read`, `verify`;
@@ -48,6 +49,8 @@ class Plan:
     blocks: int
     linears: int
     parameters: int
+    removed: int
+    ratio: float
     weights: int
     windows: int
     length: int
@@ -100,7 +103,7 @@ class _Outline:
             length=length,
             batch=batch,
             width=hidden_width(source),
-            appetite=job.appetite(),
+            appetite=job.appetite(windows, length),
             budget=machine.available_memory_bytes() // 2 if memory_budget is None else memory_budget,
             base=base,
         )
@@ -125,10 +128,9 @@ def make_plan(recipe: Recipe, out: Path, progress: Progress, memory_budget: int 
     walk = Walk(source, Windows(ids), batch)
     dense = recipe.calibration.mode == "dense"
     trial = outline.job.work(walk, dense=dense, ranks=Ranks(), first=0, total=None)
-    trial.suppose()
-    seconds = _Trial(trial, source, out).extrapolate(batches, needs.hidden)
+    rehearsal = trial.rehearse()
+    seconds = _Trial(trial, rehearsal, source, out).extrapolate(batches, needs.hidden)
     seconds["start"] += opened
-    seconds["forward"] *= 1 + trial.passes_ahead / 2  # a run itself passes twice
     seconds["total"] = sum(seconds.values())
     return Plan(
         model=recipe.model,
@@ -136,6 +138,8 @@ def make_plan(recipe: Recipe, out: Path, progress: Progress, memory_budget: int 
         blocks=len(source.anatomy.blocks),
         linears=sum(1 for _ in source.anatomy.linears()),
         parameters=source.parameter_count,
+        removed=rehearsal.removed,
+        ratio=rehearsal.removed / sum(block_parameters(source)),
         weights=sum(linear.count for linear in source.anatomy.linears()),
         windows=outline.windows,
         length=outline.length,
@@ -153,10 +157,12 @@ def make_plan(recipe: Recipe, out: Path, progress: Progress, memory_budget: int 
 class _Trial:
     """The first block measured, pruned and run as a run does it, on a few batches of random tokens; nothing of it is kept."""
 
-    def __init__(self, trial: BlockWalk, source: StreamedModel, out: Path) -> None:
+    def __init__(self, trial: BlockWalk, rehearsal: Rehearsal, source: StreamedModel, out: Path) -> None:
         self._source = source
-        self._blocks = len(source.anatomy.blocks)
-        block = source.anatomy.blocks[0]
+        self._rehearsal = rehearsal
+        self._dense_blocks = len(source.anatomy.blocks)
+        self._blocks = len(trial.blocks)
+        block = trial.blocks[0]
         self._tried = len(trial.walk.batches)
         begun = time.perf_counter()
         trial.start()
@@ -176,6 +182,7 @@ class _Trial:
             fastest = [min(pair) for pair in zip(fastest, taken, strict=True)]
         self._measure, self._pass_on, self._prune, self._tune = fastest
         self._pruned_weights = sum(linear.count for linear in block.linears)
+        self._weights = sum(linear.count for each in trial.blocks for linear in each.linears)
         self._shard_bytes = sum(tensor.nbytes for tensor in stored.values())
         begun = time.perf_counter()
         with TemporaryFile(dir=_nearest_folder(out)) as stream:  # as fast as the disk that will be written, if we may
@@ -197,14 +204,17 @@ class _Trial:
         measure, pass_on = self._measure * more, self._pass_on * more
         stored = sum(entry.bytes for entry in source.reader.entries.values())
         per_byte = self._write / self._shard_bytes + self._hash  # written and hashed in one go
-        blocks_bytes = self._shard_bytes * self._blocks
+        blocks_bytes = self._shard_bytes * self._dense_blocks
         shard, saving = self._shard_bytes * per_byte, hidden * (per_byte if self._blocks > 1 else 0.0)
-        weights = sum(linear.count for linear in source.anatomy.linears())
         reading = self._read * stored / self._shard_bytes
+        ahead = self._start * more + self._dense_blocks * max(measure, pass_on)
         return {
             "start": stored * self._hash,
-            "forward": self._start * more + self._blocks * measure + (self._blocks - 1) * pass_on,
-            "prune": self._prune * weights / self._pruned_weights,
+            "forward": self._start * more
+            + self._blocks * measure
+            + (self._blocks - 1) * pass_on
+            + self._rehearsal.passes * ahead,
+            "prune": self._prune * self._weights / self._pruned_weights,
             "tune": self._tune * more * self._blocks,
             "write": max(0, stored - blocks_bytes) * per_byte
             + self._blocks * (max(0.0, shard - pass_on) + max(0.0, saving - measure)),

@@ -66,7 +66,8 @@ if TYPE_CHECKING:
 class Result:
     """What a run did. `linears` has one report per linear, in the model's order; `out` is None for a model pruned in memory.
 
-    `parameters` are those of the dense model, `block_parameters` those of its blocks, and `removed` went with structures.
+    `parameters` are those of the dense model, `block_parameters` those of its blocks; of them `removed` and `block_removed` are gone.
+    `channels` is how many the residual stream had and has, where it was sliced.
 
     `memory` is the process's peak in bytes up to the end of each phase, as `Plan.memory` predicts it.
     """
@@ -84,11 +85,13 @@ class Result:
     memory: dict[str, int] | None = None
     removed: int = 0
     block_parameters: int = 0
+    block_removed: int = 0
+    channels: tuple[int, int] | None = None
 
     @property
     def ratio(self) -> float:
-        """Parameters removed divided by those of the blocks."""
-        return self.removed / self.block_parameters if self.block_parameters else 0.0
+        """Parameters removed from the blocks divided by theirs."""
+        return self.block_removed / self.block_parameters if self.block_parameters else 0.0
 
     @property
     def weights(self) -> int:
@@ -122,6 +125,7 @@ class Result:
             "permuted": self.permuted,
             "parameters": {"before": self.parameters, "after": self.parameters - self.removed},
             "ratio": self.ratio,
+            "channels": None if self.channels is None else dict(zip(("before", "after"), self.channels, strict=True)),
             "blocks": self.blocks,
             "windows": self.windows,
             "tokens": self.tokens,
@@ -241,7 +245,7 @@ def prune_in_memory(
         stored = partial(resident_place, model)
         if work.looks_ahead:
             walk.prepare()
-            progress.start(work.looks_ahead, work.steps_ahead)
+            progress.start(f"{work.looks_ahead} looks ahead", work.steps_ahead)
             work.look_ahead(None, stored, progress.step)
         work.start()
         reports: list[LinearReport] = []
@@ -324,7 +328,7 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
         length=length,
         batch=batch,
         width=hidden_width(source),
-        appetite=job.appetite(),
+        appetite=job.appetite(len(walk.windows), length),
         budget=room,
         base=base,
     )
@@ -398,8 +402,11 @@ def result_of(out: Path, manifest: dict[str, Any]) -> Result:
         peak_rss_bytes=run_["peak_rss_bytes"],
         verification=Verification(**manifest["verification"]),
         memory=run_["memory"],
-        removed=run_["removed"],
-        block_parameters=run_["block_parameters"],
+        # manifests have these since structures can be removed
+        removed=run_.get("removed", 0),
+        block_parameters=run_.get("block_parameters", 0),
+        block_removed=run_.get("block_removed", 0),
+        channels=None if run_.get("channels") is None else (run_["channels"]["before"], run_["channels"]["after"]),
     )
 
 
@@ -434,7 +441,7 @@ def _look_ahead(run_: _Run, journal: Journal) -> None:
         return
     known = run_.ranks.share(lambda: journal.profile)
     if known is None:
-        run_.progress.start(work.looks_ahead, work.steps_ahead)
+        run_.progress.start(f"{work.looks_ahead} looks ahead", work.steps_ahead)
     found = work.look_ahead(known, partial(stored_place, run_.source), run_.progress.step)
     if known is None:
         journal.profile = found
@@ -602,6 +609,8 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
         memory={**run_.memory, "verify": machine.peak_rss_bytes()},
         removed=run_.work.removed,
         block_parameters=sum(block_parameters(source)),
+        block_removed=run_.work.block_removed,
+        channels=run_.work.channels,
     )
     manifest = {
         "format": FORMAT,
@@ -614,7 +623,8 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
             "parameters": parameters,
             "removed": result.removed,
             "block_parameters": result.block_parameters,
-            "blocks_removed": [each.index for each in source.anatomy.blocks if each not in run_.work.blocks],
+            "block_removed": result.block_removed,
+            "dropped": [each.index for each in source.anatomy.blocks if each not in run_.work.blocks],
             "processes": run_.ranks.size,
         },
         "verification": asdict(verification),

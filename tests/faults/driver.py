@@ -41,18 +41,29 @@ from transformers.utils import logging
 
 import tiny
 from prunekit import cli, keeper, machine, pruning
+from prunekit.blockwalk import BlockWalk
 from prunekit.checkpoint import lock, shard, storage, writer
+from prunekit.checkpoint.reader import Reader
 from prunekit.checkpoint.writer import Journal, Writer
 from prunekit.model import hidden, source, stream
 from prunekit.report import charts
+from prunekit.shrink.walk import ShrinkWalk
 from prunekit.sparsify.walk import SparsifyWalk
 
 BLOCKS = 4
 PATIENCE = 300.0  # seconds after which a run hangs, on a machine however busy
 _IN_MEMORY, _IN_FILES = "100KB", "1"  # the reload check is streamed in both, which is the faster one here
+_MODES = {
+    "sequential": [],
+    "dense": ["--set", "calibration.mode=dense"],
+    # what removes structures: all planned first and weights refitted; biases and widths that no config has; whole blocks
+    "refitted": ["--method", "numerical", "--ratio", "0.3"],
+    "biased": ["--method", "flap", "--ratio", "0.3", "--shape", "free", "--set", "calibration.mode=dense"],
+    "shallower": ["--method", "shortgpt", "--ratio", "0.25"],
+}
 SETTINGS = {
-    f"{mode}-{where}": ["--set", f"calibration.mode={mode}", "--memory-budget", budget]
-    for mode in ("sequential", "dense")
+    f"{mode}-{where}": [*words, "--memory-budget", budget]
+    for mode, words in _MODES.items()
     for where, budget in (("memory", _IN_MEMORY), ("files", _IN_FILES))
 }
 _TIMED = ("prunekit.json", "README.md", "report.html")  # they say how long it took
@@ -99,10 +110,11 @@ class Driver:
             self._command(setting, out)
             self.seconds[setting] = time.monotonic() - begun
             self.whole[setting] = contents(out)
-        for mode in ("sequential", "dense"):
+        for mode in _MODES:
             in_memory, in_files = (shards(self.whole[f"{mode}-{where}"]) for where in ("memory", "files"))
             assert in_memory == in_files, "where hidden states are kept changes no bit"
-        assert shards(self.whole["sequential-memory"]) != shards(self.whole["dense-memory"])
+        told = {tuple(shards(self.whole[f"{mode}-memory"]).values()) for mode in _MODES}
+        assert len(told) == len(_MODES), "each does something else"
         self._make_starts()
         self._prepared: dict[tuple[Any, ...], Any] = {}
         self._keep_what_is_the_same()
@@ -160,10 +172,13 @@ class Driver:
         for setting in SETTINGS:
             self._command(setting, self.folder / f"whole-{setting}", "--resume")  # it is finished: nothing but prepared
         some = next(iter(self._prepared.values())).source
-        ready = [build(some.reader, some.dtype, some.device)]  # a run has a second one, for the reload check
+        ready = {}  # a run has a second one, for the reload check
+        for setting in SETTINGS:
+            reader = Reader(self.folder / f"whole-{setting}")
+            ready[json.dumps(reader.config)] = build(reader, some.dtype, some.device)
 
-        def built(*arguments: Any, **named: Any) -> Any:
-            return ready.pop() if ready else build(*arguments, **named)
+        def built(reader: Reader, *rest: Any, **named: Any) -> Any:
+            return ready.pop(json.dumps(reader.config), None) or build(reader, *rest, **named)
 
         source.build_skeleton = built
 
@@ -291,10 +306,20 @@ class Driver:
         same = (found.keys() & wanted.keys()) - set(_TIMED)
         wrong += [f"not the same bytes: {name}" for name in sorted(same) if found[name] != wanted[name]]
         if "prunekit.json" in found:
-            for part in ("outputs", "recipe", "inputs", "calibration_tokens"):
-                ours, theirs = (json.loads(files["prunekit.json"])[part] for files in (found, wanted))
-                wrong += [f"the manifest's {part} are others"] if ours != theirs else []
+            ours, theirs = (_untimed(json.loads(files["prunekit.json"])) for files in (found, wanted))
+            wrong += [f"the manifest's {part} is another" for part in theirs if ours[part] != theirs[part]]
         return wrong
+
+
+def _untimed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says besides how long it took, and in how much memory."""
+    same = ("outputs", "recipe", "inputs", "calibration_tokens")
+    counts = ("parameters", "removed", "block_parameters", "weights", "zeros", "sparsity", "blocks")
+    return {
+        **{part: manifest[part] for part in same},
+        **{f"run.{name}": manifest["run"][name] for name in counts},
+        "linears": [{name: value for name, value in line.items() if name != "seconds"} for line in manifest["linears"]],
+    }
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -330,16 +355,33 @@ def _listen(pipe: int, child: int, delay: float | None) -> tuple[list[Event], bo
 
 def _watch(note: Callable[..., None]) -> None:
     """Tell which blocks are pruned and passed, and what is durable."""
-    prune, forward, add, keep = SparsifyWalk.prune_block, SparsifyWalk.pass_on, Journal.add, Journal.note_hidden
-    write = Writer.write_shard
+    forward, add, keep, save = BlockWalk.pass_on, Journal.add, Journal.note_hidden, Journal.save
+    write, look = Writer.write_shard, ShrinkWalk.look_ahead
 
-    def prune_block(self: Any, block: Any, *rest: Any) -> Any:
-        note("pruned", block.index)
-        return prune(self, block, *rest)
+    def number(work: BlockWalk, index: int) -> int:
+        """Of a block among those that stay, as shards and hidden states are numbered."""
+        return [block.index for block in work.blocks].index(index)
+
+    def watched(prune: Callable[..., Any]) -> Callable[..., Any]:
+        def prune_block(self: Any, block: Any, *rest: Any) -> Any:
+            note("pruned", number(self, block.index))
+            return prune(self, block, *rest)
+
+        return prune_block
 
     def pass_on(self: Any, index: int, *rest: Any) -> Any:
-        note("passed", index)
+        note("passed", number(self, index))
         return forward(self, index, *rest)
+
+    def look_ahead(self: Any, known: Any, *rest: Any) -> Any:
+        if self.looks_ahead and known is None:
+            note("looked ahead", True)
+        return look(self, known, *rest)
+
+    def saved(self: Any) -> None:
+        save(self)
+        if self.profile is not None:
+            note("profile", True)
 
     def write_shard(self: Any, position: int, *rest: Any) -> Any:
         note("written", position)
@@ -353,9 +395,11 @@ def _watch(note: Callable[..., None]) -> None:
         keep(self, block, *rest)
         note("hidden", block)
 
-    SparsifyWalk.prune_block, SparsifyWalk.pass_on = prune_block, pass_on  # type: ignore[method-assign]
+    for work in (SparsifyWalk, ShrinkWalk):
+        work.prune_block = watched(work.prune_block)  # type: ignore[method-assign]
+    BlockWalk.pass_on, ShrinkWalk.look_ahead = pass_on, look_ahead  # type: ignore[method-assign]
     Writer.write_shard = write_shard  # type: ignore[method-assign]
-    Journal.add, Journal.note_hidden = noted, noted_hidden  # type: ignore[method-assign]
+    Journal.add, Journal.note_hidden, Journal.save = noted, noted_hidden, saved  # type: ignore[method-assign]
 
 
 def _judge(fault: dict[str, Any], attempt: Attempt, out: Path, before: set[str]) -> list[str]:
@@ -397,8 +441,12 @@ def _redone(attempts: list[Attempt]) -> tuple[int, int, list[str]]:
     durable: set[int] = set()
     hidden_of = -1
     most_again = most_forwarded = 0
+    profiled = False
     wrong = []
     for attempt in attempts:
+        if profiled and attempt.of("looked ahead"):
+            wrong.append("looked ahead again, though what was found was durable")
+        profiled |= bool(attempt.of("profile"))
         now = set(attempt.of("pruned"))
         again = sorted(now & pruned)
         forwarded = sorted(set(attempt.of("passed")) - now)
@@ -454,6 +502,16 @@ def _never_trust_hidden() -> None:
     keeper.is_whole = lambda path, parts, window: False
 
 
+def _never_use_plans() -> None:
+    read = Journal.read
+
+    def forgetful(folder: Path) -> Journal | None:
+        journal = read(folder)
+        return None if journal is None else dataclasses.replace(journal, profile=None)
+
+    Journal.read = forgetful  # type: ignore[method-assign,assignment]
+
+
 SABOTAGE: dict[str, Callable[[], None]] = {
     "shards are not synced": partial(_no_fsync, storage),
     "hidden states are not synced": partial(_no_fsync, hidden),
@@ -461,6 +519,7 @@ SABOTAGE: dict[str, Callable[[], None]] = {
     "files are written in place": _no_temporary,
     "hidden states are trusted": _trust_hidden,
     "hidden states are not used": _never_trust_hidden,
+    "plans are not used": _never_use_plans,
 }
 
 

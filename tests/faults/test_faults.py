@@ -29,9 +29,10 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes
 FAULTS = int(os.environ.get("PRUNEKIT_FAULTS", "0"))
 JOBS = -(-FAULTS // 13)  # of each of ten sorts; some are chains
 SEED = int(os.environ.get("PRUNEKIT_FAULT_SEED", "20261122"))  # the same for everyone: what fails, fails again
-SETTINGS = ["sequential-memory", "sequential-files", "dense-memory", "dense-files"]
+MODES = ["sequential", "dense", "refitted", "biased", "shallower"]
+SETTINGS = [f"{mode}-{where}" for mode in MODES for where in ("memory", "files")]
 EVERYWHERE = (
-    "dense-memory"  # measuring overwrites its inputs, and they are saved by another thread: the hardest of the four
+    "dense-memory"  # measuring overwrites its inputs, and they are saved by another thread: the hardest of them
 )
 STARTS = ["foreign", "finished", "unfinished"]
 KINDS = ["kill", "torn", "power", "error", "full", "readonly", "interrupt"]
@@ -189,6 +190,21 @@ def test_killed_before_every_operation(driver: Driver, survive: Callable[[list[J
     assert {job["forwarded_again"] for job in found} == {0, 1}
 
 
+def test_structures_are_removed_from_wherever_it_was_killed(
+    driver: Driver, survive: Callable[[list[Job]], list[Job]]
+) -> None:
+    # what a resumed run has to know differs from note to note: the plan, units and biases of blocks, hidden states
+    found = survive(
+        [
+            {"setting": setting, "faults": [{"kind": "kill", "at": label}]}
+            for setting in ("refitted-memory", "biased-files")
+            for label in driver.operations[setting]
+            if label.startswith("move out/.prunekit-journal.json")
+        ]
+    )
+    assert all(job["fired"] == [True] for job in found)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_thing_goes_wrong(driver: Driver, survive: Callable[[list[Job]], list[Job]], kind: str) -> None:
     draw = random.Random(f"{SEED} {kind}")
@@ -227,6 +243,7 @@ CARELESS = {
     "hidden states are not synced": ("power", _LATE, ["though the inputs of"]),
     "hidden states are not synced + hidden states are trusted": ("power", _LATE, ["does not compute what was pruned"]),
     "hidden states are not used": ("kill", _LATE, ["were passed again"]),
+    "plans are not used": ("kill", _LATE, ["looked ahead again"]),
 }
 
 
@@ -235,7 +252,7 @@ def test_carelessness_is_found_out(driver: Driver, sabotage: str) -> None:
     kind, labels, words = CARELESS[sabotage]
     jobs = [
         {
-            "setting": "sequential-memory",
+            "setting": "refitted-memory" if "plans" in sabotage else "sequential-memory",
             "sabotage": sabotage.split(" + "),
             "faults": [{"kind": kind, "at": label, "seed": seed}],
         }

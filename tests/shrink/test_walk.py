@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from prunekit.catalogue import METHODS
 from prunekit.checkpoint.writer import PLAN_NAME
 from prunekit.errors import PrunekitWarning
 from prunekit.model.anatomy import read_anatomy
+from prunekit.model.stream import Walk
+from prunekit.progress import Silent
 from prunekit.shrink.masking import masked
 from prunekit.shrink.plan import Plan
 from prunekit.shrink.units import find_structures
 
-SHRINK = [row.name for row in METHODS.values() if row.kind == "shrink"]
+SHRINK = [row.name for row in METHODS.values() if row.kind == "shrink" and row.width is None]
 LENGTH = 32
 WIDE = {"shape": "free", "skip_first": 0, "skip_last": 0, "align": 1}
 
@@ -98,7 +101,8 @@ def inputs_of(model: nn.Module, name: str, ids: Tensor) -> Tensor:
 def test_sequential_wanda_with_least_squares_is_the_oracles(tmp_path: Path, text: Path) -> None:
     # block by block over the whole model: score on what the pruned predecessors give, keep the best, refit, go on
     tiny.save_model(tmp_path / "model", "llama")
-    shrink(tmp_path / "model", tmp_path / "out", text, "wanda-sp+least-squares", 0.45)
+    parts = {"compensate": {"damping": 0.01}}
+    shrink(tmp_path / "model", tmp_path / "out", text, "wanda-sp+least-squares", 0.45, parts=parts)
     model, anatomy, structures, plan = read_plan(tmp_path / "model", tmp_path / "out")
     windows = json.loads((tmp_path / "out" / "prunekit.json").read_text())["calibration_tokens"]
     ids = tiny_windows(tmp_path / "model", text)
@@ -267,3 +271,47 @@ def test_a_model_whose_attention_cannot_go_loses_channels_only(tmp_path: Path, t
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_attention_heads"] == 4
     assert config["intermediate_size"] < 48
+
+
+class Counted(Silent):
+    """Notes how far every bar came, and of how much."""
+
+    def __init__(self) -> None:
+        self.bars: list[list[Any]] = []
+
+    def start(self, title: str, steps: int) -> None:
+        self.bars.append([title, 0, steps])
+
+    def step(self, note: str = "") -> None:
+        self.bars[-1][1] += 1
+
+
+@pytest.mark.parametrize(
+    ("method", "parts"),
+    [
+        ("wanda-sp", {}),
+        ("numerical", {}),
+        ("llm-pruner", {"budget": WIDE}),
+        *(("shortgpt", {"depth": {"choose": choose}}) for choose in ("once", "greedy", "contiguous")),
+    ],
+)
+def test_bars_end_full_and_seconds_say_where_the_time_went(
+    method: str, parts: dict[str, Any], tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.save_model(tmp_path / "model", "llama", num_hidden_layers=4)
+    calls, run_batch = [], Walk.run_batch
+
+    def slow(self: Walk, *arguments: Any) -> Tensor:
+        calls.append(1)
+        time.sleep(0.005)
+        return run_batch(self, *arguments)
+
+    monkeypatch.setattr(Walk, "run_batch", slow)
+    progress = Counted()
+    result = shrink(tmp_path / "model", tmp_path / "out", text, method, 0.5, parts=parts, progress=progress)
+    assert all(done == steps for _, done, steps in progress.bars), progress.bars
+    assert progress.bars[-1] == [method, result.blocks, result.blocks]
+    seconds = result.seconds
+    phases = [seconds.forward, seconds.prune, seconds.tune, seconds.write, seconds.read, seconds.verify, seconds.start]
+    assert sum(phases) <= seconds.total
+    assert seconds.forward + seconds.verify >= 0.005 * len(calls)

@@ -67,13 +67,14 @@ class Journal:
         shards: one record per finished shard, by position: `position`, `file`, `sha256`, `tensors`, `bytes`, and the reports of
             its `linears`, and what else was `noted` of its block.
         hidden: which blocks' inputs are saved, at most the latest two: `block` and `parts` (`start`, `stop`, `sha256`).
+        profile: what was found of the whole model before its first block was changed, as JSON; None where nothing was.
     """
 
     path: Path
     identity: dict[str, Any]
     shards: list[dict[str, Any]] = field(default_factory=list)
     hidden: list[dict[str, Any]] = field(default_factory=list)
-    profile: list[float] | None = None
+    profile: Any = None
 
     @classmethod
     def fresh(cls, folder: Path, identity: dict[str, Any]) -> Journal:

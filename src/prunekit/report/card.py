@@ -77,11 +77,12 @@ def _what_went(recipe: Recipe, run: dict[str, Any]) -> dict[str, str]:
             "sparsity (zeros / weights of the block linears)": f"{run['sparsity']:.4f} ({run['zeros']:,} of {run['weights']:,})",
             "parameters": f"{run['parameters']:,}; none removed, shapes are those of the original",
         }
-    after, removed = run["parameters"] - run["removed"], run["removed"]
+    after, channels = run["parameters"] - run["removed"], run["channels"]
     return {
+        **({"channels of the residual stream": f"{channels['after']} of {channels['before']}"} if channels else {}),
         "parameters": f"{after:,} of {run['parameters']:,}",
-        "ratio (parameters removed / block parameters)": f"{removed / run['block_parameters']:.4f} "
-        f"({removed:,} of {run['block_parameters']:,})",
+        "ratio (parameters removed / block parameters)": f"{run['ratio']:.4f} "
+        f"({run['block_removed']:,} of {run['block_parameters']:,})",
     }
 
 
@@ -89,6 +90,13 @@ def _untouched(recipe: Recipe, *, trained: bool) -> str:
     if not recipe.removes:
         kept = _TRAINED if trained else "kept weights are bit-identical to the original's."
         return f"Embeddings, output head, norms and biases are untouched; {kept}"
+    again = "; then they were trained with low-rank adapters, which are merged" if trained else ""
+    if "width" in recipe.parts:
+        return (
+            "The embedding and the blocks' matrices are in the bases of their places, cut, with the norms' gains in them; shortcuts "
+            "carry the stream from one basis to the next and count as parameters. The head is untouched, and has its own matrix where "
+            f"it was tied{again}."
+        )
     refitted = recipe.parts.get("compensate", {}).get("name", "none")
     kept = "what is kept is bit-identical"
     if recipe.parts.get("tune", {}).get("name", "none") != "none":
@@ -97,7 +105,6 @@ def _untouched(recipe: Recipe, *, trained: bool) -> str:
         kept = "what is kept is bit-identical; biases stand in for what those that lost inputs lost"
     elif refitted != "none":
         kept = f"those that lost inputs were refitted ({refitted}), what is kept of the others is bit-identical"
-    again = "; then they were trained with low-rank adapters, which are merged" if trained else ""
     return f"Embeddings and output head are untouched; of the blocks' matrices, {kept}{again}."
 
 
@@ -109,6 +116,11 @@ def _loads(recipe: Recipe, *, free: bool) -> str:
         return (
             f"{_AFTER_FIGURES} like any other number: the folder loads with {loads}, and a dense "
             "runtime is neither faster nor smaller for them."
+        )
+    if "width" in recipe.parts:
+        return (
+            f"{_AFTER_SHAPES} noted in `config.json`, and no stock class has them: the folder loads with {with_code}, which runs "
+            f"`{MODELING_NAME}`."
         )
     if free:
         return (

@@ -67,7 +67,7 @@ def run_page(manifest: Mapping[str, Any], evaluation: EvaluationRecord | None = 
         headlines=_headlines(manifest, evaluation),
         evaluation=evaluation,
         recovery=_recovered(manifest),
-        heat=_heat(linears, run.get("blocks_removed", ())),
+        heat=_heat(linears, run.get("dropped", ())),
         errors=errors,
         error_chart=error_chart(errors) if errors else None,
         moments=moments,
@@ -86,6 +86,11 @@ def _asked(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
     target, parts = recipe.target, manifest["recipe"]["parts"]
     if recipe.removes:
         gone = f"{100 * float(target.fraction):g} % of the block parameters"
+        if channels := manifest["run"].get("channels"):
+            of = f"{gone}, shortcuts counted"
+            if parts["width"]["name"] != "parameters":
+                of = f"{100 * float(target.fraction):g} % of the channels"
+            return f"{of}; {channels['after']} of {channels['before']} channels of the residual stream stay"
         if "depth" in parts:
             return f"{gone}, in whole blocks"
         gone = "Given widths" if recipe.sized else gone
@@ -165,8 +170,8 @@ def _headlines(manifest: Mapping[str, Any], evaluation: EvaluationRecord | None)
         before = f"{spelt(first.before)} before, {first.ratio:.3f} ×, on" if first.before is not None else "on"
         found.append(Headline("perplexity", spelt(first.perplexity), f"{before} {first.text}"))
     if run.get("removed"):
-        note = f"of the block parameters: {run['removed']:,} of {run['block_parameters']:,}"
-        gone = Headline("removed", f"{100 * run['removed'] / run['block_parameters']:.2f} %", note)
+        note = f"of the block parameters: {run['block_removed']:,} of {run['block_parameters']:,}"
+        gone = Headline("removed", f"{100 * run['ratio']:.2f} %", note)
     else:
         note = f"{run['zeros']:,} of {run['weights']:,} block weights"
         gone = Headline("zeros", f"{100 * run['sparsity']:.2f} %", note)

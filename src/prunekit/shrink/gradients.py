@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from ..bits import all_finite, row_chunks
+from ..blockwalk import activation_bytes, block_parameters
 from ..errors import InputError
 from ..evaluation.perplexity import chunk_tokens
-from ..machine import return_memory
+from ..machine import available_memory_bytes, return_memory
 from ..model.anatomy import Block, Linear
 from ..model.hidden import HiddenStates, room_for
 from ..model.source import Source
@@ -40,6 +41,7 @@ GRADIENTS = frozenset({ABS, SIGNED, SECOND, MIXED})
 LOSS, OUTPUT = "loss", "output"
 
 BATCH_TOKENS = 1024  # that go through a block with gradients together: what it computes on the way is kept for them
+_KEPT = 3  # times the activations a block holds at a time are kept for its gradients
 _HEAD_COPIES = 2  # logits and the derivative at them are held at a time
 
 
@@ -108,6 +110,21 @@ def measure_gradients(
             step()
         walk.release()
     return found[::-1]
+
+
+def gradient_bytes(source: Source, windows: int, length: int, needs: frozenset[str]) -> int:
+    """Memory `measure_gradients` takes at most, from shapes: what all blocks were fed, and then the head, or a block with gradients."""
+    config = source.module.config.get_text_config()
+    size, width, blocks = source.dtype.itemsize, int(config.hidden_size), len(source.anatomy.blocks)
+    fed = windows * length * width * size
+    held = sum(part for part in (blocks * fed, fed) if part <= available_memory_bytes() // 2)  # or they lie in files
+    rows, columns = map(int, source.module.get_output_embeddings().weight.shape)
+    head = rows * columns * size + _HEAD_COPIES * chunk_tokens(rows) * rows * 4
+    widest = max(max(linear.out_features, linear.in_features) for linear in source.anatomy.linears())
+    activations = activation_bytes(max(length, BATCH_TOKENS), widest, width, source.dtype)
+    weights = max(sum(linear.count for linear in block.linears) for block in source.anatomy.blocks)
+    carried = (2 if MIXED in needs else 1) * weights * 4
+    return held + max(head, 2 * max(block_parameters(source)) * size + carried + _KEPT * activations)
 
 
 def _behind(part: slice, offset: int) -> slice:

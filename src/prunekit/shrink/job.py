@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from ..blockwalk import Appetite, block_parameters
 from ..catalogue import find_method
 from ..distributed import Ranks
-from ..errors import InputError
-from ..model.source import StreamedModel
+from ..errors import InputError, PrunekitWarning
+from ..model.source import StreamedModel, refuse_sliced
 from ..model.stream import Walk
 from ..recipe import Recipe
-from .budget import Counts, blocks_to_remove, no_scores, plan_of
+from .budget import Counts, blocks_to_remove, plan_of
+from .gradients import gradient_bytes
 from .plan import Structures
 from .saving import Form
 from .shrinker import Shrinker
@@ -50,15 +54,22 @@ class Shrinking:
                 f"tune '{shrinker.tune.part.name}' goes from block to cut block: leave out "
                 + ("--set calibration.mode=dense" if shrinker.depth is None else "the tuning, whole blocks are not cut")
             )
+        refuse_sliced(source, "take heads and channels out of the original")
         structures = find_structures(source.module, source.anatomy)
         if not any(structures):
             raise InputError(f"{type(source.module).__name__} has no units that can be taken out")
         parameters = block_parameters(source)
         # what the ratio or the alignment cannot be is refused before anything is measured
-        chance = no_scores(structures)
+        chance = [{each.name: torch.zeros(each.count) for each in block} for block in structures]
         form: Form | None = None
         if shrinker.depth is not None:
-            blocks_to_remove(recipe.target.fraction, len(structures))
+            count = blocks_to_remove(recipe.target.fraction, len(structures))
+            if not count and recipe.target.fraction:
+                warnings.warn(
+                    f"ratio {recipe.target} of {len(structures)} blocks is nearest to none of them: nothing will be removed",
+                    PrunekitWarning,
+                    stacklevel=2,
+                )
             return cls(shrinker, structures, None, recipe, source, None)
         counts = shrinker.budget.counts(structures, parameters, recipe.target.fraction, chance)
         if not shrinker.plans_first:
@@ -77,20 +88,30 @@ class Shrinking:
         """The recipe's part options with the names and defaults that hold today filled in."""
         return self.shrinker.resolved(self.recipe.parts)
 
-    def appetite(self) -> Appetite:
+    def appetite(self, windows: int, length: int) -> Appetite:
         """Sums of what consumers are fed; a system of the widest one in float64, thrice, and its weight in float32."""
         needs = self.shrinker.measured | self.shrinker.refits
         gram = "gram" in needs
         widths = [[each.consumer.in_features for each in block] for block in self.structures]
-        sums = max(sum(width**2 * 4 for width in block) for block in widths) if gram else 0
+        matrices = 2 if "half_gram" in needs else 1
+        sums = matrices * max(sum(width**2 * 4 for width in block) for block in widths) if gram else 0
         widest = max(max(block, default=0) for block in widths)
         largest = max(linear.count for linear in self.source.anatomy.linears())
-        return Appetite(sums, 3 * largest * 4 + (3 * widest**2 * 8 if gram else 0), self.shrinker.tune is not None)
+        gradients = self.shrinker.gradients
+        ahead = gradient_bytes(self.source, windows, length, gradients) if gradients else 0
+        return Appetite(
+            sums, 3 * largest * 4 + (3 * widest**2 * 8 if gram else 0), self.shrinker.tune is not None, ahead=ahead
+        )
 
     def work(
         self, walk: Walk, *, dense: bool, ranks: Ranks | None = None, first: int = 0, total: int | None = None
     ) -> ShrinkWalk:
-        """What removes units from the blocks of `walk`'s model."""
+        """What removes units from the blocks of `walk`'s model. Raises `InputError` for several processes where one must do it all."""
+        if self.shrinker.gradients and ranks is not None and ranks.size > 1:
+            assert self.shrinker.score is not None
+            raise InputError(
+                f"'{self.shrinker.score.part.name}' wants gradients, which one process computes: start it without torchrun"
+            )
         return ShrinkWalk(
             walk,
             self.shrinker,

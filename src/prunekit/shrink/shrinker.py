@@ -41,9 +41,9 @@ class Shrinker:
                 f"method '{method.name}' must have either a score, which ranks units, or a depth, which removes blocks"
             )
         if depth is not None and options.get("budget"):
+            name = next(iter(options["budget"]))
             raise InputError(
-                f"'budget.{next(iter(options['budget']))}' says how units are removed, and method '{method.name}' removes whole "
-                "blocks: leave it out"
+                f"'budget.{name}' is for methods that remove units of blocks; '{method.name}' removes whole blocks: leave it out"
             )
         budget = UnitBudget.of(method, options.get("budget"))
         compensate, tune = bind("compensate", method, options), bind("tune", method, options)
@@ -71,7 +71,7 @@ class Shrinker:
     @property
     def refits(self) -> frozenset[str]:
         """Statistics its compensation reads."""
-        return frozenset() if self.compensate is None else self.compensate.part.needs
+        return frozenset() if self.compensate is None else self.compensate.part.needed(self.compensate.options)
 
     @property
     def plans_first(self) -> bool:
@@ -81,7 +81,7 @@ class Shrinker:
     def resolved(self, options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """A recipe's part options with the names and defaults that hold today filled in."""
         own = {bound.part.word: {"name": bound.part.name, **bound.options} for bound in self.parts}
-        budget = {} if self.depth is not None else {"budget": self.budget.resolved}
+        budget = {"budget": self.budget.resolved} if self.depth is None else {}
         return {**{key: dict(value) for key, value in options.items()}, **own, **budget}
 
     def scores(self, view: BlockView) -> dict[str, Tensor]:

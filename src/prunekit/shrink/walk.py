@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..bits import all_finite, count_zeros
-from ..blockwalk import BlockWalk, LinearReport, Stored, block_parameters
+from ..blockwalk import BlockWalk, LinearReport, Rehearsal, Stored, block_parameters
 from ..checkpoint.shard import Piece
 from ..checkpoint.writer import PLAN_NAME
 from ..errors import InputError, PrunekitWarning, VerificationError
+from ..machine import return_memory
 from ..model.anatomy import Block, weight_of
 from ..model.hidden import HiddenStates, room_for
 from ..model.source import StreamedModel
@@ -29,7 +30,7 @@ from ..model.stream import Windows
 from ..recipe import Recipe
 from ..statistics import Statistics
 from ..verify import TOLERANCE, relative_difference
-from .budget import Counts, blocks_to_remove, no_scores, plan_of, top_units
+from .budget import Counts, blocks_to_remove, plan_of, top_units
 from .choosing import choose_calibration
 from .gradients import measure_gradients
 from .influence import Influence
@@ -42,6 +43,7 @@ from .view import BlockView, Gradients
 from .writing import block_tensors, outer_pieces
 
 Kept = Mapping[str, tuple[int, ...]]
+_PASSES_FOR_GRADIENTS = 4.0  # there; and back, where each block is run again and its inputs and weights have gradients
 
 
 @dataclass
@@ -57,6 +59,7 @@ class ShrinkWalk(BlockWalk):
         form: how the smaller model is saved, where that is known before anything is scored.
         kept: what stays of the blocks that are done.
         biases: consumers that were given a bias they did not have, by full name.
+        added: how many parameters those are in every block that is done.
     """
 
     shrinker: Shrinker
@@ -67,6 +70,7 @@ class ShrinkWalk(BlockWalk):
     form: Form | None = None
     kept: dict[int, Kept] = field(default_factory=dict, kw_only=True)
     biases: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
+    added: dict[int, int] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         self._parameters = block_parameters(self.walk.source)
@@ -85,30 +89,48 @@ class ShrinkWalk(BlockWalk):
 
     @property
     def steps_ahead(self) -> int:
-        """Once a block on every walk through it, there and back; and once for every calibration there is to choose from."""
-        blocks, depth = len(self.structures), self.shrinker.depth
-        if self.shrinker.gradients:
+        """Once through the dense model, and back where there are gradients; of several choices each, and once more to compare them."""
+        blocks = len(self.structures)
+        if not self.shrinker.plans_first:
+            return 0
+        if self.shrinker.depth is None:
             choices = self.recipe.calibration.choices
-            return 2 * blocks if choices == 1 else choices * (2 * blocks + 1) + blocks
-        if depth is None:
-            return blocks
-        gone = blocks_to_remove(self.recipe.target.fraction, blocks)
-        return sum(blocks - number for number in range(depth.part.walked(gone, depth.options)))
+            if self.shrinker.gradients and choices > 1:
+                return choices * (2 * blocks + 1) + blocks
+            return 2 * blocks if self.shrinker.gradients else blocks
+        steps, count = self.shrinker.depth.part.steps, self._blocks_to_remove
+        assert steps is not None
+        return steps(blocks, count, **self.shrinker.depth.options) if count else 0
 
-    @property
-    def passes_ahead(self) -> float:
-        """Walks; of gradients a pass, and another that keeps what the way back needs, which takes two."""
-        if not self.looks_ahead:
-            return 0.0
-        return 4.0 if self.shrinker.gradients else self.steps_ahead / len(self.structures)
-
-    def suppose(self) -> None:
-        """Of every block the same share goes, whichever units that are; blocks that stay whole are not cut at all."""
+    def rehearse(self) -> Rehearsal:
+        """Stand in for `look_ahead` with random scores, or with the last blocks removed."""
+        blocks = len(self.structures)
+        passes = self.steps_ahead / blocks
         if self.shrinker.depth is not None:
-            self.plan = Plan.whole(self.structures)
-        elif self.shrinker.plans_first:
-            counts = self.shrinker.budget.rough(self.structures, self._parameters, self.recipe.target.fraction)
-            self.plan = plan_of(self.structures, counts, no_scores(self.structures))
+            plan = self.plan = self._without(range(blocks - self._blocks_to_remove, blocks))
+        else:
+            generator = torch.Generator().manual_seed(self.recipe.seed)
+            scores = [
+                {each.name: torch.rand(each.count, generator=generator) for each in block} for block in self.structures
+            ]
+            counts = self.counts or self.shrinker.budget.counts(
+                self.structures, self._parameters, self.recipe.target.fraction, scores
+            )
+            plan = plan_of(self.structures, counts, scores)
+            if self.shrinker.gradients:  # which no block alone has
+                self.plan, passes = plan, _PASSES_FOR_GRADIENTS
+            else:
+                self.counts = counts
+        if self.form is None:
+            self.form = form_of(self._streamed, self.structures, plan, self.shrinker)
+        names = self._streamed.key_of
+        new = [
+            each
+            for each in _biased(self.structures, plan, self.shrinker)
+            if f"{each.consumer.full_name}.bias" not in names
+        ]
+        added = sum(each.consumer.out_features for each in new) + self._zeros
+        return Rehearsal(plan.removed(self.structures, self._parameters) - added, passes)
 
     def look_ahead(self, known: Any, stored: Stored, step: Callable[[], None]) -> Any:
         """Make the plan from the scores of all blocks of the dense model, or take up the one that is `known`."""
@@ -127,8 +149,16 @@ class ShrinkWalk(BlockWalk):
             return self._planned(self._gradient_scores(self.walk.windows, stored, step))
         if self.shrinker.depth is None:
             return self._planned(self._dense_scores(stored, step))
-        count = blocks_to_remove(self.recipe.target.fraction, len(self.structures))
-        gone = self.shrinker.depth(Influence(self.walk, self.ranks, step), count) if count else []
+        with self.seconds.timed("forward"):
+            count = self._blocks_to_remove
+            gone = self.shrinker.depth(Influence(self.walk, self.ranks, step), count) if count else []
+        return self._without(gone)
+
+    @property
+    def _blocks_to_remove(self) -> int:
+        return blocks_to_remove(self.recipe.target.fraction, len(self.structures))
+
+    def _without(self, gone: Collection[int]) -> Plan:
         whole = Plan.whole(self.structures).blocks
         return Plan(tuple(None if index in gone else kept for index, kept in enumerate(whole)))
 
@@ -157,10 +187,6 @@ class ShrinkWalk(BlockWalk):
         """Scores of all units from gradients of the dense model."""
         score = self.shrinker.score
         assert score is not None
-        if self.ranks.size > 1:
-            raise InputError(
-                f"'{score.part.name}' wants gradients, which one process computes: start it without torchrun"
-            )
         source = self.walk.source
         with self.seconds.timed("forward"):
             measured = measure_gradients(
@@ -194,6 +220,7 @@ class ShrinkWalk(BlockWalk):
                 with self.seconds.timed("prune"), self.ranks.together():
                     found.append(self._scores(block, stored, collector.statistics(self.ranks.sum_up)))
                 walk.source.free_block(block.index)
+                return_memory()
                 step()
             walk.release()
         walk.prepare()
@@ -233,6 +260,8 @@ class ShrinkWalk(BlockWalk):
                 lost = [each for each in self.structures[block.index] if len(kept[each.name]) < each.count]
                 dense = {each.name: each.consumer.matrix(stored(each.consumer)[0]).clone() for each in lost}
                 shifts = {each.name: self._cut(each, module, stored, statistics[each.name]) for each in lost}
+                given = (self.biases.get(each.consumer.full_name) for each in lost)
+                self.added[block.index] = sum(bias.numel() for bias in given if bias is not None)
             if self.shrinker.tune is not None and lost:
                 assert outputs is not None
                 with self.seconds.timed("tune"):
@@ -413,13 +442,16 @@ class ShrinkWalk(BlockWalk):
         return self.form
 
     def noted(self, block: Block) -> dict[str, Any]:
-        """The units that stay."""
-        return {"kept": {name: list(units) for name, units in self.kept[block.index].items()}}
+        """The units that stay, and how many parameters of biases were added."""
+        kept = {name: list(units) for name, units in self.kept[block.index].items()}
+        return {"kept": kept, "added": self.added[block.index]}
 
     def skip(self, block: Block, noted: Mapping[str, Any]) -> None:
         """Remember what stays of the block."""
         self.kept[block.index] = {name: tuple(units) for name, units in noted["kept"].items()}
+        self.added[block.index] = noted["added"]
 
+    @torch.inference_mode()
     def take_up(self, block: Block, tensors: dict[str, Tensor], noted: Mapping[str, Any]) -> nn.Module:
         """The dense block with what was written of it, consumers without what is gone."""
         source, names = self._streamed, self._form.names
@@ -446,9 +478,12 @@ class ShrinkWalk(BlockWalk):
     @property
     def removed(self) -> int:
         """Parameters of removed units and blocks, less those of biases that were added."""
-        added = sum(bias.numel() for bias in self.biases.values())
-        added += sum(torch.Size(shape).numel() for zeros in self._form.zeros.values() for shape in zeros.values())
-        return self.made_plan().removed(self.structures, self._parameters) - added
+        return self.made_plan().removed(self.structures, self._parameters) - sum(self.added.values()) - self._zeros
+
+    @property
+    def _zeros(self) -> int:
+        """Entries of biases that the smaller model's class has besides."""
+        return sum(torch.Size(shape).numel() for zeros in self._form.zeros.values() for shape in zeros.values())
 
     def made_plan(self) -> Plan:
         """What stays of every block, known when the walk is over."""
@@ -461,15 +496,8 @@ def form_of(source: StreamedModel, structures: Structures, plan: Plan, shrinker:
 
     Raises `InputError` where the model cannot be saved in that shape.
     """
-    biased: list[str] = []
-    if shrinker.compensate is not None and shrinker.compensate.part.name == "bias":
-        biased = [
-            each.consumer.full_name
-            for index in plan.kept_blocks
-            for each in structures[index]
-            if len(plan.kept(each)) < each.count
-        ]
-    form = choose_form(source, structures, plan, biased=biased)
+    biased = _biased(structures, plan, shrinker)
+    form = choose_form(source, structures, plan, biased=[each.consumer.full_name for each in biased])
     if not form.stock and shrinker.budget.shape == "uniform":
         warnings.warn(
             f"{form.reason}: the folder brings code that loads it, for --trust-remote-code or prunekit.load",
@@ -477,3 +505,10 @@ def form_of(source: StreamedModel, structures: Structures, plan: Plan, shrinker:
             stacklevel=2,
         )
     return form
+
+
+def _biased(structures: Structures, plan: Plan, shrinker: Shrinker) -> list[Structure]:
+    """Those whose consumers are given a bias, or another one, for what they lose."""
+    if shrinker.compensate is None or shrinker.compensate.part.name != "bias":
+        return []
+    return [each for index in plan.kept_blocks for each in structures[index] if len(plan.kept(each)) < each.count]

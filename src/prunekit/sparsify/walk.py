@@ -71,7 +71,7 @@ class Sparsification:
         parts = self.sparsifier.resolved(self.recipe.parts)
         return {**parts, "budget": {**parts.get("budget", {}), **self.budget.resolved}}
 
-    def appetite(self) -> Appetite:
+    def appetite(self, windows: int, length: int) -> Appetite:
         """Sums of every linear's inputs, and what scoring and refitting a linear takes."""
         sparsifier, linears = self.sparsifier, list(self.anatomy.linears())
         largest = max(linear.count for linear in linears)
@@ -275,6 +275,11 @@ class SparsifyWalk(BlockWalk):
     def looks_ahead(self) -> str:
         """The budget's name, where it measures."""
         return self.budget.part.name if self.budget.part.measure is not None else ""
+
+    @property
+    def steps_ahead(self) -> int:
+        """One walk through the dense model."""
+        return len(self.walk.source.anatomy.blocks) if self.looks_ahead else 0
 
     def look_ahead(self, known: Any, stored: Stored, step: Callable[[], None]) -> Any:
         """What the budget wants to know of every block of the dense model, and the patterns that come of it."""

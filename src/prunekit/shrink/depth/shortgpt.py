@@ -8,12 +8,11 @@ from ...parts import depth
 from ..influence import Influence
 
 
-def shortgpt_walks(count: int, choose: str) -> int:
-    """How often the model is walked through to choose `count` blocks."""
-    return count if choose == "greedy" else 1
+def _steps(blocks: int, count: int, *, choose: str) -> int:
+    return sum(range(blocks - count + 1, blocks + 1)) if choose == "greedy" else blocks
 
 
-@depth(paper="https://arxiv.org/abs/2403.03853", walks=shortgpt_walks)
+@depth(paper="https://arxiv.org/abs/2403.03853", steps=_steps)
 def shortgpt(
     influence: Influence, count: int, *, choose: Literal["once", "greedy", "contiguous"] = "once"
 ) -> list[int]:
