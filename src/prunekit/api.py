@@ -620,14 +620,18 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
                 "notes": [bound.part.note for bound in parts if bound.part.note],
                 "group": row.group,
                 "budget": budget.part.name if budget else None,
-                "needs": sorted(
-                    frozenset().union(*(bound.part.needs for bound in (*parts, *filter(None, [budget])))) - {"scores"}
-                ),
+                "needs": sorted(_read(parts if budget is None else [*parts, budget])),
+                "calibration": dict(row.calibration),
                 "options": options,
                 "paper": row.paper,
             }
         )
     return listed
+
+
+def _read(parts: Sequence[Bound]) -> frozenset[str]:
+    """What some parts read of a model with the options they are bound to."""
+    return frozenset().union(*(bound.part.needed(bound.options) for bound in parts)) - {"scores"}
 
 
 def _parts_of(row: Method) -> tuple[list[Bound], Bound | None, dict[str, Any]]:
@@ -637,6 +641,8 @@ def _parts_of(row: Method) -> tuple[list[Bound], Bound | None, dict[str, Any]]:
     if row.kind == "shrink":
         shrinker = Shrinker.of(row, {})
         given = shrinker.budget
+        if shrinker.depth is not None:
+            return shrinker.parts, None, {}
         common = {
             f"budget.{name}": value for name, value in given.resolved.items() if name not in ("name", *given.options)
         }
@@ -648,11 +654,12 @@ def _parts_of(row: Method) -> tuple[list[Bound], Bound | None, dict[str, Any]]:
 
 def addable() -> list[dict[str, str]]:
     """The parts that can be added to a method by name, as in `wanda+dsnot`: name, kind, to what kind of method, what they do, paper."""
-    found = [find_part(kind, name) for name, kind in PARTS.items()]
-    found += [find_part("unit-budget" if kind == "budget" else kind, name) for name, kind in UNIT_PARTS.items()]
+    found = [(find_part(kind, name), "sparsify") for name, kind in PARTS.items()]
+    kinds = {"budget": "unit-budget"}
+    found += [(find_part(kinds.get(kind, kind), name), "shrink") for name, kind in UNIT_PARTS.items()]
     return [
-        {"name": part.name, "kind": part.word, "to": part.to, "summary": part.summary, "paper": part.paper}
-        for part in found
+        {"name": part.name, "kind": part.word, "to": to, "summary": part.summary, "paper": part.paper}
+        for part, to in found
     ]
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -20,7 +21,7 @@ import typer
 
 from . import __version__
 from .catalogue import find_method
-from .errors import InputError, PrunekitError
+from .errors import InputError, PrunekitError, PrunekitWarning
 from .progress import is_quiet
 
 app = typer.Typer(
@@ -52,7 +53,8 @@ def _recipe(
         str | None, typer.Option(help="K:G = keep K of every G consecutive inputs, like 2:4; or a fraction of zeros.")
     ] = None,
     ratio: Annotated[
-        float | None, typer.Option(help="Fraction of the block parameters to remove (shrink methods).")
+        float | None,
+        typer.Option(help="Fraction of the block parameters to remove (shrink methods). Default: 0.2."),
     ] = None,
     shape: Annotated[
         str | None, typer.Option(help="uniform: every block as wide (loads anywhere); or free (shrink methods).")
@@ -109,11 +111,14 @@ def _recipe(
         for name, value in (("source", calibration), ("samples", samples), ("length", length)):
             if value is not None:
                 section[name] = value
-        said_of_shape = {"shape": shape, "align": align}
-        settings = [f"budget.{k}={v}" for k, v in said_of_shape.items() if v is not None] + (settings or [])
-        for setting in settings:
+        for setting in _of_shape(shape, align) + (settings or []):
             assign(values, setting)
     return Recipe.build(values)
+
+
+def _of_shape(shape: str | None, align: int | None) -> list[str]:
+    """`--shape` and `--align` as what `--set` says."""
+    return [f"budget.{name}={value}" for name, value in (("shape", shape), ("align", align)) if value is not None]
 
 
 def _what_went(result: Any) -> str:
@@ -385,7 +390,7 @@ def _compare(
         _print_comparison(found, out)
 
 
-app.command("compare")(_takes_recipe(_compare, without=("method",)))
+app.command("compare")(_takes_recipe(_compare, without=("method", "ratio", "shape", "align")))
 
 
 def _print_comparison(found: Any, out: Path) -> None:
@@ -453,8 +458,13 @@ def methods(
         )
         + (f"  budget      {row['budget']}\n" if row["budget"] else "")
         + f"  measures    {', '.join(row['needs']) or 'nothing'}\n"
-        f"  paper       {row['paper']}\n"
-        f"  options\n{options}",
+        + (
+            f"  calibration {', '.join(f'{k}={v}' for k, v in row['calibration'].items())}\n"
+            if row["calibration"]
+            else ""
+        )
+        + (f"  paper       {row['paper']}\n" if row["paper"] else "")
+        + f"  options\n{options}",
     )
 
 
@@ -499,13 +509,20 @@ def _print_inspection(found: Any) -> None:
         block, name = place_of(linear.name)
         blocks.setdefault(block, {})[name] = linear
     names = list(dict.fromkeys(name for linears in blocks.values() for name in linears))
-    table = Table("block", *[name.rsplit(".", 1)[-1] for name in names], title="zeros / weights")
+
+    def cell(linear: Any) -> str:
+        outputs, inputs = linear.shape
+        return f"{outputs} x {inputs}" if found.removed else f"{linear.zeros / linear.weights:.3f}"
+
+    title = "outputs x inputs" if found.removed else "zeros / weights"
+    table = Table("block", *[name.rsplit(".", 1)[-1] for name in names], title=title)
     for block, linears in blocks.items():
-        cells = [f"{linears[name].zeros / linears[name].weights:.3f}" if name in linears else "" for name in names]
-        table.add_row(str(block), *cells)
+        table.add_row(str(block), *[cell(linears[name]) if name in linears else "" for name in names])
     console = Console(width=None if sys.stdout.isatty() else 30 + 12 * len(names))
     console.print(table)
     typer.echo(f"sparsity    {found.zeros / found.weights:.4f}  ({found.zeros:,} zeros of {found.weights:,} weights)")
+    if found.removed:
+        typer.echo(f"parameters  {found.parameters:,}, {found.removed:,} fewer than before")
     if found.manifest is None:
         typer.echo("recipe      none: prunekit did not write this folder")
         return
@@ -521,7 +538,8 @@ def _print_inspection(found: Any) -> None:
     broken = (
         f"BROKEN in {', '.join(found.broken)}" if found.broken else f"holds in all {recorded} linears it was asked of"
     )
-    typer.echo(f"pattern     {broken}")
+    if recorded:
+        typer.echo(f"pattern     {broken}")
     typer.echo(f"files       {'CHANGED: ' + ', '.join(found.changed) if found.changed else 'all as written (sha256)'}")
 
 
@@ -774,9 +792,16 @@ def _print_sweep(found: Any) -> None:
     from rich.table import Table
 
     evaluated = any(row.get("perplexity") is not None for row in found.rows)
-    table = Table("run", "status", "sparsity", *["perplexity"] * evaluated, "seconds", "memory")
+    removed = any(row["ratio"] for row in found.rows)
+    zeros = not removed or any(row["sparsity"] for row in found.rows)
+    gone = ["sparsity"] * zeros + ["ratio"] * removed
+    table = Table("run", "status", *gone, *["perplexity"] * evaluated, "seconds", "memory")
     for row in found.rows:
-        figures = [("sparsity", "{:.4f}"), *[("perplexity", "{:.4f}")] * evaluated, ("seconds.total", "{:.1f}")]
+        figures = [
+            *((name, "{:.4f}") for name in gone),
+            *[("perplexity", "{:.4f}")] * evaluated,
+            ("seconds.total", "{:.1f}"),
+        ]
         cells = ["" if row[name] is None else form.format(row[name]) for name, form in figures]
         memory = "" if row["peak_rss_bytes"] is None else f"{row['peak_rss_bytes'] / 1e9:.2f} GB"
         table.add_row(row["name"], row["status"], *cells, memory)
@@ -835,7 +860,7 @@ def study(
 
     progress = for_terminal()
     places: dict[str, Any] = {"model": model, "out": out, "work": work, "text": text}
-    lists: dict[str, Any] = {"calibration": calibration or [], "settings": settings or []}
+    lists: dict[str, Any] = {"calibration": calibration or [], "settings": _of_shape(shape, align) + (settings or [])}
     try:
         found = run(file, **places, **lists, keep_models=keep_models, retry=retry, progress=progress)
     finally:
@@ -909,9 +934,20 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def _said(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning as it is printed: of ours nobody wants to know which line of code gave it."""
+    if issubclass(category, PrunekitWarning):
+        return f"prunekit: {message}\n"
+    return _spelt(message, category, filename, lineno, line)
+
+
+_spelt = warnings.formatwarning
+
+
 def main() -> None:
     """Entry point: turns errors into one sentence and an exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
+    warnings.formatwarning = _said
     try:
         app()
     except PrunekitError as problem:
@@ -921,4 +957,5 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
+        warnings.formatwarning = _spelt
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end is near anyway; a signal now would be a traceback

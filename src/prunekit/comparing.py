@@ -113,6 +113,11 @@ def compare(
     recipes = [_dense(recipe) for recipe in recipes]
     first = recipes[0]
     names = [recipe.method for recipe in recipes]
+    removing = next((recipe.method for recipe in recipes if recipe.removes), None)
+    if removing is not None:
+        raise InputError(
+            f"'{removing}' removes structures, and compare puts every block back as it was: use a sweep with [evaluate]"
+        )
     if len(set(names)) < len(names):
         raise InputError(f"method '{max(names, key=names.count)}' is named twice: name each once")
     check_drawable(out / FIGURE_NAME)

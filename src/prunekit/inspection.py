@@ -59,6 +59,14 @@ class Inspection:
         return sum(linear.weights for linear in self.linears)
 
     @property
+    def removed(self) -> int:
+        """How many parameters fewer the model has than before structures were removed; 0 where none were, or nothing says so."""
+        before = (
+            0 if self.manifest is None or not self.manifest["run"]["removed"] else self.manifest["run"]["parameters"]
+        )
+        return max(0, int(before) - self.parameters)
+
+    @property
     def broken(self) -> list[str]:
         """Linears that do not have the pattern they were pruned to."""
         return [linear.name for linear in self.linears if linear.holds is False]
@@ -77,6 +85,7 @@ class Inspection:
             "weights": self.weights,
             "zeros": self.zeros,
             "parameters": self.parameters,
+            "removed": self.removed,
             "sound": self.sound,
             "broken": self.broken,
             "changed": self.changed,

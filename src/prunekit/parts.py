@@ -106,13 +106,6 @@ class Part:
         return self.kind.removeprefix("unit-")
 
     @property
-    def to(self) -> str:
-        """To which kind of method it belongs."""
-        return (
-            "shrink" if self.kind.startswith("unit-") or self.kind in ("compensate", "depth", "width") else "sparsify"
-        )
-
-    @property
     def summary(self) -> str:
         """The first line of the function's docstring."""
         return (inspect.getdoc(self.function) or "").split("\n", 1)[0]

@@ -340,7 +340,7 @@ def _said(recipe: Recipe) -> dict[str, float | None]:
     """What is to be removed, said in one way."""
     fraction = float(recipe.target.fraction)
     if recipe.removes:
-        return {"ratio": fraction}
+        return {"ratio": None if recipe.sized else fraction}
     return {"sparsity": None if recipe.pattern is not None else fraction}
 
 
@@ -428,7 +428,7 @@ def _orderly_end(out: Path, journal: Journal, run_: _Run) -> Iterator[None]:
         run_.progress.stop()
         done = sum(shard["position"] > 0 for shard in journal.shards)
         run_.progress.say(
-            f"stopped: {done} of {len(run_.source.anatomy.blocks)} blocks are finished in '{out}'; "
+            f"stopped: {done} of {len(run_.work.blocks)} blocks are finished in '{out}'; "
             "the same command with --resume continues"
         )
         raise
@@ -624,6 +624,7 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
             "removed": result.removed,
             "block_parameters": result.block_parameters,
             "block_removed": result.block_removed,
+            "blocks_removed": [each.index for each in source.anatomy.blocks if each not in run_.work.blocks],
             "processes": run_.ranks.size,
         },
         "verification": asdict(verification),

@@ -30,7 +30,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .catalogue import find_method
+from .catalogue import METHODS, find_method
 from .errors import InputError
 
 if sys.version_info >= (3, 11):
@@ -177,11 +177,20 @@ class Recipe(_Section):
                     f"{said} {getattr(self, said)} is for methods that zero single weights; '{method.name}' removes structures: "
                     "use --ratio"
                 )
+            if self.ratio is not None and self.sized:
+                raise ValueError(
+                    f"ratio {self.ratio} and budget 'widths' both say how much goes: leave out --ratio, or the widths"
+                )
         elif self.ratio is not None:
             raise ValueError(
                 f"ratio {self.ratio} is for methods that remove structures; '{method.name}' zeroes single weights: "
-                "use --sparsity or --pattern"
+                f"use --sparsity or --pattern, or one of the others ({_removing()})"
             )
+        for name in ("shape", "align"):
+            if method.kind == "sparsify" and name in self.parts.get("budget", {}):
+                raise ValueError(
+                    f"'budget.{name}' is for methods that remove structures ({_removing()}); '{method.name}' zeroes single weights"
+                )
         if self.sparsity is not None and self.pattern is not None:
             raise ValueError(f"sparsity {self.sparsity} and pattern {self.pattern} are both given: give one of them")
         _ = self.target
@@ -191,6 +200,16 @@ class Recipe(_Section):
     def removes(self) -> bool:
         """Whether structures are removed, and not weights zeroed."""
         return find_method(self.method).kind == "shrink"
+
+    @property
+    def sized(self) -> bool:
+        """Whether numbers of units are given in the place of a ratio."""
+        return self.removes and self.parts.get("budget", {}).get("name") == "widths"
+
+    @property
+    def asked(self) -> str:
+        """How much was asked for, in a word: `0.5`, `2:4`, or `widths` where those are given."""
+        return "widths" if self.sized else str(self.target)
 
     @property
     def target(self) -> Pattern:
@@ -210,7 +229,7 @@ class Recipe(_Section):
         """The command line that repeats this recipe."""
         words = ["prunekit", "prune", self.model, "--method", self.method]
         said = "--ratio" if self.removes else "--sparsity" if self.pattern is None else "--pattern"
-        words += [said, str(self.target)]
+        words += [] if self.sized else [said, str(self.target)]
         calibration = self.calibration
         words += ["--calibration", calibration.source, "--samples", str(calibration.samples)]
         words += [] if calibration.length is None else ["--length", str(calibration.length)]
@@ -226,7 +245,7 @@ class Recipe(_Section):
                 if name == "overrides":
                     words += [f for glob, wanted in value.items() for f in ("--set", f"{part}.{name}.{glob}={wanted}")]
                 else:
-                    text = ",".join(value) if isinstance(value, list) else value
+                    text = ",".join(value) if isinstance(value, list) else "null" if value is None else value
                     words += ["--set", f"{part}.{name}={text}"]
         return shlex.join([*words, "--out", out])
 
@@ -258,6 +277,10 @@ class Recipe(_Section):
         if not isinstance(values, dict):
             raise InputError(f"recipe '{path}' must hold names and values, like `method = \"wanda\"`")
         return values
+
+
+def _removing() -> str:
+    return ", ".join(name for name, method in METHODS.items() if method.kind == "shrink")
 
 
 def assign(values: dict[str, Any], setting: str) -> None:

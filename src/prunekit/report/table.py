@@ -16,6 +16,7 @@ from ..checkpoint.storage import replace_file, write_text
 _HEAD = {"name": str, "status": str, "model": str, "method": str, "target": str, "seed": int}
 _PRUNED: dict[str, type] = {
     "sparsity": float,
+    "ratio": float,
     "zeros": int,
     "weights": int,
     "parameters.before": int,
@@ -35,19 +36,20 @@ _EVALUATED: dict[str, type] = {
     "evaluation.seconds": float,
     "evaluation.peak_rss_bytes": int,
 }
+_ASKED = ("sparsity", "pattern", "ratio")  # axes that are in `target`
 _TAIL = {"peak_rss_reset": bool, "error_kind": str, "error": str, "out": str, "recipe_sha256": str}
-COLUMNS = frozenset({*_HEAD, *_PRUNED, *_EVALUATED, *_TAIL, "sparsity", "pattern"})
+COLUMNS = frozenset({*_HEAD, *_PRUNED, *_EVALUATED, *_TAIL, *_ASKED})
 
 
 class Table:
     """The columns of a sweep's table, with one type each.
 
     Beside the figures there is a column for every axis, under its dotted recipe name; of cases it holds the label. `target` is what was
-    asked for (`0.5`, `2:4`), `sparsity` what came out. An axis whose values are of several kinds is text throughout.
+    asked for (`0.5`, `2:4`), `sparsity` and `ratio` what came out. An axis whose values are of several kinds is text throughout.
     """
 
     def __init__(self, axes: Mapping[str, list[Any]], *, evaluated: bool) -> None:
-        own = {name: _type_of(values) for name, values in axes.items() if name not in {*_HEAD, "sparsity", "pattern"}}
+        own = {name: _type_of(values) for name, values in axes.items() if name not in {*_HEAD, *_ASKED}}
         self.columns: dict[str, type] = {**_HEAD, **own, **_PRUNED, **(_EVALUATED if evaluated else {}), **_TAIL}
 
     def row(self, values: Mapping[str, Any]) -> dict[str, Any]:
