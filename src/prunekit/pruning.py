@@ -624,7 +624,7 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
             "removed": result.removed,
             "block_parameters": result.block_parameters,
             "block_removed": result.block_removed,
-            "dropped": [each.index for each in source.anatomy.blocks if each not in run_.work.blocks],
+            "blocks_removed": [each.index for each in source.anatomy.blocks if each not in run_.work.blocks],
             "processes": run_.ranks.size,
         },
         "verification": asdict(verification),

@@ -102,7 +102,7 @@ def test_a_shrunk_folder_computes_what_masking_does(
     assert torch.equal(outputs(ours)[0], outputs(loaded.float())[0])
 
 
-@pytest.mark.parametrize("family", set(tiny.FAMILIES) - {"bloom"})
+@pytest.mark.parametrize("family", sorted(set(tiny.FAMILIES) - {"bloom"}))
 def test_fewer_channels_in_every_block_are_a_stock_config(family: str, tmp_path: Path) -> None:
     tiny.save_model(tmp_path / "base", family)
     source, structures = opened(tmp_path / "base")

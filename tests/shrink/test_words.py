@@ -130,7 +130,7 @@ def test_a_sparse_copy_of_a_free_folder_says_how_it_loads(place: Path, tmp_path:
 
 def test_a_page_shows_blocks_that_went(place: Path, tmp_path: Path) -> None:
     manifest = pruned(place, tmp_path / "out", "shortgpt")
-    gone = manifest["run"]["dropped"]
+    gone = manifest["run"]["blocks_removed"]
     kept = [line["block"] for line in manifest["blocks"]]
     assert sorted(gone + kept) == list(range(7))
     assert len(gone) == 2
@@ -174,6 +174,7 @@ def test_given_widths_are_said_and_repeated_without_a_ratio(place: Path, tmp_pat
         (["--method", "wanda-sp", "--ratio", "0.0001"], r"a unit has 96 or more: with align 1 none goes"),
         (["--method", "wanda-sp", "--ratio", "0.9"], r"ask for at most 0\.78"),
         (["--method", "llm-pruner", "--ratio", "0.9"], "skip fewer blocks, or remove whole blocks"),
+        (["--method", "shortgpt", "--ratio", "0.05"], r"of 7 blocks is less than half of one: ask for 0\.143 or more"),
         (["--method", "shortgpt", "--ratio", "0.99"], "would remove all 7 blocks"),
         (["--method", "shortgpt", "--shape", "free"], "removes whole blocks: leave it out"),
     ],

@@ -119,8 +119,8 @@ def _loads(recipe: Recipe, *, free: bool) -> str:
         )
     if "width" in recipe.parts:
         return (
-            f"{_AFTER_SHAPES} noted in `config.json`, and no stock class has them: the folder loads with {with_code}, which runs "
-            f"`{MODELING_NAME}`."
+            f"{_AFTER_SHAPES} noted in `config.json`, and no stock class has them: load the folder with `prunekit.load`, or with "
+            "`AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`, which runs `modeling_prunekit.py`."
         )
     if free:
         return (

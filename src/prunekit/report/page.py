@@ -67,7 +67,7 @@ def run_page(manifest: Mapping[str, Any], evaluation: EvaluationRecord | None = 
         headlines=_headlines(manifest, evaluation),
         evaluation=evaluation,
         recovery=_recovered(manifest),
-        heat=_heat(linears, run.get("dropped", ())),
+        heat=_heat(linears, run.get("blocks_removed", ())),
         errors=errors,
         error_chart=error_chart(errors) if errors else None,
         moments=moments,
@@ -85,12 +85,11 @@ def _asked(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
     """What was to go, in words."""
     target, parts = recipe.target, manifest["recipe"]["parts"]
     if recipe.removes:
+        if channels := manifest["run"]["channels"]:
+            of = "block parameters, shortcuts counted" if parts["width"]["name"] == "parameters" else "channels"
+            left = f"{channels['after']} of {channels['before']} channels of the residual stream stay"
+            return f"{100 * float(target.fraction):g} % of the {of}; {left}"
         gone = f"{100 * float(target.fraction):g} % of the block parameters"
-        if channels := manifest["run"].get("channels"):
-            of = f"{gone}, shortcuts counted"
-            if parts["width"]["name"] != "parameters":
-                of = f"{100 * float(target.fraction):g} % of the channels"
-            return f"{of}; {channels['after']} of {channels['before']} channels of the residual stream stay"
         if "depth" in parts:
             return f"{gone}, in whole blocks"
         gone = "Given widths" if recipe.sized else gone

@@ -188,6 +188,18 @@ def _cut(demand: Demand, scores: Scores, some: Sequence[Structure], target: int)
     return counts
 
 
+def blocks_to_remove(ratio: Fraction, blocks: int) -> int:
+    """How many of some blocks a ratio comes to. Raises `InputError` where none would go, or none be left."""
+    count = round(ratio * blocks)
+    if count >= blocks:
+        raise InputError(f"ratio {float(ratio):g} would remove all {blocks} blocks: ask for less")
+    if ratio and not count:
+        raise InputError(
+            f"ratio {float(ratio):g} of {blocks} blocks is less than half of one: ask for {math.ceil(1000 / blocks) / 1000:g} or more"
+        )
+    return count
+
+
 @dataclass(frozen=True)
 class UnitBudget:
     """A budget part with its options, and what holds for all of them.
@@ -330,18 +342,15 @@ class UnitBudget:
         return aligned
 
 
+def no_scores(structures: Structures) -> Scores:
+    """Scores that tell no unit from another, for what has to be known before any is measured."""
+    return [{each.name: torch.zeros(each.count) for each in block} for block in structures]
+
+
 def top_units(scores: Tensor, count: int) -> tuple[int, ...]:
     """The `count` units with the largest scores, ascending; among equals the first. Shapes: scores [units]."""
     order = scores.double().cpu().sort(descending=True, stable=True).indices[:count]
     return tuple(sorted(order.tolist()))
-
-
-def blocks_to_remove(ratio: Fraction, blocks: int) -> int:
-    """How many of so many blocks are nearest to a ratio. Raises `InputError` where that is all of them."""
-    count = round(ratio * blocks)
-    if count >= blocks:
-        raise InputError(f"ratio {float(ratio):g} would remove all {blocks} blocks: ask for less")
-    return count
 
 
 def plan_of(structures: Structures, counts: Counts, scores: Scores) -> Plan:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from ..blockwalk import Appetite, block_parameters
 from ..catalogue import find_method
 from ..distributed import Ranks
-from ..errors import InputError, PrunekitWarning
+from ..errors import InputError
 from ..model.source import StreamedModel, refuse_sliced
 from ..model.stream import Walk
 from ..recipe import Recipe
-from .budget import Counts, blocks_to_remove, plan_of
+from .budget import Counts, blocks_to_remove, no_scores, plan_of
 from .gradients import gradient_bytes
 from .plan import Structures
 from .saving import Form
@@ -60,16 +57,10 @@ class Shrinking:
             raise InputError(f"{type(source.module).__name__} has no units that can be taken out")
         parameters = block_parameters(source)
         # what the ratio or the alignment cannot be is refused before anything is measured
-        chance = [{each.name: torch.zeros(each.count) for each in block} for block in structures]
+        chance = no_scores(structures)
         form: Form | None = None
         if shrinker.depth is not None:
-            count = blocks_to_remove(recipe.target.fraction, len(structures))
-            if not count and recipe.target.fraction:
-                warnings.warn(
-                    f"ratio {recipe.target} of {len(structures)} blocks is nearest to none of them: nothing will be removed",
-                    PrunekitWarning,
-                    stacklevel=2,
-                )
+            blocks_to_remove(recipe.target.fraction, len(structures))
             return cls(shrinker, structures, None, recipe, source, None)
         counts = shrinker.budget.counts(structures, parameters, recipe.target.fraction, chance)
         if not shrinker.plans_first:
