@@ -197,7 +197,7 @@ def prune(
         + f"  calibration {result.windows} windows, {result.tokens:,} tokens\n"
         f"  time        {seconds['total']:.1f} s: forward {seconds['forward']:.1f}, prune {seconds['prune']:.1f}, "
         + (f"tune {seconds['tune']:.1f}, " if seconds["tune"] else "")
-        + f"write {seconds['write']:.1f}, reload check {seconds['verify']:.1f}\n"
+        + f"write {seconds['write']:.1f}, {'checks' if result.removed else 'reload check'} {seconds['verify']:.1f}\n"
         f"  memory      {result.peak_rss_bytes / 1e9:.2f} GB at most\n"
         f"  reloaded    logits differ by {summary['verification']['difference']:.1e} of their norm "
         f"(through {summary['verification']['through']})\n"
@@ -425,7 +425,7 @@ def methods(
         find_method(name)  # refused before anything heavy is imported
     from .api import addable
     from .api import methods as list_methods
-    from .report.methods import REMOVED
+    from .report.methods import REMOVED, measured
 
     rows = list_methods(name)
     if markdown:
@@ -457,7 +457,7 @@ def methods(
             else f"  compares    weights of the same {row['group']} (a K:G pattern: of the same group of G)\n"
         )
         + (f"  budget      {row['budget']}\n" if row["budget"] else "")
-        + f"  measures    {', '.join(row['needs']) or 'nothing'}\n"
+        + f"  measures    {measured(row)}\n"
         + (
             f"  calibration {', '.join(f'{k}={v}' for k, v in row['calibration'].items())}\n"
             if row["calibration"]

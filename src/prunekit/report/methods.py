@@ -13,6 +13,13 @@ REMOVED = {
 }
 
 
+def measured(row: Mapping[str, Any], quote: str = "") -> str:
+    """What a method reads of the model it is given."""
+    if row["depth"]:
+        return "what blocks are fed and return"
+    return ", ".join(f"{quote}{need}{quote}" for need in row["needs"]) or "nothing"
+
+
 def as_markdown(rows: Sequence[Mapping[str, Any]], parts: Sequence[Mapping[str, Any]]) -> str:
     """A section per method, and a table of the parts that can be added to one by name."""
     lines = [
@@ -34,7 +41,9 @@ def as_markdown(rows: Sequence[Mapping[str, Any]], parts: Sequence[Mapping[str, 
             lines.append(f"- removes {REMOVED[row['group']]}")
         else:
             lines.append(f"- compares weights of the same {row['group']}; a K:G pattern those of the same group of G")
-        lines.append(f"- measures {', '.join(f'`{need}`' for need in row['needs']) or 'nothing'}")
+        if row["budget"] not in (None, "uniform"):
+            lines.append(f"- budget: `{row['budget']}`")
+        lines.append(f"- measures {measured(row, '`')}")
         lines.append(f"- options: {', '.join(f'`{name}={value}`' for name, value in row['options'].items())}")
         if row["calibration"]:
             drawn = ", ".join(f"`{name}={value}`" for name, value in row["calibration"].items())

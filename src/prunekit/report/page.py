@@ -273,7 +273,8 @@ class _Phase:
 
 def _phases(seconds: Mapping[str, float], *, removes: bool) -> list[_Phase]:
     """Every phase that took any time, and what is in none of them."""
-    names = _PHASES | ({"prune": "score and cut"} if removes else {})
+    # cut blocks are compared with whole ones on the way
+    names = _PHASES | ({"prune": "score and cut", "verify": "checks"} if removes else {})
     found = {words: seconds[name] for name, words in names.items()}
     found["everything else"] = max(0.0, seconds["total"] - sum(found.values()))
     longest = max(found.values())
