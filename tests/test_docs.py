@@ -34,11 +34,11 @@ import tiny
 from prunekit import InputError, benching, cli, parts, studies
 from prunekit.calibration import text as texts
 from prunekit.calibration.document import Document
-from prunekit.catalogue import METHODS, Method, find_method
+from prunekit.catalogue import METHODS, Method
 from prunekit.checkpoint import embedded, locate
 from prunekit.grid import EvaluationOptions, Grid
+from prunekit.jobs import check_options
 from prunekit.recipe import KINDS, Calibration, Recipe, tomllib
-from prunekit.sparsify.linear import Sparsifier
 from prunekit.studies import Study, read_study
 from test_cli import call
 
@@ -64,6 +64,8 @@ SHORT = {
     "--warmup": "0",
 }
 TINY = {"num_hidden_layers": 2, "max_position_embeddings": 32}
+# options that all budgets of methods that remove structures have
+SHAPES = ("shape", "align", "skip_first", "skip_last")
 # verbs that go on in the folder they are given
 CONTINUING = ("sweep", "study")
 
@@ -137,9 +139,10 @@ def check_setting(setting: str) -> None:
     elif kind == "pattern":
         known = {"group", "permute"}
     else:
-        assert kind in KINDS, f"'{setting}': no part is called '{kind}'"
-        known = {"name", "overrides", "ignore"} if kind == "budget" else {"name"}
-        known = known.union(*(part.options for part in parts.parts(kind).values()))
+        assert kind in set().union(*KINDS.values()), f"'{setting}': no part is called '{kind}'"
+        known = {"name", "overrides", "ignore", *SHAPES} if kind == "budget" else {"name"}
+        for home in (kind, f"unit-{kind}") if kind in ("score", "budget") else (kind,):
+            known = known.union(*(part.options for part in parts.parts(home).values()))
     assert option.partition(".")[0] in known or option.isupper(), f"'{setting}': {kind} has no option '{option}'"
 
 
@@ -360,8 +363,7 @@ def check_recipe(block: Block) -> None:
     elif "grid" in values:
         assert Grid.build({"model": "MODEL", "method": "wanda", **values}).combinations()
     else:
-        recipe = Recipe.build({"model": "MODEL", "method": "wanda", **values})
-        Sparsifier.of(find_method(recipe.method), recipe.parts)
+        check_options(Recipe.build({"model": "MODEL", "method": "wanda", **values}))
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)

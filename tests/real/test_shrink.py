@@ -47,7 +47,7 @@ def test_a_fifth_is_a_fifth_and_loads_as_a_stock_llama(runs: dict[str, Any]) -> 
     assert abs(result.removed - 0.2 * BLOCK_PARAMETERS) <= 30 * 3 * 576 / 2
     config = json.loads((result.out / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
-    assert config["intermediate_size"] == 1091
+    assert config["intermediate_size"] == 1126
     assert (config["num_attention_heads"], config["num_key_value_heads"]) == (9, 3)
     model = AutoModelForCausalLM.from_pretrained(result.out)
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008 - result.removed
