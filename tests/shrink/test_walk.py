@@ -71,10 +71,11 @@ def test_every_method_leaves_a_model_that_is_really_smaller(
     found = prunekit.inspect(tmp_path / "out")
     assert found.sound
     ids = torch.randint(0, 250, (1, 12), generator=torch.Generator().manual_seed(0))
-    generated = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
     with torch.no_grad():
-        again = model(generated[:, :-1]).logits[0, 11:].argmax(-1)
-    assert torch.equal(again, generated[0, 12:]), "a cache gives what the whole sequence gives"
+        cache = model(ids[:, :9], use_cache=True).past_key_values
+        behind = model(ids[:, 9:], past_key_values=cache).logits
+        torch.testing.assert_close(behind, model(ids).logits[:, 9:], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "qwen3", "gemma2", "opt"])

@@ -56,7 +56,8 @@ def test_every_method_can_be_planned_and_described(method: str, place: Path, few
     described = call("methods", method)
     assert described.code == 0
     assert ("removes     whole blocks" in described.out) == (METHODS[method].depth is not None)
-    assert ("budget." in described.out) == (METHODS[method].group == "unit")
+    of_units = METHODS[method].depth is None and METHODS[method].width is None
+    assert ("budget." in described.out) == of_units
 
 
 def test_a_method_says_what_its_defaults_read_and_draw() -> None:

@@ -307,7 +307,7 @@ class SliceWalk(BlockWalk):
 
     def rehearse(self) -> Rehearsal:
         """What goes is known from shapes."""
-        return Rehearsal(self.removed, 0.0)
+        return Rehearsal(self.block_removed, 0.0)
 
     @property
     def removed(self) -> int:
