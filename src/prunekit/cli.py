@@ -495,13 +495,24 @@ def _print_inspection(found: Any) -> None:
         block, name = place_of(linear.name)
         blocks.setdefault(block, {})[name] = linear
     names = list(dict.fromkeys(name for linears in blocks.values() for name in linears))
-    table = Table("block", *[name.rsplit(".", 1)[-1] for name in names], title="zeros / weights")
+    title = "outputs × inputs" if found.removed else "zeros / weights"
+    table = Table("block", *[name.rsplit(".", 1)[-1] for name in names], title=title)
     for block, linears in blocks.items():
-        cells = [f"{linears[name].zeros / linears[name].weights:.3f}" if name in linears else "" for name in names]
+        there = [linears.get(name) for name in names]
+        if found.removed:
+            cells = ["" if linear is None else "{} × {}".format(*linear.shape) for linear in there]
+        else:
+            cells = ["" if linear is None else f"{linear.zeros / linear.weights:.3f}" for linear in there]
         table.add_row(str(block), *cells)
     console = Console(width=None if sys.stdout.isatty() else 30 + 12 * len(names))
     console.print(table)
     typer.echo(f"sparsity    {found.zeros / found.weights:.4f}  ({found.zeros:,} zeros of {found.weights:,} weights)")
+    if found.removed:
+        run = found.manifest["run"]
+        typer.echo(f"parameters  {found.parameters:,} of {run['parameters']:,}")
+        typer.echo(
+            f"ratio       {found.ratio:.4f}  ({found.removed:,} of {run['block_parameters']:,} block parameters removed)"
+        )
     if found.manifest is None:
         typer.echo("recipe      none: prunekit did not write this folder")
         return
@@ -517,7 +528,8 @@ def _print_inspection(found: Any) -> None:
     broken = (
         f"BROKEN in {', '.join(found.broken)}" if found.broken else f"holds in all {recorded} linears it was asked of"
     )
-    typer.echo(f"pattern     {broken}")
+    if recorded:
+        typer.echo(f"pattern     {broken}")
     typer.echo(f"files       {'CHANGED: ' + ', '.join(found.changed) if found.changed else 'all as written (sha256)'}")
 
 
@@ -770,9 +782,11 @@ def _print_sweep(found: Any) -> None:
     from rich.table import Table
 
     evaluated = any(row.get("perplexity") is not None for row in found.rows)
-    table = Table("run", "status", "sparsity", *["perplexity"] * evaluated, "seconds", "memory")
+    shrunk = any(row["ratio"] for row in found.rows)
+    table = Table("run", "status", "sparsity", *["removed"] * shrunk, *["perplexity"] * evaluated, "seconds", "memory")
     for row in found.rows:
-        figures = [("sparsity", "{:.4f}"), *[("perplexity", "{:.4f}")] * evaluated, ("seconds.total", "{:.1f}")]
+        figures = [("sparsity", "{:.4f}"), *[("ratio", "{:.4f}")] * shrunk]
+        figures += [*[("perplexity", "{:.4f}")] * evaluated, ("seconds.total", "{:.1f}")]
         cells = ["" if row[name] is None else form.format(row[name]) for name, form in figures]
         memory = "" if row["peak_rss_bytes"] is None else f"{row['peak_rss_bytes'] / 1e9:.2f} GB"
         table.add_row(row["name"], row["status"], *cells, memory)

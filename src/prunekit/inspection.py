@@ -59,6 +59,16 @@ class Inspection:
         return sum(linear.weights for linear in self.linears)
 
     @property
+    def removed(self) -> int:
+        """Parameters that are not there any more: those of the model that was pruned less those that are stored."""
+        return 0 if self.manifest is None else self.manifest["run"]["parameters"] - self.parameters
+
+    @property
+    def ratio(self) -> float:
+        """Their share of the block parameters."""
+        return 0.0 if self.manifest is None else self.removed / self.manifest["run"]["block_parameters"]
+
+    @property
     def broken(self) -> list[str]:
         """Linears that do not have the pattern they were pruned to."""
         return [linear.name for linear in self.linears if linear.holds is False]
@@ -77,6 +87,7 @@ class Inspection:
             "weights": self.weights,
             "zeros": self.zeros,
             "parameters": self.parameters,
+            "ratio": self.ratio,
             "sound": self.sound,
             "broken": self.broken,
             "changed": self.changed,

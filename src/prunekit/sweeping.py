@@ -368,6 +368,7 @@ def _row(table: Table, combination: Combination, run: Run) -> dict[str, Any]:
             "target": str(recipe.target),
             "seed": recipe.seed,
             "sparsity": figures.get("sparsity"),
+            "ratio": figures.get("ratio"),
             "perplexity": evaluation.get("summary", {}).get("perplexity"),
             "evaluation": {**evaluation.get("asked", {}), **evaluation.get("summary", {})},
             "peak_rss_reset": None if record.pruned is None else record.pruned["peak_rss_reset"],

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ..catalogue import find_method
+from ..checkpoint.writer import MODELING_NAME
 from ..evaluation.record import EvaluationRecord
 from ..recipe import Recipe
 from ..recovery.options import RecoveryOptions
@@ -19,6 +20,10 @@ from .findings import spelt
 _FIGURES = "## Before and after"
 _AFTER_FIGURES = "The zeros are stored"
 _AFTER_SHAPES = "The widths are"
+WITH_CODE = (
+    f" No config of its class says how wide its blocks are: `{MODELING_NAME}` loads it, with `trust_remote_code=True`; so does "
+    "`prunekit.load`."
+)
 _TRAINED = "kept weights were trained with low-rank adapters, which are merged; zeros are where the pruning put them."
 # what an evaluation puts into a card: the last names of the metadata, and a section
 _IN_METADATA = re.compile(r"^metrics:\n(?:- .*\n)+model-index:\n(?:[- ] .*\n)+", re.MULTILINE)
@@ -61,7 +66,7 @@ def model_card(manifest: dict[str, Any], source: Path, evaluation: EvaluationRec
         f"Made by prunekit. {method.summary} {kept}\n\n"
         f"| | |\n|---|---|\n{table}\n\n"
         f"{'' if evaluation is None else _figures(evaluation)}"
-        f"{_loads(recipe)}\n\n"
+        f"{_loads(recipe, with_code=MODELING_NAME in manifest['outputs'])}\n\n"
         f"Repeat it with\n\n```\n{recipe.command('OUT')}{again}\n```\n\n"
         "`prunekit.json` holds the whole record: recipe, versions, hashes of inputs and outputs, a line per linear; `report.html` "
         "shows it.\n"
@@ -94,14 +99,16 @@ def _untouched(recipe: Recipe, *, trained: bool) -> str:
     return f"Embeddings and output head are untouched; of the blocks' matrices, {kept}{again}."
 
 
-def _loads(recipe: Recipe) -> str:
+def _loads(recipe: Recipe, *, with_code: bool) -> str:
+    code = WITH_CODE if with_code else ""
     if not recipe.removes:
         return (
             f"{_AFTER_FIGURES} like any other number: the folder loads with `AutoModelForCausalLM.from_pretrained`, and a dense "
-            "runtime is neither faster nor smaller for them."
+            f"runtime is neither faster nor smaller for them.{code}"
         )
     return (
         f"{_AFTER_SHAPES} like those of a model that was trained with them: it is smaller and faster wherever it loads."
+        f"{code}"
     )
 
 

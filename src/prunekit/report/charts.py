@@ -88,11 +88,11 @@ class Moment:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A run in a comparison. `series` numbers its kind, `best` says that no other has as many zeros and less perplexity."""
+    """A run in a comparison. `series` numbers its kind, `best` says that no other has as much `gone` and less perplexity."""
 
     text: str
     series: int
-    sparsity: float
+    gone: float
     perplexity: float
     best: bool
 
@@ -159,36 +159,33 @@ def recovery_chart(losses: Sequence[float], curve: Mapping[int, float]) -> Chart
     return _drawn("recovery", (520, 260), draw)
 
 
-def front_chart(name: str, runs: Sequence[Candidate], dense: float | None) -> Chart:
-    """Perplexity against sparsity, a mark a run, with the Pareto front as a line; `dense` is the unpruned model's perplexity."""
+def front_chart(name: str, runs: Sequence[Candidate], dense: float | None, axis: str) -> Chart:
+    """Perplexity against what is gone, called `axis`: a mark a run, the Pareto front a line; `dense` is the unpruned model's."""
 
     def draw(axes: Axes) -> list[tuple[float, float, str]]:
-        front = sorted((run.sparsity, run.perplexity) for run in runs if run.best)
+        front = sorted((run.gone, run.perplexity) for run in runs if run.best)
         axes.step(*zip(*front, strict=True), where="pre", color=_ACCENT, linewidth=1.4, alpha=0.7)
         for run in runs:
             colour, marker = style_of(run.series)
             look: Any = {"markersize": 7.5, "markeredgewidth": 1.0, "markeredgecolor": _SURFACE}
-            axes.plot(
-                run.sparsity, run.perplexity, marker=MARKERS[marker], color=_SERIES[colour], clip_on=False, **look
-            )
+            axes.plot(run.gone, run.perplexity, marker=MARKERS[marker], color=_SERIES[colour], clip_on=False, **look)
         axes.set_yscale("log")
         axes.margins(0.08)
         if dense is not None:
             axes.axhline(dense, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
         plain_ticks(axes.yaxis)
         axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-        axes.set(xlabel="sparsity", ylabel="perplexity")
-        return [(run.sparsity, run.perplexity, run.text) for run in runs]
+        axes.set(xlabel=axis, ylabel="perplexity")
+        return [(run.gone, run.perplexity, run.text) for run in runs]
 
     return _drawn(name, (520, 320), draw)
 
 
 def pareto(figures: Sequence[tuple[float, float]]) -> list[bool]:
-    """For each (sparsity, perplexity) whether no other has at least its sparsity, at most its perplexity, and is better in one."""
+    """For each (gone, perplexity) whether no other has at least as much gone, at most its perplexity, and is better in one."""
     return [
         not any(
-            sparsity >= own and perplexity <= ours and (sparsity, perplexity) != (own, ours)
-            for sparsity, perplexity in figures
+            gone >= own and perplexity <= ours and (gone, perplexity) != (own, ours) for gone, perplexity in figures
         )
         for own, ours in figures
     ]

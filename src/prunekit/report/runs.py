@@ -11,6 +11,8 @@ from .charts import GLYPHS, Candidate, front_chart, pareto, style_of
 from .findings import spelt
 from .page import change, duration, render, short
 
+_FEW = 0.005  # zeros that any model may have
+
 
 @dataclass(frozen=True)
 class Row:
@@ -21,6 +23,7 @@ class Row:
         text, length, windows: what perplexity was measured on.
         dense: perplexity of the unpruned model on the same.
         ratio_interval: 95 % interval of perplexity / dense.
+        ratio: share of the block parameters that went with structures; `parameters` are those that stayed, of the whole model.
     """
 
     name: str
@@ -36,7 +39,19 @@ class Row:
     windows: int | None = None
     dense: float | None = None
     ratio_interval: tuple[float, float] | None = None
+    ratio: float = 0.0
+    parameters: int | None = None
     axes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def gone(self) -> float:
+        """The share that is removed, or zero in what is left: runs that zero weights and runs that remove structures on one scale."""
+        return 1 - (1 - self.ratio) * (1 - self.sparsity)
+
+    @property
+    def zeroes(self) -> bool:
+        """Whether its zeros were made, and not just found."""
+        return not self.ratio or self.sparsity >= _FEW
 
     @property
     def condition(self) -> tuple[Any, ...]:
@@ -54,6 +69,7 @@ class Cell:
 
 
 _NOTHING = Cell("–", None)
+_AXES = {"zeros": "sparsity", "removed": "share removed", "removed or zero": "share removed or zero"}
 
 
 @dataclass(frozen=True)
@@ -77,7 +93,7 @@ def comparison_page(title: str, rows: Sequence[Row], failures: Sequence[Mapping[
     drawn = [group for group in groups.values() if len(group) > 1]  # a run alone is compared with nothing
     front: set[int] = set()
     for group in drawn:
-        best = pareto([(row.sparsity, row.perplexity or 0.0) for row in group])
+        best = pareto([(row.gone, row.perplexity or 0.0) for row in group])
         front |= {id(row) for row, is_best in zip(group, best, strict=True) if is_best}
     methods = list(dict.fromkeys(row.method for row in rows))
     columns = _columns(rows)
@@ -98,14 +114,15 @@ def _group(name: str, group: Sequence[Row], front: set[int], methods: Sequence[s
     dense = next((row.dense for row in group if row.dense is not None), None)
     runs = [
         Candidate(
-            f"{row.name}: {100 * row.sparsity:.1f} % zeros, perplexity {spelt(row.perplexity)}",
+            f"{row.name}: {100 * row.gone:.1f} % {_what_went([row])}, perplexity {spelt(row.perplexity)}",
             methods.index(row.method),
-            row.sparsity,
+            row.gone,
             row.perplexity or 0.0,
             id(row) in front,
         )
         for row in group
     ]
+    axis = _AXES[_what_went(group)]
     shown = [method for method in methods if any(row.method == method for row in group)]
     legend = [(style_of(methods.index(method)), method) for method in shown]
     return {
@@ -113,11 +130,19 @@ def _group(name: str, group: Sequence[Row], front: set[int], methods: Sequence[s
         "model": short(first.model),
         "on": _measured_on(first),
         "dense": dense,
-        "chart": front_chart(name, runs, dense),
+        "axis": axis,
+        "chart": front_chart(name, runs, dense, axis),
         "legend": [(colour, GLYPHS[marker], method) for (colour, marker), method in legend],
         "best": sum(run.best for run in runs),
         "runs": len(runs),
     }
+
+
+def _what_went(rows: Sequence[Row]) -> str:
+    """What to call the share that is gone."""
+    if not any(row.ratio for row in rows):
+        return "zeros"
+    return "removed or zero" if any(row.zeroes for row in rows) else "removed"
 
 
 def _measured_on(row: Row) -> str:
@@ -135,7 +160,17 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     columns.append(Column("pattern", lambda row: _text(row.target), numeric=False))
     axes = dict.fromkeys(name for row in rows for name in row.axes)
     columns += [_axis(name, rows) for name in axes if len({str(row.axes.get(name)) for row in rows}) > 1]
-    columns.append(Column("sparsity", lambda row: Cell(f"{100 * row.sparsity:.2f} %", row.sparsity)))
+    if any(row.zeroes for row in rows):
+        columns.append(
+            Column(
+                "sparsity", lambda row: Cell(f"{100 * row.sparsity:.2f} %", row.sparsity) if row.zeroes else _NOTHING
+            )
+        )
+    if any(row.ratio for row in rows):
+        columns.append(
+            Column("removed", lambda row: Cell(f"{100 * row.ratio:.2f} %", row.ratio) if row.ratio else _NOTHING)
+        )
+        columns.append(Column("parameters", lambda row: _figure(row.parameters, "{:,}".format)))
     if any(row.perplexity is not None for row in rows):
         columns.append(Column("perplexity", lambda row: _figure(row.perplexity, spelt)))
     if any(row.dense is not None for row in rows):

@@ -20,6 +20,7 @@ _PRUNED: dict[str, type] = {
     "weights": int,
     "parameters.before": int,
     "parameters.after": int,
+    "ratio": float,
     "blocks": int,
     "windows": int,
     "tokens": int,
@@ -36,18 +37,22 @@ _EVALUATED: dict[str, type] = {
     "evaluation.peak_rss_bytes": int,
 }
 _TAIL = {"peak_rss_reset": bool, "error_kind": str, "error": str, "out": str, "recipe_sha256": str}
-COLUMNS = frozenset({*_HEAD, *_PRUNED, *_EVALUATED, *_TAIL, "sparsity", "pattern"})
+COLUMNS = frozenset({*_HEAD, *_PRUNED, *_EVALUATED, *_TAIL, "pattern"})
 
 
 class Table:
     """The columns of a sweep's table, with one type each.
 
     Beside the figures there is a column for every axis, under its dotted recipe name; of cases it holds the label. `target` is what was
-    asked for (`0.5`, `2:4`), `sparsity` what came out. An axis whose values are of several kinds is text throughout.
+    asked for (`0.5`, `2:4`), `sparsity` and `ratio` what came out. An axis whose values are of several kinds is text throughout.
     """
 
     def __init__(self, axes: Mapping[str, list[Any]], *, evaluated: bool) -> None:
-        own = {name: _type_of(values) for name, values in axes.items() if name not in {*_HEAD, "sparsity", "pattern"}}
+        own = {
+            name: _type_of(values)
+            for name, values in axes.items()
+            if name not in {*_HEAD, "sparsity", "ratio", "pattern"}
+        }
         self.columns: dict[str, type] = {**_HEAD, **own, **_PRUNED, **(_EVALUATED if evaluated else {}), **_TAIL}
 
     def row(self, values: Mapping[str, Any]) -> dict[str, Any]:
