@@ -45,6 +45,7 @@ KINDS = {
     "shrink": ("score", "budget", "compensate", "depth"),
 }
 DEFAULT_RATIO = 0.2
+SHAPING = ("shape", "align", "skip_first", "skip_last")  # options of every budget of units
 
 
 class _Yaml(yaml.SafeLoader):
@@ -176,6 +177,11 @@ class Recipe(_Section):
             raise ValueError(
                 f"ratio {self.ratio} is for methods that remove structures; '{method.name}' zeroes single weights: "
                 "use --sparsity or --pattern"
+            )
+        shaping = [name for name in self.parts.get("budget", {}) if name in SHAPING and method.kind != "shrink"]
+        if shaping:
+            raise ValueError(
+                f"'budget.{shaping[0]}' is for methods that remove structures; '{method.name}' zeroes single weights: leave it out"
             )
         if self.sparsity is not None and self.pattern is not None:
             raise ValueError(f"sparsity {self.sparsity} and pattern {self.pattern} are both given: give one of them")

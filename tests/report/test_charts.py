@@ -33,7 +33,7 @@ def made() -> list[Chart]:
     return [
         error_chart(ERRORS),
         memory_chart(MOMENTS, total=5.0, peak=900_000_000),
-        front_chart("front-0", runs, 15.0),
+        front_chart("front-0", runs, 15.0, "sparsity"),
         recovery_chart([3.0, 2.9, 2.5, 2.6], {0: 20.0, 2: 18.0, 4: 15.0}),
     ]
 
