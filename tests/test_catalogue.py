@@ -16,11 +16,13 @@ from prunekit.catalogue import METHODS, PARTS, UNIT_PARTS, find_method
 from prunekit.parts import find_part, parts
 from prunekit.report.methods import as_markdown
 from prunekit.shrink.shrinker import Shrinker
+from prunekit.shrink.slicewalk import bound_width
 from prunekit.sparsify.linear import Sparsifier
 
 KINDS = ("refine", "reconstruct", "tune")
 SPARSIFY = [row for row in METHODS.values() if row.kind == "sparsify"]
-SHRINK = [row for row in METHODS.values() if row.kind == "shrink"]
+SHRINK = [row for row in METHODS.values() if row.kind == "shrink" and row.width is None]
+SLICE = [row for row in METHODS.values() if row.width is not None]
 
 
 def ids(windows: int = 6) -> torch.Tensor:
@@ -58,7 +60,8 @@ def test_every_registered_part_is_used_or_can_be_added() -> None:
     assert set(parts("budget")) == {"uniform", *(name for name, its in PARTS.items() if its == "budget")}
     assert set(parts("score")) == {row.score for row in SPARSIFY if row.score is not None}
     assert set(parts("compensate")) == {name for name, its in UNIT_PARTS.items() if its == "compensate"}
-    assert set(parts("unit-score")) == {row.score for row in SHRINK}
+    assert set(parts("unit-score")) == {row.score for row in SHRINK if row.score is not None}
+    assert set(parts("depth")) == {row.depth for row in SHRINK if row.depth is not None}
     for row in SPARSIFY:
         sparsifier = Sparsifier.of(row, {})
         assert [bound.part.kind for bound in sparsifier.parts] == [
@@ -68,9 +71,11 @@ def test_every_registered_part_is_used_or_can_be_added() -> None:
     for row in SHRINK:
         shrinker = Shrinker.of(row, {})
         assert [bound.part.word for bound in shrinker.parts] == [
-            kind for kind in ("score", "compensate") if getattr(row, kind) is not None
+            kind for kind in ("score", "compensate", "depth") if getattr(row, kind) is not None
         ]
         assert shrinker.budget.part is find_part("unit-budget", row.budget)
+    for row in SLICE:
+        assert bound_width(row, {}).part is find_part("width", str(row.width))
     for row in METHODS.values():
         assert row.summary.endswith(".")
         assert "http" in row.paper or row.name == "random"

@@ -59,13 +59,6 @@ def test_figures_are_those_of_pruning_and_evaluating_each(
     assert found.overlap[0][1] < 1.0
 
 
-def test_what_removes_structures_is_refused_before_anything_is_read(text_file: Path, tmp_path: Path) -> None:
-    calibration = options(text_file)["calibration"]
-    with pytest.raises(InputError, match=r"'flap' removes structures.*prunekit sweep"):
-        prunekit.compare(tmp_path / "nothing", ["flap"], out=tmp_path / "out", calibration=calibration)
-    assert not (tmp_path / "out").exists()
-
-
 def evaluate(folder: Path, text_file: Path) -> float:
     return prunekit.evaluate(folder, text=str(text_file), length=32, samples=4, dtype="float32").perplexity
 

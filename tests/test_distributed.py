@@ -142,6 +142,7 @@ def test_two_processes_refit_and_measure_as_one_does(folder: Path) -> None:
     }
     scenarios |= {name: options(folder, folder / f"pair-{name}", **changes) for name, changes in shrinking.items()}
     scenarios["gradients"] = options(folder, folder / "pair-gradients", method="nirvana", ratio=0.3)
+    scenarios["sliced"] = options(folder, folder / "pair-sliced", method="slicegpt", ratio=0.2)
     scenarios["permuted"] = options(folder, folder / "pair-permuted", method="wanda", pattern="2:4", parts=parts)
     scenarios["tuned"] = options(folder, folder / "pair-tuned", method="wanda+blockwise")
     told = together(folder, 2, scenarios)
@@ -160,6 +161,13 @@ def test_two_processes_refit_and_measure_as_one_does(folder: Path) -> None:
         ours, theirs = (tensors(folder / f"{kind}-{name}") for kind in ("pair", "single"))
         for key, value in ours.items():
             torch.testing.assert_close(value, theirs[key], rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
+    alone(**options(folder, folder / "single-sliced", method="slicegpt", ratio=0.2))
+    ids = torch.arange(32)[None] * 5 % 250
+    with torch.no_grad():
+        ours, theirs = (
+            prunekit.load(folder / f"{kind}-sliced", dtype="float32")(ids).logits for kind in ("pair", "single")
+        )
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-3
     assert "wants gradients, which one process computes" in told[0]["gradients"]
     # orders that retain equally much are told apart by rounding, so another number of processes may take another one
     assert told[0]["permuted"] == told[1]["permuted"]

@@ -436,6 +436,7 @@ def test_a_run_goes_on_with_the_threads_it_began_with(setting: Setting, out: Pat
         ("flap", "sequential"),
         ("numerical", "sequential"),
         ("nirvana", "sequential"),
+        ("wanda-sp+blockwise", "sequential"),
     ],
 )
 def test_methods_that_remove_structures_resume_to_the_same_bits(

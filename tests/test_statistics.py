@@ -34,6 +34,23 @@ def slow_sums(inputs: Tensor, outputs: Tensor, keep: Tensor | None) -> dict[str,
         "output_square": [math.fsum(y[i] ** 2 for y in ys) for i in range(outputs.shape[-1])],
         "gram": [[math.fsum(x[i] * x[j] for x in xs) for j in range(width)] for i in range(width)],
     }
+    windows = inputs if inputs.ndim == 3 else inputs[None]
+    kept = [None] * len(windows) if keep is None else list(keep)
+    of_window = [
+        [x for x, real in flat(window, real_ones) if real] for window, real_ones in zip(windows, kept, strict=True)
+    ]
+    sums["window_abs"] = [
+        math.fsum((math.fsum(abs(x[j]) for x in window) / len(window)) ** 2 for window in of_window if window)
+        for j in range(width)
+    ]
+    middle = windows.shape[1] // 2
+    firsts = [
+        [x for x, real in flat(window[:middle], None if some_real is None else some_real[:middle]) if real]
+        for window, some_real in zip(windows, kept, strict=True)
+    ]
+    sums["half_gram"] = [
+        [math.fsum(x[i] * x[j] for window in firsts for x in window) for j in range(width)] for i in range(width)
+    ]
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
 
 
@@ -47,7 +64,8 @@ def assert_sums(found: Statistics, inputs: Tensor, outputs: Tensor, keep: Tensor
     # Where signs cancel, rounding is relative to what was added up, not to what is left.
     largest = expected["input_abs"].max().item()
     for name, value in expected.items():
-        atol = {"input_sum": rtol * largest, "gram": rtol * expected["input_square"].max().item()}.get(name, 1e-30)
+        square = rtol * expected["input_square"].max().item()
+        atol = {"input_sum": rtol * largest, "gram": square, "half_gram": square}.get(name, 1e-30)
         torch.testing.assert_close(
             getattr(found, name).double(), value, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
         )
@@ -121,9 +139,9 @@ def test_vectors_are_float64_and_the_norm_is_the_root() -> None:
     inputs = torch.tensor([[[3.0, 0.0], [4.0, 2.0]]])
     found = measure(nn.Linear(2, 2, bias=False), inputs)
     assert found.input_norm.tolist() == [5.0, 2.0]
-    for name in ALL - {"gram"}:
+    for name in ALL - {"gram", "half_gram"}:
         assert getattr(found, name).dtype == torch.float64
-    assert found.gram.dtype == torch.float32
+    assert found.gram.dtype == found.half_gram.dtype == torch.float32
     narrow = found.to(torch.float32)
     assert narrow.input_square.dtype == torch.float32
     assert narrow.count == found.count == 2

@@ -30,6 +30,7 @@ from .progress import Progress, Silent
 from .pruning import Result
 from .recipe import Recipe
 from .shrink.shrinker import Shrinker
+from .shrink.slicewalk import bound_width
 from .sparsify.budget import Budget
 from .sparsify.linear import Sparsifier
 
@@ -603,7 +604,8 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
         options: dict[str, Any] = {}
         for bound in parts:
             options |= {f"{bound.part.word}.{name}": value for name, value in bound.options.items()}
-        options |= {f"budget.{name}": value for name, value in budget.options.items()} | more
+        options |= {f"budget.{name}": value for name, value in budget.options.items()} if budget else {}
+        options |= more
         listed.append(
             {
                 "name": row.name,
@@ -614,13 +616,14 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
                 "reconstruct": row.reconstruct,
                 "tune": row.tune,
                 "compensate": row.compensate,
+                "depth": row.depth,
+                "width": row.width,
                 "formulas": {bound.part.word: bound.part.summary for bound in parts},
                 "notes": [bound.part.note for bound in parts if bound.part.note],
                 "group": row.group,
-                "budget": row.budget,
-                "needs": sorted(
-                    frozenset().union(*(bound.part.needs for bound in parts), budget.part.needs) - {"scores"}
-                ),
+                "budget": budget.part.name if budget else None,
+                "needs": sorted(_read(parts if budget is None else [*parts, budget])),
+                "calibration": dict(row.calibration),
                 "options": options,
                 "paper": row.paper,
             }
@@ -628,11 +631,20 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
     return listed
 
 
-def _parts_of(row: Method) -> tuple[list[Bound], Bound, dict[str, Any]]:
-    """A method's parts, its budget, and options that are no part's, each with its default."""
+def _read(parts: Sequence[Bound]) -> frozenset[str]:
+    """What some parts read of a model with the options they are bound to."""
+    return frozenset().union(*(bound.part.needed(bound.options) for bound in parts)) - {"scores"}
+
+
+def _parts_of(row: Method) -> tuple[list[Bound], Bound | None, dict[str, Any]]:
+    """A method's parts, its budget if it has one, and options that are no part's, each with its default."""
+    if row.width is not None:
+        return [bound_width(row, {})], None, {}
     if row.kind == "shrink":
         shrinker = Shrinker.of(row, {})
         given = shrinker.budget
+        if shrinker.depth is not None:
+            return shrinker.parts, None, {}
         common = {
             f"budget.{name}": value for name, value in given.resolved.items() if name not in ("name", *given.options)
         }
@@ -644,11 +656,12 @@ def _parts_of(row: Method) -> tuple[list[Bound], Bound, dict[str, Any]]:
 
 def addable() -> list[dict[str, str]]:
     """The parts that can be added to a method by name, as in `wanda+dsnot`: name, kind, to what kind of method, what they do, paper."""
-    found = [find_part(kind, name) for name, kind in PARTS.items()]
-    found += [find_part("unit-budget" if kind == "budget" else kind, name) for name, kind in UNIT_PARTS.items()]
+    found = [(find_part(kind, name), "sparsify") for name, kind in PARTS.items()]
+    kinds = {"budget": "unit-budget"}
+    found += [(find_part(kinds.get(kind, kind), name), "shrink") for name, kind in UNIT_PARTS.items()]
     return [
-        {"name": part.name, "kind": part.word, "to": part.to, "summary": part.summary, "paper": part.paper}
-        for part in found
+        {"name": part.name, "kind": part.word, "to": to, "summary": part.summary, "paper": part.paper}
+        for part, to in found
     ]
 
 

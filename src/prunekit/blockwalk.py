@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .binding import Bound
 from .bits import row_chunks
 from .checkpoint.shard import Piece
 from .checkpoint.writer import MODELING_NAME
@@ -23,7 +24,7 @@ from .distributed import Ranks
 from .model.anatomy import Block, Linear
 from .model.hidden import HiddenStates, InMemory, Place
 from .model.resizing import SHAPES
-from .model.source import Source, StreamedModel, resizing_code
+from .model.source import Source, StreamedModel, exchanged, resizing_code
 from .model.stream import Walk
 from .statistics import Collector
 
@@ -98,6 +99,7 @@ class Appetite:
 
     Attributes:
         sums: of a block's statistics, at most.
+        written: bytes of the model that is written beyond those of the one that is read.
         choosing: while it works on a linear.
         tunes: whether it runs blocks with gradients, towards the outputs of the dense ones.
         ahead: all told, while gradients of the dense model are measured before the first block is changed.
@@ -106,6 +108,7 @@ class Appetite:
     sums: int
     choosing: int
     tunes: bool = False
+    written: int = 0
     ahead: int = 0
 
 
@@ -216,6 +219,16 @@ class BlockWalk(ABC):
         """How many parameters the model has fewer; known when the walk is over."""
         return 0
 
+    @property
+    def block_removed(self) -> int:
+        """How many of them were in blocks."""
+        return self.removed
+
+    @property
+    def channels(self) -> tuple[int, int] | None:
+        """How many channels the residual stream had and has between blocks; None where nothing was done to it."""
+        return None
+
     def outer(self) -> list[Piece]:
         """What is written of what lies outside the blocks."""
         source = self.walk.source
@@ -236,9 +249,13 @@ class BlockWalk(ABC):
     def start(self, hidden: HiddenStates | None = None, *, keep: bool = True) -> None:
         """Run the model around its blocks; `walk.hidden` then holds the first block's inputs, unless `keep` is False."""
         with self.seconds.timed("forward"), self.ranks.together():
-            self.walk.start(hidden, keep=keep)
+            self.walk.start(hidden, keep=keep, enter=self.enter)
         if self.dense and self._checks:
             self.check = self._last_batch(self.walk.hidden[self.walk.batches[-1]] if keep else None)
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """What the first block is given in the place of the model's own first hidden states [windows, length, hidden]."""
+        return hidden
 
     def _last_batch(self, values: Tensor | None) -> InMemory:
         batch = self.walk.batches[-1]
@@ -289,6 +306,33 @@ class BlockWalk(ABC):
         self.ranks.sum_up([squares])
         lost, whole = squares.sqrt().tolist()
         return float(lost / whole) if whole > 0 else 0.0
+
+    def _descend(
+        self, tune: Bound, block: Block, module: nn.Module, names: Collection[str], wanted: HiddenStates
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Parameters of a block, and which entries of them are not zero, tuned on all windows towards `wanted` outputs.
+
+        The module itself is left as it is.
+        """
+        walk = self.walk
+        # gradients need tensors that were not made in inference mode
+        with torch.inference_mode(False), torch.enable_grad():
+            copies = {
+                name: nn.Parameter(old.detach().clone(), name in names) for name, old in module.named_parameters()
+            }
+            weights = {name: (copies[name], copies[name].detach() != 0) for name in names}
+            buffers = {name: old.clone() for name, old in module.named_buffers()}
+
+            def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+                for position, batch in enumerate(walk.batches):
+                    inputs = walk.hidden[batch].clone()
+                    outputs = walk.replay(block.index, module, position, inputs)
+                    yield inputs, outputs, wanted[batch].to(outputs.device).clone()
+
+            steps = max(self.ranks.gather(len(walk.batches)))
+            with exchanged(module, {**copies, **buffers}):
+                tune(weights, batches, steps, self.ranks.sum_up)
+        return {name: (tuned.detach(), keep) for name, (tuned, keep) in weights.items()}
 
     def _collect(
         self,

@@ -30,6 +30,7 @@ UNIT_PARTS: dict[str, str] = {
     "least-squares": "compensate",
     "global-cost": "budget",
     "global-types": "budget",
+    "blockwise": "tune",
 }
 
 
@@ -41,7 +42,8 @@ class Method:
     `layer` (the linear). A `K:G` pattern compares within its groups of G, whatever the method. `score` is None where the
     reconstruction chooses what to keep while it solves. `options` are defaults that differ from the parts' own.
     Of the `kind` shrink, a method removes structures: its score ranks units, its `budget` says how many stay, `compensate` refits the
-    linears that lose inputs; or `depth` says which whole blocks go.
+    linears that lose inputs, `tune` the whole block; or `depth` says which whole blocks go, or `width` how narrow the residual stream
+    becomes.
     `calibration` is what the paper draws, where that is another order of magnitude than our default.
     """
 
@@ -57,6 +59,7 @@ class Method:
     tune: str | None = None
     compensate: str | None = None
     depth: str | None = None
+    width: str | None = None
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
 
@@ -264,6 +267,14 @@ METHODS: dict[str, Method] = {
             paper="equations 1 to 3 of https://arxiv.org/abs/2409.17372",
         ),
         Method(
+            name="minitron",
+            kind="shrink",
+            summary="Remove the units that are least active; widths may be given with --set budget.name=widths.",
+            score="minitron",
+            group="unit",
+            paper="Muralidharan et al. 2024, https://arxiv.org/abs/2407.14679",
+        ),
+        Method(
             name="llm-pruner",
             kind="shrink",
             summary="Remove the units whose weights the loss would miss least, by its gradient, in all but the outer blocks.",
@@ -292,6 +303,15 @@ METHODS: dict[str, Method] = {
             group="block",
             depth="shortgpt",
             paper="Men et al. 2024, https://arxiv.org/abs/2403.03853",
+        ),
+        Method(
+            name="slicegpt",
+            kind="shrink",
+            summary="Turn the residual stream into its principal components at every place, and keep the first of them.",
+            score=None,
+            group="channel",
+            width="parameters",
+            paper="Ashkboos et al. 2024, https://arxiv.org/abs/2401.15024",
         ),
     )
 }

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -20,7 +21,7 @@ import typer
 
 from . import __version__
 from .catalogue import find_method
-from .errors import InputError, PrunekitError
+from .errors import InputError, PrunekitError, PrunekitWarning
 from .progress import is_quiet
 
 app = typer.Typer(
@@ -52,7 +53,8 @@ def _recipe(
         str | None, typer.Option(help="K:G = keep K of every G consecutive inputs, like 2:4; or a fraction of zeros.")
     ] = None,
     ratio: Annotated[
-        float | None, typer.Option(help="Fraction of the block parameters to remove (shrink methods).")
+        float | None,
+        typer.Option(help="Fraction of the block parameters to remove (shrink methods). Default: 0.2."),
     ] = None,
     shape: Annotated[
         str | None, typer.Option(help="uniform: every block as wide (loads anywhere); or free (shrink methods).")
@@ -109,11 +111,14 @@ def _recipe(
         for name, value in (("source", calibration), ("samples", samples), ("length", length)):
             if value is not None:
                 section[name] = value
-        said_of_shape = {"shape": shape, "align": align}
-        settings = [f"budget.{k}={v}" for k, v in said_of_shape.items() if v is not None] + (settings or [])
-        for setting in settings:
+        for setting in _of_shape(shape, align) + (settings or []):
             assign(values, setting)
     return Recipe.build(values)
+
+
+def _of_shape(shape: str | None, align: int | None) -> list[str]:
+    """`--shape` and `--align` as what `--set` says."""
+    return [f"budget.{name}={value}" for name, value in (("shape", shape), ("align", align)) if value is not None]
 
 
 def _what_went(result: Any) -> str:
@@ -121,9 +126,12 @@ def _what_went(result: Any) -> str:
     zeros = f"{result.zeros:,} zeros of {result.weights:,} weights in {result.blocks} blocks"
     if not result.removed:
         return f"  sparsity    {result.sparsity:.4f}  ({zeros})\n  parameters  {result.parameters:,}, none removed\n"
+    before_after = (
+        "" if result.channels is None else "  channels    {} -> {}, of the residual stream\n".format(*result.channels)
+    )
     return (
-        f"  parameters  {result.parameters:,} -> {result.parameters - result.removed:,}\n"
-        f"  ratio       {result.ratio:.4f}  ({result.removed:,} of {result.block_parameters:,} block parameters removed)\n"
+        f"{before_after}  parameters  {result.parameters:,} -> {result.parameters - result.removed:,}\n"
+        f"  ratio       {result.ratio:.4f}  ({result.block_removed:,} of {result.block_parameters:,} block parameters removed)\n"
     )
 
 
@@ -382,7 +390,7 @@ def _compare(
         _print_comparison(found, out)
 
 
-app.command("compare")(_takes_recipe(_compare, without=("method",)))
+app.command("compare")(_takes_recipe(_compare, without=("method", "ratio", "shape", "align")))
 
 
 def _print_comparison(found: Any, out: Path) -> None:
@@ -417,6 +425,7 @@ def methods(
         find_method(name)  # refused before anything heavy is imported
     from .api import addable
     from .api import methods as list_methods
+    from .report.methods import REMOVED
 
     rows = list_methods(name)
     if markdown:
@@ -443,14 +452,19 @@ def methods(
         + "".join(f"  {kind:<11} {row[kind]}: {formula}\n" for kind, formula in row["formulas"].items())
         + "".join(f"  note        {note}\n" for note in row["notes"])
         + (
-            "  removes     groups of heads and channels\n"
+            f"  removes     {REMOVED[row['group']]}\n"
             if row["kind"] == "shrink"
             else f"  compares    weights of the same {row['group']} (a K:G pattern: of the same group of G)\n"
         )
-        + f"  budget      {row['budget']}\n"
-        f"  measures    {', '.join(row['needs']) or 'nothing'}\n"
-        f"  paper       {row['paper']}\n"
-        f"  options\n{options}",
+        + (f"  budget      {row['budget']}\n" if row["budget"] else "")
+        + f"  measures    {', '.join(row['needs']) or 'nothing'}\n"
+        + (
+            f"  calibration {', '.join(f'{k}={v}' for k, v in row['calibration'].items())}\n"
+            if row["calibration"]
+            else ""
+        )
+        + (f"  paper       {row['paper']}\n" if row["paper"] else "")
+        + f"  options\n{options}",
     )
 
 
@@ -495,24 +509,20 @@ def _print_inspection(found: Any) -> None:
         block, name = place_of(linear.name)
         blocks.setdefault(block, {})[name] = linear
     names = list(dict.fromkeys(name for linears in blocks.values() for name in linears))
-    title = "outputs × inputs" if found.removed else "zeros / weights"
+
+    def cell(linear: Any) -> str:
+        outputs, inputs = linear.shape
+        return f"{outputs} x {inputs}" if found.removed else f"{linear.zeros / linear.weights:.3f}"
+
+    title = "outputs x inputs" if found.removed else "zeros / weights"
     table = Table("block", *[name.rsplit(".", 1)[-1] for name in names], title=title)
     for block, linears in blocks.items():
-        there = [linears.get(name) for name in names]
-        if found.removed:
-            cells = ["" if linear is None else "{} × {}".format(*linear.shape) for linear in there]
-        else:
-            cells = ["" if linear is None else f"{linear.zeros / linear.weights:.3f}" for linear in there]
-        table.add_row(str(block), *cells)
+        table.add_row(str(block), *[cell(linears[name]) if name in linears else "" for name in names])
     console = Console(width=None if sys.stdout.isatty() else 30 + 12 * len(names))
     console.print(table)
     typer.echo(f"sparsity    {found.zeros / found.weights:.4f}  ({found.zeros:,} zeros of {found.weights:,} weights)")
     if found.removed:
-        run = found.manifest["run"]
-        typer.echo(f"parameters  {found.parameters:,} of {run['parameters']:,}")
-        typer.echo(
-            f"ratio       {found.ratio:.4f}  ({found.removed:,} of {run['block_parameters']:,} block parameters removed)"
-        )
+        typer.echo(f"parameters  {found.parameters:,}, {found.removed:,} fewer than before")
     if found.manifest is None:
         typer.echo("recipe      none: prunekit did not write this folder")
         return
@@ -782,11 +792,16 @@ def _print_sweep(found: Any) -> None:
     from rich.table import Table
 
     evaluated = any(row.get("perplexity") is not None for row in found.rows)
-    shrunk = any(row["ratio"] for row in found.rows)
-    table = Table("run", "status", "sparsity", *["removed"] * shrunk, *["perplexity"] * evaluated, "seconds", "memory")
+    removed = any(row["ratio"] for row in found.rows)
+    zeros = not removed or any(row["sparsity"] for row in found.rows)
+    gone = ["sparsity"] * zeros + ["ratio"] * removed
+    table = Table("run", "status", *gone, *["perplexity"] * evaluated, "seconds", "memory")
     for row in found.rows:
-        figures = [("sparsity", "{:.4f}"), *[("ratio", "{:.4f}")] * shrunk]
-        figures += [*[("perplexity", "{:.4f}")] * evaluated, ("seconds.total", "{:.1f}")]
+        figures = [
+            *((name, "{:.4f}") for name in gone),
+            *[("perplexity", "{:.4f}")] * evaluated,
+            ("seconds.total", "{:.1f}"),
+        ]
         cells = ["" if row[name] is None else form.format(row[name]) for name, form in figures]
         memory = "" if row["peak_rss_bytes"] is None else f"{row['peak_rss_bytes'] / 1e9:.2f} GB"
         table.add_row(row["name"], row["status"], *cells, memory)
@@ -845,7 +860,7 @@ def study(
 
     progress = for_terminal()
     places: dict[str, Any] = {"model": model, "out": out, "work": work, "text": text}
-    lists: dict[str, Any] = {"calibration": calibration or [], "settings": settings or []}
+    lists: dict[str, Any] = {"calibration": calibration or [], "settings": _of_shape(shape, align) + (settings or [])}
     try:
         found = run(file, **places, **lists, keep_models=keep_models, retry=retry, progress=progress)
     finally:
@@ -919,9 +934,20 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def _said(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning as it is printed: of ours nobody wants to know which line of code gave it."""
+    if issubclass(category, PrunekitWarning):
+        return f"prunekit: {message}\n"
+    return _spelt(message, category, filename, lineno, line)
+
+
+_spelt = warnings.formatwarning
+
+
 def main() -> None:
     """Entry point: turns errors into one sentence and an exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
+    warnings.formatwarning = _said
     try:
         app()
     except PrunekitError as problem:
@@ -931,4 +957,5 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
+        warnings.formatwarning = _spelt
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end is near anyway; a signal now would be a traceback

@@ -110,15 +110,14 @@ def compare(
     begun = time.perf_counter()
     progress = progress or Silent()
     # what a method cannot do with the dense model's statistics is refused here as it is anywhere
-    for recipe in recipes:
-        if recipe.removes:
-            raise InputError(
-                f"'{recipe.method}' removes structures, and masks that are compared are those of weights: compare its output folder "
-                "with others, with prunekit report DIR DIR, or methods with prunekit sweep"
-            )
     recipes = [_dense(recipe) for recipe in recipes]
     first = recipes[0]
     names = [recipe.method for recipe in recipes]
+    removing = next((recipe.method for recipe in recipes if recipe.removes), None)
+    if removing is not None:
+        raise InputError(
+            f"'{removing}' removes structures, and compare puts every block back as it was: use a sweep with [evaluate]"
+        )
     if len(set(names)) < len(names):
         raise InputError(f"method '{max(names, key=names.count)}' is named twice: name each once")
     check_drawable(out / FIGURE_NAME)

@@ -83,7 +83,7 @@ def needs_of(
     verify = base + activations + (parameters if parameters <= budget else 2 * block + converted)
     memory = {"start": start, "walk": max(start, walk), "verify": max(start, walk, verify)}
     memory["peak"] = memory["verify"]
-    weights = sum(stored.values())
+    weights = sum(stored.values()) + appetite.written
     kept = 2 * all_windows * length * width * size if len(anatomy.blocks) > 1 else 0
     disk = {"weights": weights, "hidden": kept, "peak": weights + kept}
     return Needs(memory, disk, hidden, in_files, activations, block + converted)

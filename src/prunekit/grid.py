@@ -194,6 +194,8 @@ def recipe_hash(recipe: Recipe) -> str:
 def _plain(recipe: Recipe) -> Recipe:
     """The same recipe with its target said in one way: nothing, `sparsity = 0.5`, `pattern = "0.50"` are one recipe."""
     text = str(recipe.target)
+    if recipe.sized:
+        return recipe
     if recipe.removes:
         return recipe.model_copy(update={"ratio": float(recipe.target.fraction)})
     is_decimal = ":" not in text and "/" not in text
@@ -265,9 +267,9 @@ def _spelt(axes: dict[str, Any]) -> str:
 def _name(recipe: Recipe, axes: dict[str, Any]) -> str:
     """Model, method, target, what else varies, seed: nothing that another value on an axis would change."""
     model = Path(recipe.model).name or Path(recipe.model).resolve().name
-    words = [model, recipe.method, str(recipe.target)]
+    words = [model, recipe.method, recipe.asked]
     for axis, value in axes.items():
-        if axis not in ("model", "method", "sparsity", "pattern", "seed"):
+        if axis not in ("model", "method", "sparsity", "pattern", "ratio", "seed"):
             # of what a case sets, not of its label, which may be reworded without running anything again
             words.append(_word(_steps(axis)[-1], _settings(axis, value) if is_case(value) else value))
     name = "_".join(_slug(word) for word in [*words, f"seed{recipe.seed}"])

@@ -60,13 +60,11 @@ class Inspection:
 
     @property
     def removed(self) -> int:
-        """Parameters that are not there any more: those of the model that was pruned less those that are stored."""
-        return 0 if self.manifest is None else self.manifest["run"]["parameters"] - self.parameters
-
-    @property
-    def ratio(self) -> float:
-        """Their share of the block parameters."""
-        return 0.0 if self.manifest is None else self.removed / self.manifest["run"]["block_parameters"]
+        """How many parameters fewer the model has than before structures were removed; 0 where none were, or nothing says so."""
+        before = (
+            0 if self.manifest is None or not self.manifest["run"]["removed"] else self.manifest["run"]["parameters"]
+        )
+        return max(0, int(before) - self.parameters)
 
     @property
     def broken(self) -> list[str]:
@@ -87,7 +85,7 @@ class Inspection:
             "weights": self.weights,
             "zeros": self.zeros,
             "parameters": self.parameters,
-            "ratio": self.ratio,
+            "removed": self.removed,
             "sound": self.sound,
             "broken": self.broken,
             "changed": self.changed,

@@ -30,6 +30,7 @@ _HOMES = {
     "unit-budget": "prunekit.shrink.budget",
     "compensate": "prunekit.shrink.compensate",
     "depth": "prunekit.shrink.depth",
+    "width": "prunekit.shrink.width",
 }
 _REGISTERED: dict[str, dict[str, Part]] = {kind: {} for kind in _HOMES}
 
@@ -70,7 +71,7 @@ class Part:
 
     Attributes:
         kind: `score`, `refine`, `reconstruct`, `tune` or `budget`; of methods that remove structures `unit-score`, `unit-budget`,
-            `compensate` or `depth`.
+            `compensate`, `depth` or `width`.
         needs: names of the `Statistics` sums it reads; nothing else is measured.
         rowwise: the result for some rows depends on those rows alone (and on `Statistics`, which know the norms of the whole weight's
             columns), so they may be computed in chunks.
@@ -103,11 +104,6 @@ class Part:
     def word(self) -> str:
         """What its kind is called in recipes: a method has one kind of score and of budget."""
         return self.kind.removeprefix("unit-")
-
-    @property
-    def to(self) -> str:
-        """To which kind of method it belongs."""
-        return "shrink" if self.kind.startswith("unit-") or self.kind in ("compensate", "depth") else "sparsify"
 
     @property
     def summary(self) -> str:
@@ -208,12 +204,22 @@ def depth(*, paper: str, steps: Callable[..., int]) -> Callable[[Function], Func
     return _register("depth", set(), paper, steps=steps)
 
 
-def compensate(*, needs: set[str], paper: str) -> Callable[[Function], Function]:
+def width(*, paper: str = "") -> Callable[[Function], Function]:
+    """Register `function(stream, *, options...) -> how many channels the residual stream keeps`; see `shrink/width.py`.
+
+    Which ones they are is read off the stream's gram matrix.
+    """
+    return _register("width", {"gram"}, paper)
+
+
+def compensate(
+    *, needs: set[str], paper: str, reads: Callable[..., set[str]] | None = None
+) -> Callable[[Function], Function]:
     """Register `function(weight, keep, stats, *, options...) -> (weight, bias or None)` of a linear that loses inputs.
 
     Shapes: weight [out, in] float32 or float64, keep [kept] int64 -> [out, kept], and what is added to its output, [out].
     """
-    return _register("compensate", needs, paper)
+    return _register("compensate", needs, paper, reads=reads)
 
 
 def _register(

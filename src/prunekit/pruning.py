@@ -66,7 +66,8 @@ if TYPE_CHECKING:
 class Result:
     """What a run did. `linears` has one report per linear, in the model's order; `out` is None for a model pruned in memory.
 
-    `parameters` are those of the dense model, `block_parameters` those of its blocks, and `removed` went with structures.
+    `parameters` are those of the dense model, `block_parameters` those of its blocks; of them `removed` and `block_removed` are gone.
+    `channels` is how many the residual stream had and has, where it was sliced.
 
     `memory` is the process's peak in bytes up to the end of each phase, as `Plan.memory` predicts it.
     """
@@ -84,11 +85,13 @@ class Result:
     memory: dict[str, int] | None = None
     removed: int = 0
     block_parameters: int = 0
+    block_removed: int = 0
+    channels: tuple[int, int] | None = None
 
     @property
     def ratio(self) -> float:
-        """Parameters removed divided by those of the blocks."""
-        return self.removed / self.block_parameters if self.block_parameters else 0.0
+        """Parameters removed from the blocks divided by theirs."""
+        return self.block_removed / self.block_parameters if self.block_parameters else 0.0
 
     @property
     def weights(self) -> int:
@@ -122,6 +125,7 @@ class Result:
             "permuted": self.permuted,
             "parameters": {"before": self.parameters, "after": self.parameters - self.removed},
             "ratio": self.ratio,
+            "channels": None if self.channels is None else dict(zip(("before", "after"), self.channels, strict=True)),
             "blocks": self.blocks,
             "windows": self.windows,
             "tokens": self.tokens,
@@ -336,7 +340,7 @@ def _said(recipe: Recipe) -> dict[str, float | None]:
     """What is to be removed, said in one way."""
     fraction = float(recipe.target.fraction)
     if recipe.removes:
-        return {"ratio": fraction}
+        return {"ratio": None if recipe.sized else fraction}
     return {"sparsity": None if recipe.pattern is not None else fraction}
 
 
@@ -398,8 +402,11 @@ def result_of(out: Path, manifest: dict[str, Any]) -> Result:
         peak_rss_bytes=run_["peak_rss_bytes"],
         verification=Verification(**manifest["verification"]),
         memory=run_["memory"],
-        removed=run_["removed"],
-        block_parameters=run_["block_parameters"],
+        # manifests have these since structures can be removed
+        removed=run_.get("removed", 0),
+        block_parameters=run_.get("block_parameters", 0),
+        block_removed=run_.get("block_removed", 0),
+        channels=None if run_.get("channels") is None else (run_["channels"]["before"], run_["channels"]["after"]),
     )
 
 
@@ -421,7 +428,7 @@ def _orderly_end(out: Path, journal: Journal, run_: _Run) -> Iterator[None]:
         run_.progress.stop()
         done = sum(shard["position"] > 0 for shard in journal.shards)
         run_.progress.say(
-            f"stopped: {done} of {len(run_.source.anatomy.blocks)} blocks are finished in '{out}'; "
+            f"stopped: {done} of {len(run_.work.blocks)} blocks are finished in '{out}'; "
             "the same command with --resume continues"
         )
         raise
@@ -602,6 +609,8 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
         memory={**run_.memory, "verify": machine.peak_rss_bytes()},
         removed=run_.work.removed,
         block_parameters=sum(block_parameters(source)),
+        block_removed=run_.work.block_removed,
+        channels=run_.work.channels,
     )
     manifest = {
         "format": FORMAT,
@@ -614,6 +623,8 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
             "parameters": parameters,
             "removed": result.removed,
             "block_parameters": result.block_parameters,
+            "block_removed": result.block_removed,
+            "blocks_removed": [each.index for each in source.anatomy.blocks if each not in run_.work.blocks],
             "processes": run_.ranks.size,
         },
         "verification": asdict(verification),

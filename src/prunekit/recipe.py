@@ -30,7 +30,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .catalogue import find_method
+from .catalogue import METHODS, find_method
 from .errors import InputError
 
 if sys.version_info >= (3, 11):
@@ -42,10 +42,9 @@ DEFAULT_LENGTH = 2048
 # the parts a method may have, by what it does
 KINDS = {
     "sparsify": ("score", "pattern", "refine", "reconstruct", "tune", "budget"),
-    "shrink": ("score", "budget", "compensate", "depth"),
+    "shrink": ("score", "budget", "compensate", "tune", "depth", "width"),
 }
 DEFAULT_RATIO = 0.2
-SHAPING = ("shape", "align", "skip_first", "skip_last")  # options of every budget of units
 
 
 class _Yaml(yaml.SafeLoader):
@@ -125,6 +124,11 @@ class Calibration(_Section):
         "sequential", description="statistics behind the already pruned blocks, or of the dense model throughout"
     )
     batch: int | None = Field(None, ge=1, description="windows per forward pass; default: as many as hold 2048 tokens")
+    choices: int = Field(
+        1,
+        ge=1,
+        description="of so many calibrations, take the one whose plan moves predictions least (gradient scores)",
+    )
 
 
 class Recipe(_Section):
@@ -173,16 +177,20 @@ class Recipe(_Section):
                     f"{said} {getattr(self, said)} is for methods that zero single weights; '{method.name}' removes structures: "
                     "use --ratio"
                 )
+            if self.ratio is not None and self.sized:
+                raise ValueError(
+                    f"ratio {self.ratio} and budget 'widths' both say how much goes: leave out --ratio, or the widths"
+                )
         elif self.ratio is not None:
             raise ValueError(
                 f"ratio {self.ratio} is for methods that remove structures; '{method.name}' zeroes single weights: "
-                "use --sparsity or --pattern"
+                f"use --sparsity or --pattern, or one of the others ({_removing()})"
             )
-        shaping = [name for name in self.parts.get("budget", {}) if name in SHAPING and method.kind != "shrink"]
-        if shaping:
-            raise ValueError(
-                f"'budget.{shaping[0]}' is for methods that remove structures; '{method.name}' zeroes single weights: leave it out"
-            )
+        for name in ("shape", "align"):
+            if method.kind == "sparsify" and name in self.parts.get("budget", {}):
+                raise ValueError(
+                    f"'budget.{name}' is for methods that remove structures ({_removing()}); '{method.name}' zeroes single weights"
+                )
         if self.sparsity is not None and self.pattern is not None:
             raise ValueError(f"sparsity {self.sparsity} and pattern {self.pattern} are both given: give one of them")
         _ = self.target
@@ -192,6 +200,16 @@ class Recipe(_Section):
     def removes(self) -> bool:
         """Whether structures are removed, and not weights zeroed."""
         return find_method(self.method).kind == "shrink"
+
+    @property
+    def sized(self) -> bool:
+        """Whether numbers of units are given in the place of a ratio."""
+        return self.removes and self.parts.get("budget", {}).get("name") == "widths"
+
+    @property
+    def asked(self) -> str:
+        """How much was asked for, in a word: `0.5`, `2:4`, or `widths` where those are given."""
+        return "widths" if self.sized else str(self.target)
 
     @property
     def target(self) -> Pattern:
@@ -211,14 +229,14 @@ class Recipe(_Section):
         """The command line that repeats this recipe."""
         words = ["prunekit", "prune", self.model, "--method", self.method]
         said = "--ratio" if self.removes else "--sparsity" if self.pattern is None else "--pattern"
-        words += [said, str(self.target)]
+        words += [] if self.sized else [said, str(self.target)]
         calibration = self.calibration
         words += ["--calibration", calibration.source, "--samples", str(calibration.samples)]
         words += [] if calibration.length is None else ["--length", str(calibration.length)]
         words += ["--seed", str(self.seed), "--dtype", self.dtype, "--device", self.device]
         words += [] if self.revision is None else ["--revision", self.revision]
         words += ["--trust-remote-code"] if self.trust_remote_code else []
-        for name in ("sampling", "mode", "batch"):
+        for name in ("sampling", "mode", "batch", "choices"):
             value = getattr(calibration, name)
             if value != Calibration.model_fields[name].default:
                 words += ["--set", f"calibration.{name}={value}"]
@@ -227,7 +245,7 @@ class Recipe(_Section):
                 if name == "overrides":
                     words += [f for glob, wanted in value.items() for f in ("--set", f"{part}.{name}.{glob}={wanted}")]
                 else:
-                    text = ",".join(value) if isinstance(value, list) else value
+                    text = ",".join(value) if isinstance(value, list) else "null" if value is None else value
                     words += ["--set", f"{part}.{name}={text}"]
         return shlex.join([*words, "--out", out])
 
@@ -259,6 +277,10 @@ class Recipe(_Section):
         if not isinstance(values, dict):
             raise InputError(f"recipe '{path}' must hold names and values, like `method = \"wanda\"`")
         return values
+
+
+def _removing() -> str:
+    return ", ".join(name for name, method in METHODS.items() if method.kind == "shrink")
 
 
 def assign(values: dict[str, Any], setting: str) -> None:

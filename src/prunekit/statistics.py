@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .bits import row_chunks
 from .errors import PrunekitError
 
-INPUT_SUMS = frozenset({"input_sum", "input_square", "input_abs", "gram"})
+INPUT_SUMS = frozenset({"input_sum", "input_square", "input_abs", "window_abs", "gram", "half_gram"})
 OUTPUT_SUMS = frozenset({"output_square"})
 # tokens whose products are summed in float32 before they join the float64 sums; few enough to stay in cache
 _ROWS = 256
@@ -30,7 +30,8 @@ _GRAM_ROWS, _GRAM_PANEL = 512, 512
 class Statistics:
     """Sums over the calibration tokens that a linear has seen, and the norms of its weight's columns.
 
-    Shapes: input_sum, input_square, input_abs [in]; output_square [out] (of the module's output, bias included); gram [in, in];
+    Shapes: input_sum, input_square, input_abs, window_abs [in]; output_square [out] (of the module's output, bias included); gram,
+    half_gram [in, in];
     count is the number of tokens. Sums are kept in float64 (the gram matrix in float32) and handed out in float64, or in what `to`
     was told; what is derived of them is computed before that cast. Reading a sum that was not measured raises `PrunekitError`.
     """
@@ -76,6 +77,11 @@ class Statistics:
         return self._out(self._get("input_abs"))
 
     @property
+    def window_abs(self) -> Tensor:
+        """Σ over windows of (mean over a window's tokens of |x|)², [in]."""
+        return self._out(self._get("window_abs"))
+
+    @property
     def output_square(self) -> Tensor:
         """Σ y², [out]."""
         return self._out(self._get("output_square"))
@@ -84,6 +90,11 @@ class Statistics:
     def gram(self) -> Tensor:
         """Σ x xᵀ, [in, in]."""
         return self._out(self._get("gram"))
+
+    @property
+    def half_gram(self) -> Tensor:
+        """The gram matrix of the first half of every window alone, [in, in]: what is fitted to it can be tried on the rest."""
+        return self._out(self._get("half_gram"))
 
     @property
     def input_norm(self) -> Tensor:
@@ -155,8 +166,8 @@ class Statistics:
     def permuted(self, order: Tensor) -> Statistics:
         """The sums over inputs in another order: channel `order[j]` becomes channel j."""
         moved = {name: value[order] if name in INPUT_SUMS else value for name, value in self._sums.items()}
-        if "gram" in moved:
-            moved["gram"] = moved["gram"][:, order]
+        for name in moved.keys() & {"gram", "half_gram"}:
+            moved[name] = moved[name][:, order]
         return Statistics(self.count, moved, dtype=self._dtype)
 
     def permuted_outputs(self, order: Tensor) -> Statistics:
@@ -185,24 +196,28 @@ def column_norm(weight: Tensor, p: float) -> Tensor:
     return total if p in (0, 1, math.inf) else total.pow(1 / p) * unit
 
 
-class _Sums:
-    """Accumulates the sums of one stream of vectors."""
+class Sums:
+    """Accumulates sums over one stream of vectors: those named, by name in `sums` when it is finished."""
 
     def __init__(self, wanted: frozenset[str]) -> None:
         self.wanted = wanted
         self.count = 0
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, values: Tensor, keep: Tensor | None) -> None:
-        """Add the vectors along the last axis of `values` [..., width], or those where `keep` [...] is True."""
+    def add(self, values: Tensor, keep: Tensor | None, windows: int = 1) -> None:
+        """Add the vectors along the last axis of `values` [..., width], or those where `keep` [...] is True; they are of `windows`."""
+        count = len(keep) if keep is not None else len(values) if values.ndim == 3 else windows
+        if "window_abs" in self.wanted:
+            self._add_windows(values.reshape(count, -1, values.shape[-1]), keep)
+        if "half_gram" in self.wanted:
+            self._add_halves(values.reshape(count, -1, values.shape[-1]), keep)
         rows = values.reshape(-1, values.shape[-1])
         if keep is not None:
             rows = rows[keep.reshape(-1).to(rows.device)]
         self.count += rows.shape[0]
-        if "gram" in self.wanted:
-            for chunk in torch.split(rows, _GRAM_ROWS):
-                self._add_gram(chunk if chunk.dtype == torch.float64 else chunk.float())
-        if self.wanted <= {"gram"}:
+        if "gram" in self.wanted and "half_gram" not in self.wanted:
+            self._add_gram("gram", rows)
+        if self.wanted <= {"gram", "half_gram", "window_abs"}:
             return
         for chunk in torch.split(rows, _ROWS):
             exact = chunk if chunk.dtype == torch.float64 else chunk.float()
@@ -220,20 +235,40 @@ class _Sums:
             self.sums[name] = torch.zeros_like(value, dtype=torch.float64)
         self.sums[name] += value
 
-    def _add_gram(self, rows: Tensor) -> None:
+    def _add_windows(self, values: Tensor, keep: Tensor | None) -> None:
+        for number, window in enumerate(values):
+            rows = window if keep is None else window[keep[number].to(window.device)]
+            # a window of padding alone has a mean of 0
+            mean = rows.abs().sum(0, dtype=torch.float64) / max(1, len(rows))
+            self._accumulate("window_abs", mean.square())
+
+    def _add_halves(self, values: Tensor, keep: Tensor | None) -> None:
+        """The first half of every window into one matrix and, where all is wanted, the second into the other, for `finish` to join."""
+        middle = values.shape[1] // 2
+        halves = [("half_gram", slice(None, middle)), ("gram", slice(middle, None))]
+        for name, part in halves:
+            if name in self.wanted:
+                rows = values[:, part]
+                real = None if keep is None else keep[:, part].to(values.device)
+                self._add_gram(name, rows.reshape(-1, rows.shape[-1]) if real is None else rows[real])
+
+    def _add_gram(self, name: str, rows: Tensor) -> None:
         width = rows.shape[1]
-        if "gram" not in self.sums:
-            self.sums["gram"] = rows.new_zeros(width, width)
-        for start in range(0, width, _GRAM_PANEL):
-            panel = slice(start, start + _GRAM_PANEL)
-            # a product of its own, not `addmm_`: terms are then added up in two stages, and few of them to the long sum
-            self.sums["gram"][start:, panel] += rows[:, start:].t() @ rows[:, panel]
+        for chunk in torch.split(rows, _GRAM_ROWS):
+            exact = chunk if chunk.dtype == torch.float64 else chunk.float()
+            if name not in self.sums:
+                self.sums[name] = exact.new_zeros(width, width)
+            for start in range(0, width, _GRAM_PANEL):
+                panel = slice(start, start + _GRAM_PANEL)
+                # a product of its own, not `addmm_`: terms are then added up in two stages, and few of them to the long sum
+                self.sums[name][start:, panel] += exact[:, start:].t() @ exact[:, panel]
 
     @torch.inference_mode()  # as the sums were made
     def finish(self) -> None:
-        """Mirror the gram matrix, of which only the lower half was summed."""
-        if "gram" in self.sums:
-            gram = self.sums["gram"]
+        """Mirror gram matrices, of which only the lower half was summed."""
+        if "half_gram" in self.sums and "gram" in self.sums:
+            self.sums["gram"] += self.sums["half_gram"]
+        for gram in (self.sums[name] for name in ("gram", "half_gram") if name in self.sums):
             for start in range(0, len(gram), _GRAM_PANEL):
                 end = start + _GRAM_PANEL
                 gram[start:end, end:] = gram[end:, start:end].t()
@@ -265,8 +300,8 @@ class Collector:
         unknown = frozenset(needs) - INPUT_SUMS - OUTPUT_SUMS
         if unknown:
             raise PrunekitError(f"unknown statistics {sorted(unknown)}: known are {sorted(INPUT_SUMS | OUTPUT_SUMS)}")
-        self._input_sums: dict[str, _Sums] = {}  # by the first linear that is fed the tensor
-        self._output_sums: dict[str, _Sums] = {}
+        self._input_sums: dict[str, Sums] = {}  # by the first linear that is fed the tensor
+        self._output_sums: dict[str, Sums] = {}
         self._leader: dict[str, str] = {}  # linear -> the linear it shares its input with
         self._live: list[tuple[str, Tensor]] = []  # inputs of the batch under way, held so that identity means sameness
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -306,7 +341,7 @@ class Collector:
             self._see_input(name, inputs[0])
             self._last_called, self._last_width = name, output.shape[-1]
             if self._outputs_wanted:
-                self._output_sums.setdefault(name, _Sums(self._outputs_wanted)).add(output, self.keep)
+                self._output_sums.setdefault(name, Sums(self._outputs_wanted)).add(output, self.keep)
 
         return hook
 
@@ -317,7 +352,7 @@ class Collector:
                 return
         self._live.append((name, value))
         self._leader[name] = name
-        self._input_sums.setdefault(name, _Sums(self._inputs_wanted)).add(value, self.keep)
+        self._input_sums.setdefault(name, Sums(self._inputs_wanted)).add(value, self.keep, self.windows)
         if self.sample_tokens:
             self._samples[name] = self._last(value).clone()
 

@@ -365,7 +365,7 @@ def _row(table: Table, combination: Combination, run: Run) -> dict[str, Any]:
             "status": run.status,
             "model": recipe.model,
             "method": recipe.method,
-            "target": str(recipe.target),
+            "target": recipe.asked,
             "seed": recipe.seed,
             "sparsity": figures.get("sparsity"),
             "ratio": figures.get("ratio"),

@@ -24,7 +24,7 @@ from .checkpoint.storage import replace_file
 from .errors import InputError, VerificationError
 from .exporting import Export
 from .model.resizing import SHAPES
-from .model.source import StreamedModel
+from .model.source import StreamedModel, refuse_sliced
 from .progress import Progress, Silent
 
 _ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2"}
@@ -101,6 +101,7 @@ class _Metadata:
 
         self.folder = folder
         self.config: Any = source.module.config
+        refuse_sliced(source, "a GGUF file has no place for them")
         if SHAPES in source.reader.config:
             raise InputError(
                 f"'{folder}' has blocks of different widths, which a GGUF file has no place for: give them one width first, with "

@@ -70,43 +70,6 @@ def test_a_run_without_perplexity_is_a_row_and_no_point() -> None:
     assert "On it: 2 of 2 runs." in Text(page).text
 
 
-SHRUNK = replace(ROW, name="c", method="flap", target="0.3", sparsity=0.0, ratio=0.3, parameters=1_234_567)
-
-
-def test_what_went_with_structures_is_a_column_and_counts_like_zeros() -> None:
-    both = replace(SHRUNK, name="d", sparsity=0.5, perplexity=50.0)
-    page = comparison_page("t", [replace(ROW, parameters=2_000_000), SHRUNK, both])
-    head, zeroed, shrunk, last = rows_of(page)
-    assert head == [
-        "front",
-        "run",
-        "method",
-        "pattern",
-        "sparsity",
-        "removed",
-        "parameters",
-        "perplexity",
-        "time",
-        "memory",
-    ]
-    assert zeroed[4:7] == ["50.00 %", "–", "2,000,000"]
-    assert shrunk[4:7] == ["–", "30.00 %", "1,234,567"], "zeros that nobody made are no figure of a run"
-    assert last[4:6] == ["50.00 %", "30.00 %"]
-    assert both.gone == pytest.approx(1 - 0.7 * 0.5)
-    assert [row[0] for row in (zeroed, shrunk, last)] == ["●", "", "●"], "as good as half of zeros, and less is gone"
-    told = Text(page).text
-    assert "perplexity against share removed or zero" in told
-    assert "removed the share of the block parameters" in told
-    assert "c: 30.0 % removed, perplexity" in page
-    assert "d: 65.0 % removed or zero, perplexity" in page
-
-
-def test_runs_that_zero_nothing_have_no_sparsity() -> None:
-    page = comparison_page("t", [SHRUNK, replace(SHRUNK, name="d", ratio=0.2, perplexity=20.0)])
-    assert "sparsity" not in rows_of(page)[0]
-    assert "perplexity against share removed" in Text(page).text
-
-
 def test_a_run_alone_has_no_front() -> None:
     page = comparison_page("t", [ROW, replace(ROW, model="org/other")])
     assert "<svg" not in page

@@ -38,12 +38,16 @@ def counted(structures: Structures, counts: Counts) -> int:
     )
 
 
+# so little that no unit would go is refused
+RATIOS = some.just(Fraction(0)) | some.fractions(Fraction(1, 20), Fraction(85, 100))
+
+
 def make(method: str = "random", **options: Any) -> UnitBudget:
     return UnitBudget.of(find_method(method), options)
 
 
 @settings(max_examples=60, deadline=None)
-@given(ratio=some.fractions(0, Fraction(85, 100)), name=some.sampled_from(["uniform", "global-cost", "global-types"]))
+@given(ratio=RATIOS, name=some.sampled_from(["uniform", "global-cost", "global-types"]))
 def test_the_ratio_is_met_within_a_channel_of_every_block(
     parts: tuple[Structures, list[int]], ratio: Fraction, name: str
 ) -> None:
@@ -56,7 +60,7 @@ def test_the_ratio_is_met_within_a_channel_of_every_block(
 
 
 @settings(max_examples=60, deadline=None)
-@given(ratio=some.fractions(0, Fraction(85, 100)), seed=some.integers(0, 5))
+@given(ratio=RATIOS, seed=some.integers(0, 5))
 def test_free_global_cut_is_the_cheapest_first_oracle(
     parts: tuple[Structures, list[int]], ratio: Fraction, seed: int
 ) -> None:

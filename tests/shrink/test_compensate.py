@@ -132,6 +132,26 @@ def test_a_matrix_that_cannot_be_factorised_gets_more_damping_and_says_so() -> N
         least_squares(w, torch.tensor([0, 1, 2]), Statistics(len(x), {"gram": -gram}), damping=0.0)
 
 
+def test_the_damping_is_the_one_that_does_best_on_the_other_half() -> None:
+    # many inputs and few tokens: what fits the first half closely does badly on the second
+    draw = torch.Generator().manual_seed(4)
+    x = torch.randn(2, 24, 20, generator=draw, dtype=torch.float64)
+    w = torch.randn(5, 20, generator=draw, dtype=torch.float64)
+    keep = torch.arange(0, 20, 2)
+    first, rest = x[0], x[1]
+    gram = first.t() @ first + rest.t() @ rest
+    stats = Statistics(48, {"gram": gram, "half_gram": first.t() @ first})
+    found, _ = least_squares(w, keep, stats)
+    errors = {}
+    for damping in (0.03, 0.1, 0.3, 1.0):
+        fitted, _ = least_squares(w, keep, measured(first), damping=damping)
+        errors[damping] = lost(rest, w, keep, fitted)
+    best = min(errors, key=errors.__getitem__)
+    wanted, _ = least_squares(w, keep, Statistics(48, {"gram": gram}), damping=best)
+    assert torch.equal(found, wanted)
+    assert best > 0.03
+
+
 def test_bias_puts_means_in_the_place_of_what_is_gone() -> None:
     x, w = make()
     keep, gone = [0, 2, 3, 6], [1, 4, 5, 7, 8]

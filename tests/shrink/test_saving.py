@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +27,7 @@ IDS = torch.arange(40).reshape(2, 20) * 5 % 250
 FREE_HEADS = {"gpt2", "gpt_neox", "opt", "stablelm"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """transformers copies the code of folders into a cache and imports it from there."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(sys, "path", list(sys.path))
-        yield
+pytestmark = pytest.mark.usefixtures("own_module_cache")
 
 
 def opened(folder: Path) -> tuple[StreamedModel, list[Any]]:
@@ -110,7 +102,7 @@ def test_a_shrunk_folder_computes_what_masking_does(
     assert torch.equal(outputs(ours)[0], outputs(loaded.float())[0])
 
 
-@pytest.mark.parametrize("family", set(tiny.FAMILIES) - {"bloom"})
+@pytest.mark.parametrize("family", sorted(set(tiny.FAMILIES) - {"bloom"}))
 def test_fewer_channels_in_every_block_are_a_stock_config(family: str, tmp_path: Path) -> None:
     tiny.save_model(tmp_path / "base", family)
     source, structures = opened(tmp_path / "base")
@@ -212,8 +204,15 @@ def test_transformers_alone_refuses_a_free_folder(family: str, tmp_path: Path) -
 def test_the_code_in_a_free_folder_needs_no_prunekit(free_folder: Path) -> None:
     code = (free_folder / "modeling_prunekit.py").read_text()
     imports = [line.split()[1] for line in code.splitlines() if line.startswith(("import ", "from "))]
-    assert {name.split(".")[0] for name in imports} == {"__future__", "typing", "torch", "transformers"}
-    assert len(code.splitlines()) < 80
+    assert {name.split(".")[0] for name in imports} == {
+        "__future__",
+        "collections",
+        "functools",
+        "typing",
+        "torch",
+        "transformers",
+    }
+    assert len(code.splitlines()) < 140
 
 
 def test_a_free_model_that_transformers_saves_again_is_the_same(free_folder: Path, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from prunekit.shrink.units import ATTENTION, Structure, find_structures
 from prunekit.shrink.view import BlockView
 from prunekit.statistics import Collector, Statistics
 
-FORWARD = ["magnitude", "wanda-sp", "flap", "llm-bip", "numerical", "obs"]
-NEEDS = ["input_sum", "input_square", "input_abs", "gram"]
+FORWARD = ["magnitude", "wanda-sp", "flap", "llm-bip", "minitron", "numerical", "obs"]
+NEEDS = ["input_sum", "input_square", "input_abs", "window_abs", "gram"]
 
 
 class Setting:
@@ -36,6 +36,7 @@ class Setting:
             self.module.get_submodule(each.name).register_forward_pre_hook(self._keep(each.name))
         consumers = {each.name: self.module.get_submodule(each.name) for each in self.structures}
         with torch.no_grad(), Collector(consumers, NEEDS) as collector:
+            collector.windows = len(ids)
             self.model(ids)
         self.statistics = collector.statistics()
 
@@ -124,6 +125,16 @@ def test_llm_bip_equals_the_naive_products(setting: Setting) -> None:
     x, out = setting.inputs[attention.name], setting.matrix(attention.name)
     channels = [float(x[:, j].abs().sum() * (out[:, j].abs() @ through).sum()) for j in range(out.shape[1])]
     close(setting.score("llm-bip", attention), units_of(attention, channels))
+
+
+def test_minitron(setting: Setting) -> None:
+    for each in setting.structures:
+        x = setting.inputs[each.name].reshape(6, 20, -1)
+        if each.kind == ATTENTION:
+            wanted = [float(part.square().sum().sqrt()) for part in x.split(each.size, dim=-1)]
+        else:
+            wanted = [sum(float(x[b, :, j].abs().mean()) ** 2 for b in range(6)) ** 0.5 for j in range(x.shape[-1])]
+        close(setting.score("minitron", each), wanted)
 
 
 def test_numerical_is_where_newton_ends(setting: Setting) -> None:

@@ -1,4 +1,5 @@
-"""A transformers model whose tensors have the shapes that its config notes as `prunekit_shapes`: blocks of different widths.
+"""A transformers model whose tensors have the shapes that its config notes as `prunekit_shapes`: blocks of different widths, or a
+narrower stream between them.
 
 prunekit writes this file, and two lines behind it that name the model's class, into folders that no stock config describes:
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` then loads them without prunekit.
@@ -6,11 +7,14 @@ prunekit writes this file, and two lines behind it that name the model's class, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 SHAPES = "prunekit_shapes"
+SHORTCUTS = "shortcuts"
 
 
 def resized(kind: Any) -> Any:
@@ -30,9 +34,12 @@ def resize(model: nn.Module, shapes: dict[str, dict[str, Any]]) -> None:
 
     Args:
         model: as its class builds it; the meta device will do.
-        shapes: `tensors`, name -> shape of every parameter that is to be smaller, or of a linear's bias that is to be there; and
-            `attributes`, name -> value of what a module keeps beside its tensors and must fit them, like its number of heads.
+        shapes: `tensors`, name -> shape of every parameter that is to be smaller, or of a linear's bias that is to be there;
+            `attributes`, name -> value of what a module keeps beside its tensors and must fit them, like its number of heads; and
+            perhaps `shortcuts`, name of a block -> its branches, see `add_shortcuts`.
     """
+    for name, branches in shapes.get(SHORTCUTS, {}).items():
+        add_shortcuts(model.get_submodule(name), branches)
     for name, shape in shapes["tensors"].items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
@@ -46,6 +53,57 @@ def resize(model: nn.Module, shapes: dict[str, dict[str, Any]]) -> None:
             module.out_features, module.in_features = shape
         elif hasattr(module, "nf") and leaf == "weight":  # GPT-2's own kind of linear
             module.nx, module.nf = shape
+        elif isinstance(module, nn.Embedding):
+            module.__class__ = _NarrowEmbedding
     for name, value in shapes["attributes"].items():
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, value)
+
+
+class _NarrowEmbedding(nn.Embedding):
+    """An embedding of fewer channels than it returns; zeros are in the place of the others."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return widened(super().forward(input), self.embedding_dim)
+
+
+def add_shortcuts(block: nn.Module, branches: Sequence[Sequence[str]]) -> None:
+    """Let the stream that passes through a block have another basis, and fewer channels, behind every branch, in place.
+
+    Between blocks the stream is as wide as ever, with zeros beyond the channels that are kept, so that nothing around them notices.
+
+    Args:
+        block: computes x + attention(norm(x)), and then the same with its multilayer perceptron.
+        branches: the names of norm and attention, and those of norm and perceptron. Each gets a linear `NAME_shortcut`, which
+            carries the stream to where the branch is added; as wide as the norm is now, its weight not set.
+    """
+    for norm, name in branches:
+        weight = block.get_submodule(norm).get_parameter("weight")
+        shortcut = nn.Linear(len(weight), len(weight), bias=False, device="meta", dtype=weight.dtype)
+        block.add_module(f"{name}_shortcut", shortcut.to_empty(device=weight.device))
+    changed: Any = block
+    changed._branches = [tuple(branch) for branch in branches]
+    changed.__class__ = _with_shortcuts(changed.__class__)
+
+
+@cache
+def _with_shortcuts(kind: Any) -> Any:
+    """The class of a block, under its own name, whose stream goes through shortcuts."""
+
+    class Block(kind):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+            stream = hidden_states[..., : len(getattr(self, self._branches[0][0]).weight)]
+            for norm, name in self._branches:
+                added = getattr(self, name)(getattr(self, norm)(stream), **kwargs)
+                kwargs = {}  # what is left to say concerns attention, which comes first
+                added = added[0] if isinstance(added, tuple) else added
+                stream = getattr(self, f"{name}_shortcut")(stream) + added
+            return widened(stream, hidden_states.shape[-1])
+
+    Block.__name__ = Block.__qualname__ = kind.__name__
+    return Block
+
+
+def widened(stream: Tensor, channels: int) -> Tensor:
+    """Vectors [..., kept] with zeros behind them, [..., channels]."""
+    return nn.functional.pad(stream, (0, channels - stream.shape[-1]))

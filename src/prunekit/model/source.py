@@ -36,7 +36,7 @@ from ..errors import InputError
 from ..machine import resolve_device, resolve_dtype
 from . import resizing
 from .anatomy import Anatomy, read_anatomy, tied_names
-from .resizing import SHAPES, resize
+from .resizing import SHAPES, SHORTCUTS, resize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -445,6 +445,14 @@ def build_skeleton(
                 "not supported yet"
             )
     return model
+
+
+def refuse_sliced(source: StreamedModel, advice: str) -> None:
+    """Raise `InputError` for a model whose residual stream was sliced."""
+    if SHORTCUTS in source.reader.config.get(SHAPES, {}):
+        raise InputError(
+            f"the residual stream of '{source.reader.folder}' was sliced, and shortcuts are in its blocks: {advice}"
+        )
 
 
 def resizing_code(model: nn.Module) -> str:

@@ -217,10 +217,17 @@ class Walk:
         self.dtype = first.dtype
 
     @torch.no_grad()  # not inference mode: what is recorded here must serve where gradients are wanted
-    def start(self, hidden: HiddenStates | None = None, *, keep: bool = True) -> None:
+    def start(
+        self,
+        hidden: HiddenStates | None = None,
+        *,
+        keep: bool = True,
+        enter: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         """Run the model around its blocks: note what each block is called with, and the first hidden states.
 
-        `hidden` is where those go, by default into memory; without `keep` they are not wanted, because later ones will be loaded.
+        `hidden` is where those go, by default into memory, as `enter` makes them; without `keep` they are not wanted, because later
+        ones will be loaded.
         """
         if not self.shape:
             self.prepare()
@@ -233,7 +240,7 @@ class Walk:
             first = recorders[0].hidden
             assert first is not None
             if keep:
-                self.hidden[batch] = first
+                self.hidden[batch] = first if enter is None else enter(first)
         if keep:
             self.hidden.turn()
         self.source.free_outer()

@@ -20,10 +20,6 @@ from .findings import spelt
 _FIGURES = "## Before and after"
 _AFTER_FIGURES = "The zeros are stored"
 _AFTER_SHAPES = "The widths are"
-WITH_CODE = (
-    f" No config of its class says how wide its blocks are: `{MODELING_NAME}` loads it, with `trust_remote_code=True`; so does "
-    "`prunekit.load`."
-)
 _TRAINED = "kept weights were trained with low-rank adapters, which are merged; zeros are where the pruning put them."
 # what an evaluation puts into a card: the last names of the metadata, and a section
 _IN_METADATA = re.compile(r"^metrics:\n(?:- .*\n)+model-index:\n(?:[- ] .*\n)+", re.MULTILINE)
@@ -50,7 +46,7 @@ def model_card(manifest: dict[str, Any], source: Path, evaluation: EvaluationRec
     front += ["---"]
     errors = [line["output_error"] for line in manifest["linears"] if line["output_error"] is not None]
     rows = {
-        "method": f"{method.name} ({method.paper})",
+        "method": f"{method.name} ({method.paper})" if method.paper else method.name,
         **_what_went(recipe, run),
         "calibration": f"{recipe.calibration.source}, {run['windows']} windows, {run['tokens']:,} tokens, seed {recipe.seed}",
         "output error of the linears": f"median {median(errors):.3f}, largest {max(errors):.3f}" if errors else "–",
@@ -66,7 +62,7 @@ def model_card(manifest: dict[str, Any], source: Path, evaluation: EvaluationRec
         f"Made by prunekit. {method.summary} {kept}\n\n"
         f"| | |\n|---|---|\n{table}\n\n"
         f"{'' if evaluation is None else _figures(evaluation)}"
-        f"{_loads(recipe, with_code=MODELING_NAME in manifest['outputs'])}\n\n"
+        f"{_loads(recipe, free=MODELING_NAME in manifest['outputs'])}\n\n"
         f"Repeat it with\n\n```\n{recipe.command('OUT')}{again}\n```\n\n"
         "`prunekit.json` holds the whole record: recipe, versions, hashes of inputs and outputs, a line per linear; `report.html` "
         "shows it.\n"
@@ -81,11 +77,12 @@ def _what_went(recipe: Recipe, run: dict[str, Any]) -> dict[str, str]:
             "sparsity (zeros / weights of the block linears)": f"{run['sparsity']:.4f} ({run['zeros']:,} of {run['weights']:,})",
             "parameters": f"{run['parameters']:,}; none removed, shapes are those of the original",
         }
-    after, removed = run["parameters"] - run["removed"], run["removed"]
+    after, channels = run["parameters"] - run["removed"], run["channels"]
     return {
+        **({"channels of the residual stream": f"{channels['after']} of {channels['before']}"} if channels else {}),
         "parameters": f"{after:,} of {run['parameters']:,}",
-        "ratio (parameters removed / block parameters)": f"{removed / run['block_parameters']:.4f} "
-        f"({removed:,} of {run['block_parameters']:,})",
+        "ratio (parameters removed / block parameters)": f"{run['ratio']:.4f} "
+        f"({run['block_removed']:,} of {run['block_parameters']:,})",
     }
 
 
@@ -93,22 +90,46 @@ def _untouched(recipe: Recipe, *, trained: bool) -> str:
     if not recipe.removes:
         kept = _TRAINED if trained else "kept weights are bit-identical to the original's."
         return f"Embeddings, output head, norms and biases are untouched; {kept}"
-    refitted = recipe.parts.get("compensate", {}).get("name")
-    kept = f"those that lost inputs were refitted ({refitted})" if refitted else "what is kept is bit-identical"
-    again = "; then all were trained with low-rank adapters, which are merged" if trained else ""
+    again = "; then they were trained with low-rank adapters, which are merged" if trained else ""
+    if "width" in recipe.parts:
+        return (
+            "The embedding and the blocks' matrices are in the bases of their places, cut, with the norms' gains in them; shortcuts "
+            "carry the stream from one basis to the next and count as parameters. The head is untouched, and has its own matrix where "
+            f"it was tied{again}."
+        )
+    refitted = recipe.parts.get("compensate", {}).get("name", "none")
+    kept = "what is kept is bit-identical"
+    if recipe.parts.get("tune", {}).get("name", "none") != "none":
+        kept = "what is kept was tuned towards what whole blocks computed"
+    elif refitted == "bias":
+        kept = "what is kept is bit-identical; biases stand in for what those that lost inputs lost"
+    elif refitted != "none":
+        kept = f"those that lost inputs were refitted ({refitted}), what is kept of the others is bit-identical"
     return f"Embeddings and output head are untouched; of the blocks' matrices, {kept}{again}."
 
 
-def _loads(recipe: Recipe, *, with_code: bool) -> str:
-    code = WITH_CODE if with_code else ""
+def _loads(recipe: Recipe, *, free: bool) -> str:
+    """How to load it: a `free` folder brings code, because its blocks have widths that no config says."""
+    with_code = "`prunekit.load`, or with `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`"
+    loads = with_code if free else "`AutoModelForCausalLM.from_pretrained`"
     if not recipe.removes:
         return (
-            f"{_AFTER_FIGURES} like any other number: the folder loads with `AutoModelForCausalLM.from_pretrained`, and a dense "
-            f"runtime is neither faster nor smaller for them.{code}"
+            f"{_AFTER_FIGURES} like any other number: the folder loads with {loads}, and a dense "
+            "runtime is neither faster nor smaller for them."
+        )
+    if "width" in recipe.parts:
+        return (
+            f"{_AFTER_SHAPES} noted in `config.json`, and no stock class has them: load the folder with `prunekit.load`, or with "
+            "`AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`, which runs `modeling_prunekit.py`."
+        )
+    if free:
+        return (
+            f"{_AFTER_SHAPES} noted in `config.json`, because no stock config can say them: the folder loads with {with_code}, which "
+            f"runs `{MODELING_NAME}`; for other runtimes `prunekit export DIR --pad --out PADDED` fills blocks up with zeros."
         )
     return (
-        f"{_AFTER_SHAPES} like those of a model that was trained with them: it is smaller and faster wherever it loads."
-        f"{code}"
+        f"{_AFTER_SHAPES} like those of a model that was trained with them: it loads with {loads}, and is smaller and faster in any "
+        "runtime that knows the model's class."
     )
 
 

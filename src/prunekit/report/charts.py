@@ -88,7 +88,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A run in a comparison. `series` numbers its kind, `best` says that no other has as much `gone` and less perplexity."""
+    """A run in a comparison. `series` numbers its kind, `best` says that of no other as much is `gone`, with less perplexity."""
 
     text: str
     series: int
@@ -159,8 +159,11 @@ def recovery_chart(losses: Sequence[float], curve: Mapping[int, float]) -> Chart
     return _drawn("recovery", (520, 260), draw)
 
 
-def front_chart(name: str, runs: Sequence[Candidate], dense: float | None, axis: str) -> Chart:
-    """Perplexity against what is gone, called `axis`: a mark a run, the Pareto front a line; `dense` is the unpruned model's."""
+def front_chart(name: str, runs: Sequence[Candidate], dense: float | None, kind: str) -> Chart:
+    """Perplexity against what is gone, a mark a run, with the Pareto front as a line.
+
+    `dense` is the unpruned model's perplexity, `kind` what the other axis is called.
+    """
 
     def draw(axes: Axes) -> list[tuple[float, float, str]]:
         front = sorted((run.gone, run.perplexity) for run in runs if run.best)
@@ -175,7 +178,7 @@ def front_chart(name: str, runs: Sequence[Candidate], dense: float | None, axis:
             axes.axhline(dense, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
         plain_ticks(axes.yaxis)
         axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-        axes.set(xlabel=axis, ylabel="perplexity")
+        axes.set(xlabel=kind, ylabel="perplexity")
         return [(run.gone, run.perplexity, run.text) for run in runs]
 
     return _drawn(name, (520, 320), draw)

@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# what methods that remove structures take out, by what they compare
+REMOVED = {
+    "unit": "groups of heads and channels",
+    "block": "whole blocks",
+    "channel": "channels of the residual stream",
+}
+
 
 def as_markdown(rows: Sequence[Mapping[str, Any]], parts: Sequence[Mapping[str, Any]]) -> str:
     """A section per method, and a table of the parts that can be added to one by name."""
@@ -15,7 +22,8 @@ def as_markdown(rows: Sequence[Mapping[str, Any]], parts: Sequence[Mapping[str, 
         "stays, **refine** moves that mask, **reconstruct** changes the kept weights of a linear and **tune** those of a whole block;",
         "a **budget** says how much goes from where. Any option is set with `--set part.option=value`, a part is exchanged with",
         "`--set part.name=other`, and the parts of the last table are added to any method by name: `--method ria+dsnot+least-squares`.",
-        "A method that removes structures has a score for units, a budget, and perhaps **compensate**, which refits what lost inputs.",
+        "A method that removes structures has a score for units, a budget, and perhaps **compensate**, which refits what lost inputs;",
+        "or a **depth**, which says which whole blocks go. [Shrink](shrink.md) is about those.",
         "",
     ]
     for row in rows:
@@ -23,12 +31,15 @@ def as_markdown(rows: Sequence[Mapping[str, Any]], parts: Sequence[Mapping[str, 
         lines += [f"- {kind}: `{row[kind]}`. {formula}" for kind, formula in row["formulas"].items()]
         lines += [f"- note: {note}" for note in row["notes"]]
         if row["kind"] == "shrink":
-            lines.append("- removes groups of heads and channels")
+            lines.append(f"- removes {REMOVED[row['group']]}")
         else:
             lines.append(f"- compares weights of the same {row['group']}; a K:G pattern those of the same group of G")
         lines.append(f"- measures {', '.join(f'`{need}`' for need in row['needs']) or 'nothing'}")
         lines.append(f"- options: {', '.join(f'`{name}={value}`' for name, value in row['options'].items())}")
-        lines += [f"- paper: {row['paper']}", ""]
+        if row["calibration"]:
+            drawn = ", ".join(f"`{name}={value}`" for name, value in row["calibration"].items())
+            lines.append(f"- calibration, unless something else is said: {drawn}")
+        lines += [f"- paper: {row['paper']}", ""] if row["paper"] else [""]
     lines += [
         "## Parts that can be added",
         "",

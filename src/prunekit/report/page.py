@@ -67,13 +67,13 @@ def run_page(manifest: Mapping[str, Any], evaluation: EvaluationRecord | None = 
         headlines=_headlines(manifest, evaluation),
         evaluation=evaluation,
         recovery=_recovered(manifest),
-        heat=_heat(linears),
+        heat=_heat(linears, run.get("blocks_removed", ())),
         errors=errors,
         error_chart=error_chart(errors) if errors else None,
         moments=moments,
         memory_chart=_memory_chart(run, moments),
         unrecorded=run["blocks"] - len(moments),
-        phases=_phases(run["seconds"]),
+        phases=_phases(run["seconds"], removes=recipe.removes),
         run=run,
         command=recipe.command("OUT"),
         recipe_json=json.dumps(manifest["recipe"], indent=2, ensure_ascii=False),
@@ -85,10 +85,17 @@ def _asked(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
     """What was to go, in words."""
     target, parts = recipe.target, manifest["recipe"]["parts"]
     if recipe.removes:
+        if channels := manifest["run"]["channels"]:
+            of = "block parameters, shortcuts counted" if parts["width"]["name"] == "parameters" else "channels"
+            return f"{target} of the {of}; {channels['after']} of {channels['before']} channels of the residual stream stay"
+        gone = f"{100 * float(target.fraction):g} % of the block parameters"
         if "depth" in parts:
-            return f"{target} of the blocks"
-        widths = "all blocks as wide" if parts["budget"]["shape"] == "uniform" else "blocks of their own widths"
-        return f"{target} of the block parameters, {widths}"
+            return f"{gone}, in whole blocks"
+        gone = "Given widths" if recipe.sized else gone
+        widths = (
+            "every block as wide as the next" if parts["budget"]["shape"] == "uniform" else "blocks of their own widths"
+        )
+        return f"{gone}, {widths}"
     if target.group is None:
         return f"{target} of the weights, compared within the {parts['pattern']['group']}"
     return f"{target}: {target.keep} of every {target.group} consecutive inputs are kept"
@@ -161,8 +168,8 @@ def _headlines(manifest: Mapping[str, Any], evaluation: EvaluationRecord | None)
         before = f"{spelt(first.before)} before, {first.ratio:.3f} ×, on" if first.before is not None else "on"
         found.append(Headline("perplexity", spelt(first.perplexity), f"{before} {first.text}"))
     if run.get("removed"):
-        note = f"of the block parameters: {run['removed']:,} of {run['block_parameters']:,}"
-        gone = Headline("removed", f"{100 * run['removed'] / run['block_parameters']:.2f} %", note)
+        note = f"of the block parameters: {run['block_removed']:,} of {run['block_parameters']:,}"
+        gone = Headline("removed", f"{100 * run['ratio']:.2f} %", note)
     else:
         note = f"{run['zeros']:,} of {run['weights']:,} block weights"
         gone = Headline("zeros", f"{100 * run['sparsity']:.2f} %", note)
@@ -196,8 +203,11 @@ class _HeatCell:
     tip: str
 
 
-def _heat(linears: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Zeros, or what was removed, of every linear: a row a block, a column a linear, and of every block in a last column."""
+def _heat(linears: Sequence[Mapping[str, Any]], without: Sequence[int]) -> dict[str, Any]:
+    """Zeros, or what was removed, of every linear: a row a block, a column a linear, and of every block in a last column.
+
+    Of blocks that were removed as a whole there is that column alone.
+    """
     blocks: dict[int, dict[str, Mapping[str, Any]]] = {}
     for line in linears:
         block, name = place_of(line["name"])
@@ -210,6 +220,9 @@ def _heat(linears: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         gone, weights = (sum(counts) for counts in zip(*map(_gone, own.values()), strict=True))
         total = _HeatCell(gone / weights, f"block {block}: {gone:,} of {weights:,} weights")
         rows.append((block, [_heat_cell(own[name]) if name in own else None for name in names], total))
+    for block in without:
+        rows.append((block, [None] * len(names), _HeatCell(1.0, f"block {block}: removed as a whole")))
+    rows.sort(key=lambda row: row[0])
     return {"heads": list(zip(heads, names, strict=True)), "rows": rows}
 
 
@@ -257,9 +270,10 @@ class _Phase:
     of_longest: float
 
 
-def _phases(seconds: Mapping[str, float]) -> list[_Phase]:
+def _phases(seconds: Mapping[str, float], *, removes: bool) -> list[_Phase]:
     """Every phase that took any time, and what is in none of them."""
-    found = {words: seconds[name] for name, words in _PHASES.items()}
+    names = _PHASES | ({"prune": "score and cut"} if removes else {})
+    found = {words: seconds[name] for name, words in names.items()}
     found["everything else"] = max(0.0, seconds["total"] - sum(found.values()))
     longest = max(found.values())
     return [_Phase(n, s, s / seconds["total"], s / longest) for n, s in found.items() if s >= 0.0005]

@@ -1,4 +1,4 @@
-"""Several runs compared on one page: perplexity against sparsity, the Pareto front, a table that can be sorted."""
+"""Several runs compared on one page: perplexity against what is gone, the Pareto front, a table that can be sorted."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from .charts import GLYPHS, Candidate, front_chart, pareto, style_of
 from .findings import spelt
 from .page import change, duration, render, short
 
-_FEW = 0.005  # zeros that any model may have
-
 
 @dataclass(frozen=True)
 class Row:
@@ -22,8 +20,8 @@ class Row:
         axes: what else may tell runs apart, by dotted name; shown where it differs.
         text, length, windows: what perplexity was measured on.
         dense: perplexity of the unpruned model on the same.
+        ratio: parameters removed / block parameters.
         ratio_interval: 95 % interval of perplexity / dense.
-        ratio: share of the block parameters that went with structures; `parameters` are those that stayed, of the whole model.
     """
 
     name: str
@@ -39,24 +37,23 @@ class Row:
     windows: int | None = None
     dense: float | None = None
     ratio_interval: tuple[float, float] | None = None
-    ratio: float = 0.0
-    parameters: int | None = None
     axes: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def gone(self) -> float:
-        """The share that is removed, or zero in what is left: runs that zero weights and runs that remove structures on one scale."""
-        return 1 - (1 - self.ratio) * (1 - self.sparsity)
-
-    @property
-    def zeroes(self) -> bool:
-        """Whether its zeros were made, and not just found."""
-        return not self.ratio or self.sparsity >= _FEW
+    ratio: float = 0.0
 
     @property
     def condition(self) -> tuple[Any, ...]:
         """Perplexities can be compared where these are equal."""
         return self.model, self.text, self.length, self.windows
+
+    @property
+    def kind(self) -> str:
+        """What stands for how much is gone: zeros stay, parameters that were removed do not."""
+        return "ratio" if self.ratio else "sparsity"
+
+    @property
+    def gone(self) -> float:
+        """How much of the blocks is gone."""
+        return self.ratio or self.sparsity
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ class Cell:
 
 
 _NOTHING = Cell("–", None)
-_AXES = {"zeros": "sparsity", "removed": "share removed", "removed or zero": "share removed or zero"}
+_GONE = {"sparsity": "zeros", "ratio": "of the block parameters removed"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ def comparison_page(title: str, rows: Sequence[Row], failures: Sequence[Mapping[
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row.perplexity is not None:
-            groups.setdefault(row.condition, []).append(row)
+            groups.setdefault((*row.condition, row.kind), []).append(row)
     drawn = [group for group in groups.values() if len(group) > 1]  # a run alone is compared with nothing
     front: set[int] = set()
     for group in drawn:
@@ -101,6 +98,7 @@ def comparison_page(title: str, rows: Sequence[Row], failures: Sequence[Mapping[
         "comparison.html.jinja",
         title=title,
         groups=[_group(f"front-{number}", group, front, methods) for number, group in enumerate(drawn)],
+        kinds=sorted({row.kind for row in rows}, reverse=True),
         columns=columns,
         table=[(id(row) in front, [(column, column.cell(row)) for column in columns]) for row in rows],
         rows=rows,
@@ -114,7 +112,7 @@ def _group(name: str, group: Sequence[Row], front: set[int], methods: Sequence[s
     dense = next((row.dense for row in group if row.dense is not None), None)
     runs = [
         Candidate(
-            f"{row.name}: {100 * row.gone:.1f} % {_what_went([row])}, perplexity {spelt(row.perplexity)}",
+            f"{row.name}: {100 * row.gone:.1f} % {_GONE[row.kind]}, perplexity {spelt(row.perplexity)}",
             methods.index(row.method),
             row.gone,
             row.perplexity or 0.0,
@@ -122,7 +120,6 @@ def _group(name: str, group: Sequence[Row], front: set[int], methods: Sequence[s
         )
         for row in group
     ]
-    axis = _AXES[_what_went(group)]
     shown = [method for method in methods if any(row.method == method for row in group)]
     legend = [(style_of(methods.index(method)), method) for method in shown]
     return {
@@ -130,19 +127,12 @@ def _group(name: str, group: Sequence[Row], front: set[int], methods: Sequence[s
         "model": short(first.model),
         "on": _measured_on(first),
         "dense": dense,
-        "axis": axis,
-        "chart": front_chart(name, runs, dense, axis),
+        "kind": first.kind,
+        "chart": front_chart(name, runs, dense, first.kind),
         "legend": [(colour, GLYPHS[marker], method) for (colour, marker), method in legend],
         "best": sum(run.best for run in runs),
         "runs": len(runs),
     }
-
-
-def _what_went(rows: Sequence[Row]) -> str:
-    """What to call the share that is gone."""
-    if not any(row.ratio for row in rows):
-        return "zeros"
-    return "removed or zero" if any(row.zeroes for row in rows) else "removed"
 
 
 def _measured_on(row: Row) -> str:
@@ -157,20 +147,19 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     if len({row.model for row in rows}) > 1:
         columns.append(Column("model", lambda row: _text(short(row.model)), numeric=False))
     columns.append(Column("method", lambda row: _text(row.method), numeric=False))
-    columns.append(Column("pattern", lambda row: _text(row.target), numeric=False))
+    columns.append(
+        Column(
+            "pattern" if all(row.kind == "sparsity" for row in rows) else "asked for",
+            lambda row: _text(row.target),
+            numeric=False,
+        )
+    )
     axes = dict.fromkeys(name for row in rows for name in row.axes)
     columns += [_axis(name, rows) for name in axes if len({str(row.axes.get(name)) for row in rows}) > 1]
-    if any(row.zeroes for row in rows):
-        columns.append(
-            Column(
-                "sparsity", lambda row: Cell(f"{100 * row.sparsity:.2f} %", row.sparsity) if row.zeroes else _NOTHING
-            )
-        )
-    if any(row.ratio for row in rows):
-        columns.append(
-            Column("removed", lambda row: Cell(f"{100 * row.ratio:.2f} %", row.ratio) if row.ratio else _NOTHING)
-        )
-        columns.append(Column("parameters", lambda row: _figure(row.parameters, "{:,}".format)))
+    if any(row.kind == "sparsity" for row in rows):
+        columns.append(Column("sparsity", lambda row: Cell(f"{100 * row.sparsity:.2f} %", row.sparsity)))
+    if any(row.kind == "ratio" for row in rows):
+        columns.append(Column("ratio", lambda row: Cell(f"{100 * row.ratio:.2f} %", row.ratio)))
     if any(row.perplexity is not None for row in rows):
         columns.append(Column("perplexity", lambda row: _figure(row.perplexity, spelt)))
     if any(row.dense is not None for row in rows):

@@ -16,11 +16,11 @@ from ..checkpoint.storage import replace_file, write_text
 _HEAD = {"name": str, "status": str, "model": str, "method": str, "target": str, "seed": int}
 _PRUNED: dict[str, type] = {
     "sparsity": float,
+    "ratio": float,
     "zeros": int,
     "weights": int,
     "parameters.before": int,
     "parameters.after": int,
-    "ratio": float,
     "blocks": int,
     "windows": int,
     "tokens": int,
@@ -36,8 +36,9 @@ _EVALUATED: dict[str, type] = {
     "evaluation.seconds": float,
     "evaluation.peak_rss_bytes": int,
 }
+_ASKED = ("sparsity", "pattern", "ratio")  # axes that are in `target`
 _TAIL = {"peak_rss_reset": bool, "error_kind": str, "error": str, "out": str, "recipe_sha256": str}
-COLUMNS = frozenset({*_HEAD, *_PRUNED, *_EVALUATED, *_TAIL, "pattern"})
+COLUMNS = frozenset({*_HEAD, *_PRUNED, *_EVALUATED, *_TAIL, *_ASKED})
 
 
 class Table:
@@ -48,11 +49,7 @@ class Table:
     """
 
     def __init__(self, axes: Mapping[str, list[Any]], *, evaluated: bool) -> None:
-        own = {
-            name: _type_of(values)
-            for name, values in axes.items()
-            if name not in {*_HEAD, "sparsity", "ratio", "pattern"}
-        }
+        own = {name: _type_of(values) for name, values in axes.items() if name not in {*_HEAD, *_ASKED}}
         self.columns: dict[str, type] = {**_HEAD, **own, **_PRUNED, **(_EVALUATED if evaluated else {}), **_TAIL}
 
     def row(self, values: Mapping[str, Any]) -> dict[str, Any]:

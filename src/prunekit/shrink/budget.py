@@ -6,6 +6,7 @@ channels make up for what the groups leave.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -141,6 +142,10 @@ def global_types(demand: Demand, *, gamma: Annotated[float, Limits(above=0)] | N
 def widths(demand: Demand, *, attention: int | None = None, mlp: int | None = None) -> Counts:
     """Given numbers of units: `attention` groups of heads and `mlp` channels in every block; what is not given stays whole."""
     given = {ATTENTION: attention, MLP: mlp}
+    if attention is None and mlp is None:
+        raise InputError(
+            "budget 'widths' is given the numbers that stay: say --set budget.mlp=N, --set budget.attention=N, or both"
+        )
     for each in demand.each():
         wanted = given[each.kind]
         if wanted is not None and not 1 <= wanted <= each.count:
@@ -181,6 +186,18 @@ def _cut(demand: Demand, scores: Scores, some: Sequence[Structure], target: int)
     for number, lost in enumerate(gone.bincount(minlength=len(some)).tolist()):
         counts[some[number].block][some[number].name] -= lost
     return counts
+
+
+def blocks_to_remove(ratio: Fraction, blocks: int) -> int:
+    """How many of some blocks a ratio comes to. Raises `InputError` where none would go, or none be left."""
+    count = round(ratio * blocks)
+    if count >= blocks:
+        raise InputError(f"ratio {float(ratio):g} would remove all {blocks} blocks: ask for less")
+    if ratio and not count:
+        raise InputError(
+            f"ratio {float(ratio):g} of {blocks} blocks is less than half of one: ask for {math.ceil(1000 / blocks) / 1000:g} or more"
+        )
+    return count
 
 
 @dataclass(frozen=True)
@@ -249,10 +266,20 @@ class UnitBudget:
             counts = self._level(demand, counts) if self.shape == "uniform" else self._aligned(demand, counts)
         elif self.shape == "free":
             counts = self._aligned(demand, counts)
-        return [
+        counts = [
             {each.name: found.get(each.name, each.count) for each in block}
             for found, block in zip(counts, structures, strict=True)
         ]
+        gone = any(
+            found[each.name] < each.count for found, block in zip(counts, structures, strict=True) for each in block
+        )
+        if target and not gone and self.part.name != "widths":
+            least = min(each.cost for each in demand.each())
+            raise InputError(
+                f"ratio {float(ratio):g} asks for {target:,} parameters of {len(structures)} blocks, and a unit has {least:,} or more: "
+                f"with align {self.align} none goes; ask for more"
+            )
+        return counts
 
     def _may_lose(self, structure: Structure) -> bool:
         return structure.count > 1 and (
@@ -264,7 +291,7 @@ class UnitBudget:
         if self.skip_first + self.skip_last >= len(demand.structures):
             raise InputError(
                 f"'budget.skip_first={self.skip_first}' and 'budget.skip_last={self.skip_last}' skip all of the model's "
-                f"{len(demand.structures)} blocks: set them to less"
+                f"{len(demand.structures)} blocks: set them to less, like --set budget.skip_first=1 --set budget.skip_last=1"
             )
         if not each:
             raise InputError(
@@ -280,7 +307,9 @@ class UnitBudget:
         if self.part.name != "widths" and demand.target > most:
             raise InputError(
                 f"ratio {float(ratio):g} asks for {demand.target:,} parameters and at most {most:,} can go while a unit of every "
-                f"structure stays: ask for at most {most / sum(demand.parameters):.3f}, or remove whole blocks"
+                f"structure stays: ask for at most {math.floor(1000 * most / sum(demand.parameters)) / 1000:g}, "
+                + ("skip fewer blocks, " if self.skip_first or self.skip_last else "")
+                + "or remove whole blocks"
             )
 
     def _level(self, demand: Demand, counts: Counts) -> Counts:
@@ -313,18 +342,15 @@ class UnitBudget:
         return aligned
 
 
+def no_scores(structures: Structures) -> Scores:
+    """Scores that tell no unit from another, for what has to be known before any is measured."""
+    return [{each.name: torch.zeros(each.count) for each in block} for block in structures]
+
+
 def top_units(scores: Tensor, count: int) -> tuple[int, ...]:
     """The `count` units with the largest scores, ascending; among equals the first. Shapes: scores [units]."""
     order = scores.double().cpu().sort(descending=True, stable=True).indices[:count]
     return tuple(sorted(order.tolist()))
-
-
-def blocks_to_remove(ratio: Fraction, blocks: int) -> int:
-    """How many of so many blocks are nearest to a ratio. Raises `InputError` where that is all of them."""
-    count = round(ratio * blocks)
-    if count >= blocks:
-        raise InputError(f"ratio {float(ratio):g} would remove all {blocks} blocks: ask for less")
-    return count
 
 
 def plan_of(structures: Structures, counts: Counts, scores: Scores) -> Plan:

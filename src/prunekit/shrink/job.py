@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from ..blockwalk import Appetite, block_parameters
 from ..catalogue import find_method
 from ..distributed import Ranks
-from ..errors import InputError, PrunekitWarning
-from ..model.source import StreamedModel
+from ..errors import InputError
+from ..model.source import StreamedModel, refuse_sliced
 from ..model.stream import Walk
 from ..recipe import Recipe
-from .budget import Counts, blocks_to_remove, plan_of
+from .budget import Counts, blocks_to_remove, no_scores, plan_of
 from .gradients import gradient_bytes
 from .plan import Structures
 from .saving import Form
@@ -39,21 +36,31 @@ class Shrinking:
     def of(cls, recipe: Recipe, source: StreamedModel) -> Shrinking:
         """Raises `InputError` for what the method or its budget cannot do with this model."""
         shrinker = Shrinker.of(find_method(recipe.method), recipe.parts, recipe.seed)
+        calibration = recipe.calibration
+        if calibration.choices > 1 and not shrinker.gradients:
+            raise InputError(
+                f"calibration.choices={calibration.choices} is for scores that read gradients: '{recipe.method}' has none"
+            )
+        if 1 < calibration.choices >= calibration.samples:
+            raise InputError(
+                f"calibration.choices={calibration.choices} shares out the windows, with a last share to judge by: "
+                f"{calibration.samples} --samples are too few"
+            )
+        if shrinker.tune is not None and (calibration.mode == "dense" or shrinker.depth is not None):
+            raise InputError(
+                f"tune '{shrinker.tune.part.name}' goes from block to cut block: leave out "
+                + ("--set calibration.mode=dense" if shrinker.depth is None else "the tuning, whole blocks are not cut")
+            )
+        refuse_sliced(source, "take heads and channels out of the original")
         structures = find_structures(source.module, source.anatomy)
         if not any(structures):
             raise InputError(f"{type(source.module).__name__} has no units that can be taken out")
         parameters = block_parameters(source)
         # what the ratio or the alignment cannot be is refused before anything is measured
-        chance = [{each.name: torch.zeros(each.count) for each in block} for block in structures]
+        chance = no_scores(structures)
         form: Form | None = None
         if shrinker.depth is not None:
-            count = blocks_to_remove(recipe.target.fraction, len(structures))
-            if not count and recipe.target.fraction:
-                warnings.warn(
-                    f"ratio {recipe.target} of {len(structures)} blocks is nearest to none of them: nothing will be removed",
-                    PrunekitWarning,
-                    stacklevel=2,
-                )
+            blocks_to_remove(recipe.target.fraction, len(structures))
             return cls(shrinker, structures, None, recipe, source, None)
         counts = shrinker.budget.counts(structures, parameters, recipe.target.fraction, chance)
         if not shrinker.plans_first:
@@ -64,7 +71,8 @@ class Shrinking:
     def looks_at_data(self) -> bool:
         """Whether score or compensation read statistics or gradients."""
         shrinker = self.shrinker
-        return bool(shrinker.measured | shrinker.gradients | shrinker.refits) or shrinker.depth is not None
+        measures = shrinker.measured | shrinker.gradients | shrinker.refits
+        return bool(measures) or shrinker.depth is not None or shrinker.tune is not None
 
     @property
     def resolved(self) -> dict[str, dict[str, Any]]:
@@ -76,12 +84,15 @@ class Shrinking:
         needs = self.shrinker.measured | self.shrinker.refits
         gram = "gram" in needs
         widths = [[each.consumer.in_features for each in block] for block in self.structures]
-        sums = max(sum(width**2 * 4 for width in block) for block in widths) if gram else 0
+        matrices = 2 if "half_gram" in needs else 1
+        sums = matrices * max(sum(width**2 * 4 for width in block) for block in widths) if gram else 0
         widest = max(max(block, default=0) for block in widths)
         largest = max(linear.count for linear in self.source.anatomy.linears())
         gradients = self.shrinker.gradients
         ahead = gradient_bytes(self.source, windows, length, gradients) if gradients else 0
-        return Appetite(sums, 3 * largest * 4 + (3 * widest**2 * 8 if gram else 0), ahead=ahead)
+        return Appetite(
+            sums, 3 * largest * 4 + (3 * widest**2 * 8 if gram else 0), self.shrinker.tune is not None, ahead=ahead
+        )
 
     def work(
         self, walk: Walk, *, dense: bool, ranks: Ranks | None = None, first: int = 0, total: int | None = None

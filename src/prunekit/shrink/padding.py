@@ -18,7 +18,7 @@ from ..checkpoint.shard import Piece
 from ..errors import InputError
 from ..model.anatomy import read_anatomy
 from ..model.resizing import SHAPES
-from ..model.source import StreamedModel, build_skeleton
+from ..model.source import StreamedModel, build_skeleton, refuse_sliced
 from .plan import Plan, Structures
 from .saving import Form, FormChooser
 from .slicing import Slicer
@@ -48,6 +48,7 @@ def padded(source: StreamedModel) -> tuple[Form, list[Sheet]]:
     has by itself. Raises `InputError` where the folder has one width already, or biases that its class has no place for.
     """
     reader = source.reader
+    refuse_sliced(source, "no stock class has a place for them, however wide")
     if SHAPES not in reader.config:
         raise InputError(
             f"'{reader.folder}' has no blocks of different widths: transformers loads it as it is, without --pad"

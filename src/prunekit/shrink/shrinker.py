@@ -29,6 +29,7 @@ class Shrinker:
     budget: UnitBudget
     compensate: Bound | None
     depth: Bound | None = None
+    tune: Bound | None = None
     seed: int = 0
 
     @classmethod
@@ -44,14 +45,14 @@ class Shrinker:
             raise InputError(
                 f"'budget.{name}' is for methods that remove units of blocks; '{method.name}' removes whole blocks: leave it out"
             )
-        return cls(
-            score, UnitBudget.of(method, options.get("budget")), bind("compensate", method, options), depth, seed
-        )
+        budget = UnitBudget.of(method, options.get("budget"))
+        compensate, tune = bind("compensate", method, options), bind("tune", method, options)
+        return cls(score, budget, compensate, depth, tune, seed)
 
     @property
     def parts(self) -> list[Bound]:
         """The parts it has, its budget aside."""
-        return [part for part in (self.score, self.compensate, self.depth) if part is not None]
+        return [part for part in (self.score, self.compensate, self.depth, self.tune) if part is not None]
 
     @property
     def measured(self) -> frozenset[str]:
@@ -70,7 +71,7 @@ class Shrinker:
     @property
     def refits(self) -> frozenset[str]:
         """Statistics its compensation reads."""
-        return frozenset() if self.compensate is None else self.compensate.part.needs
+        return frozenset() if self.compensate is None else self.compensate.part.needed(self.compensate.options)
 
     @property
     def plans_first(self) -> bool:

@@ -46,6 +46,21 @@ class Slicer:
             tensor = tensor.index_select(axis, index.to(tensor.device))
         return tensor
 
+    def fill(self, name: str, whole: Tensor, part: Tensor) -> None:
+        """Put what is left of a tensor back into its places in the whole one; the rest of that stays as it is."""
+        _fill(whole, part.to(whole), list(self.index.get(name, {}).items()))
+
+
+def _fill(whole: Tensor, part: Tensor, axes: list[tuple[int, Tensor]]) -> None:
+    if not axes:
+        whole.copy_(part)
+        return
+    (axis, index), *others = axes
+    index = index.to(whole.device)
+    stretch = whole.index_select(axis, index)
+    _fill(stretch, part, others)
+    whole.index_copy_(axis, index, stretch)
+
 
 @contextmanager
 def cut(module: nn.Module, config: Any, structures: Sequence[Structure], plan: Plan, slicer: Slicer) -> Iterator[None]:

@@ -31,6 +31,9 @@ HEADS = ("num_attention_heads", "num_key_value_heads")
 
 ATTENTION, MLP = "attention", "mlp"
 
+# what a stub returns: always the same, or something made of what it is fed
+Answer = Tensor | Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True, eq=False)
 class Slices:
@@ -113,7 +116,7 @@ def find_structures(model: Any, anatomy: Anatomy) -> list[tuple[Structure, ...]]
     known: dict[Any, tuple[Structure, ...]] = {}
     found = []
     with evaluating(model), torch.inference_mode(False), torch.enable_grad():
-        tracer = _Tracer(model, anatomy)
+        tracer = Tracer(model, anatomy)
         for block in anatomy.blocks:
             module = model.get_submodule(block.name)
             alike = (
@@ -133,25 +136,30 @@ def find_structures(model: Any, anatomy: Anatomy) -> list[tuple[Structure, ...]]
     return found
 
 
-class _Tracer:
-    """Runs a model's blocks with stubs for their linears."""
+class Tracer:
+    """Runs a model's blocks with stubs for their linears.
+
+    Attributes:
+        calls: what every block is called with on a few tokens.
+        width: of the hidden states.
+        direct: whether the first block is given what the embedding returns, nothing done to it.
+    """
 
     def __init__(self, model: Any, anatomy: Anatomy) -> None:
         self._model = model
         self._anatomy = anatomy
         self._config = model.config.get_text_config()
-        self._device = next((buffer.device for buffer in model.buffers() if buffer.device.type != "meta"), None)
-        self._device = self._device or torch.device("cpu")
+        self.device = next((buffer.device for buffer in model.buffers() if buffer.device.type != "meta"), None)
+        self.device = self.device or torch.device("cpu")
         self._draw = torch.Generator().manual_seed(0)
-        self._calls, self._width = self._record()
+        self.calls, self.width, self.direct = self._record()
 
     def structures(self, block: Block) -> Iterator[Structure]:
         """The structures of one block."""
         module = self._model.get_submodule(block.name)
         outputs = {linear.name: self._random(1, _TOKENS, linear.out_features) for linear in block.linears}
         rest: dict[str, Tensor] = {
-            name: nn.Parameter(self._random(*shape).detach())
-            for name, shape in _other_parameters(block, module).items()
+            name: nn.Parameter(self._random(*shape).detach()) for name, shape in other_parameters(block, module).items()
         }
         traced = self._run(block, module, outputs, rest)
         found = []
@@ -257,21 +265,22 @@ class _Tracer:
         self, block: Block, module: nn.Module, outputs: Mapping[str, Tensor], rest: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """What every linear is fed while the linears return `outputs` [1, tokens, out] and other parameters are `rest`."""
-        call = self._calls[block.index]
-        hidden = torch.randn(1, _TOKENS, self._width, generator=self._draw).to(self._device)
-        with self._stubs(block, module, outputs, rest) as inputs, torch.enable_grad():
+        call = self.calls[block.index]
+        hidden = torch.randn(1, _TOKENS, self.width, generator=self._draw).to(self.device)
+        with self.stubs(block, module, outputs, rest) as inputs, torch.enable_grad():
             call.replay(module, hidden)
         return inputs
 
     @contextmanager
-    def _stubs(
-        self, block: Block, module: nn.Module, outputs: Mapping[str, Tensor], rest: Mapping[str, Tensor]
+    def stubs(
+        self, block: Block, module: nn.Module, outputs: Mapping[str, Answer], rest: Mapping[str, Tensor]
     ) -> Iterator[dict[str, Tensor]]:
+        """Let the linears return `outputs`, and other parameters be `rest`; yields what every linear is fed."""
         inputs: dict[str, Tensor] = {}
         own: dict[str, Any] = {}
         modules = {linear.name: module.get_submodule(linear.name) for linear in block.linears}
         buffers = {
-            name: torch.zeros_like(buffer, device=self._device)
+            name: torch.zeros_like(buffer, device=self.device)
             for name, buffer in module.named_buffers()
             if buffer.device.type == "meta"
         }
@@ -290,11 +299,11 @@ class _Tracer:
     def _random(self, *shape: int) -> Tensor:
         # positive, where no activation is flat
         value = torch.rand(*shape, generator=self._draw) + 0.5
-        return value.to(self._device).requires_grad_()
+        return value.to(self.device).requires_grad_()
 
     @torch.no_grad()
-    def _record(self) -> tuple[list[Call], int]:
-        """What every block is called with on a few tokens, and the width of the hidden states."""
+    def _record(self) -> tuple[list[Call], int, bool]:
+        """What every block is called with on a few tokens, the width of the hidden states, and whether they are what went in."""
         model, anatomy = self._model, self._anatomy
         embedding = model.get_input_embeddings()
         if not isinstance(embedding, nn.Embedding):
@@ -302,7 +311,7 @@ class _Tracer:
         inside = anatomy.blocks_name + "."
         parameters = dict(model.named_parameters())
         outer = {
-            name: untouched(tuple(tensor.shape), torch.float32).to(self._device)
+            name: untouched(tuple(tensor.shape), torch.float32).to(self.device)
             for name, tensor in chain(model.named_parameters(), model.named_buffers())
             if not name.startswith(inside)
             and tensor is not embedding.weight
@@ -317,12 +326,12 @@ class _Tracer:
             module = blocks[block.index]
             outputs = {linear.name: torch.zeros(1, _TOKENS, linear.out_features) for linear in block.linears}
             rest = {
-                name: nn.Parameter(torch.ones(shape, device=self._device))
-                for name, shape in _other_parameters(block, module).items()
+                name: nn.Parameter(torch.ones(shape, device=self.device))
+                for name, shape in other_parameters(block, module).items()
             }
-            stubs = partial(self._stubs, block, module, outputs, rest)
+            stubs = partial(self.stubs, block, module, outputs, rest)
             recorders.append(_Recorder(module, forms, stubs))
-        embedded = torch.zeros(1, _TOKENS, embedding.embedding_dim, device=self._device)
+        embedded = self._random(1, _TOKENS, embedding.embedding_dim)
         base = getattr(model, "base_model", model)
         try:
             for index, recorder in enumerate(recorders):
@@ -336,7 +345,7 @@ class _Tracer:
         hidden = recorders[0].hidden
         if len(calls) < len(blocks) or hidden is None:
             raise InputError("the model's forward does not call every block once: it cannot be shrunk yet")
-        return calls, hidden.shape[-1]
+        return calls, hidden.shape[-1], torch.equal(hidden, embedded)
 
 
 class _Recorder(Recorder):
@@ -433,12 +442,15 @@ class _Dependence:
         return any(gradient is not None and bool((gradient[0, :-1] != 0).any()) for gradient in gradients)
 
 
-def _answer(inputs: dict[str, Tensor], outputs: Mapping[str, Tensor], name: str, value: Tensor) -> Tensor:
+def _answer(inputs: dict[str, Tensor], outputs: Mapping[str, Answer], name: str, value: Tensor) -> Tensor:
     inputs[name] = value
-    return outputs[name].to(value.device).reshape(*value.shape[:-1], -1).clone()  # some blocks add to it in place
+    output = outputs[name]
+    if not isinstance(output, Tensor):
+        return output(value)
+    return output.to(value.device).reshape(*value.shape[:-1], -1).clone()  # some blocks add to it in place
 
 
-def _other_parameters(block: Block, module: nn.Module) -> dict[str, tuple[int, ...]]:
+def other_parameters(block: Block, module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of a block's parameters that are no linear's."""
     linears = {linear.name for linear in block.linears}
     return {

@@ -24,12 +24,14 @@ from ..checkpoint.writer import PLAN_NAME
 from ..errors import InputError, PrunekitWarning, VerificationError
 from ..machine import return_memory
 from ..model.anatomy import Block, weight_of
-from ..model.hidden import room_for
+from ..model.hidden import HiddenStates, room_for
 from ..model.source import StreamedModel
+from ..model.stream import Windows
 from ..recipe import Recipe
 from ..statistics import Statistics
 from ..verify import TOLERANCE, relative_difference
 from .budget import Counts, blocks_to_remove, plan_of, top_units
+from .choosing import choose_calibration
 from .gradients import measure_gradients
 from .influence import Influence
 from .plan import Plan, Structures
@@ -87,11 +89,14 @@ class ShrinkWalk(BlockWalk):
 
     @property
     def steps_ahead(self) -> int:
-        """Once through the dense model, and back where there are gradients; depths say how often they go through it."""
+        """Once through the dense model, and back where there are gradients; of several choices each, and once more to compare them."""
         blocks = len(self.structures)
         if not self.shrinker.plans_first:
             return 0
         if self.shrinker.depth is None:
+            choices = self.recipe.calibration.choices
+            if self.shrinker.gradients and choices > 1:
+                return choices * (2 * blocks + 1) + blocks
             return 2 * blocks if self.shrinker.gradients else blocks
         steps, count = self.shrinker.depth.part.steps, self._blocks_to_remove
         assert steps is not None
@@ -138,13 +143,12 @@ class ShrinkWalk(BlockWalk):
         return known
 
     def _make_plan(self, stored: Stored, step: Callable[[], None]) -> Plan:
-        ratio = self.recipe.target.fraction
+        if self.shrinker.gradients and self.recipe.calibration.choices > 1:
+            return self._chosen_plan(stored, step)
+        if self.shrinker.gradients:
+            return self._planned(self._gradient_scores(self.walk.windows, stored, step))
         if self.shrinker.depth is None:
-            scores = (
-                self._gradient_scores(stored, step) if self.shrinker.gradients else self._dense_scores(stored, step)
-            )
-            counts = self.shrinker.budget.counts(self.structures, self._parameters, ratio, scores)
-            return plan_of(self.structures, counts, scores)
+            return self._planned(self._dense_scores(stored, step))
         with self.seconds.timed("forward"):
             count = self._blocks_to_remove
             gone = self.shrinker.depth(Influence(self.walk, self.ranks, step), count) if count else []
@@ -158,7 +162,28 @@ class ShrinkWalk(BlockWalk):
         whole = Plan.whole(self.structures).blocks
         return Plan(tuple(None if index in gone else kept for index, kept in enumerate(whole)))
 
-    def _gradient_scores(self, stored: Stored, step: Callable[[], None]) -> list[dict[str, Tensor]]:
+    def _planned(self, scores: list[dict[str, Tensor]]) -> Plan:
+        ratio = self.recipe.target.fraction
+        counts = self.shrinker.budget.counts(self.structures, self._parameters, ratio, scores)
+        return plan_of(self.structures, counts, scores)
+
+    def _chosen_plan(self, stored: Stored, step: Callable[[], None]) -> Plan:
+        """Of several calibrations the plan that moves predictions least, on windows that none of them has seen."""
+        parts = self.recipe.calibration.choices + 1
+        windows, size = self.walk.windows, len(self.walk.windows) // parts
+        choice = choose_calibration(
+            self.walk.source,
+            self.structures,
+            range(parts - 1),
+            lambda number: windows[number * size : (number + 1) * size],
+            lambda drawn: self._planned(self._gradient_scores(drawn, stored, step)),
+            windows[(parts - 1) * size :],
+            step=step,
+        )
+        self.walk.prepare()
+        return choice.plan
+
+    def _gradient_scores(self, windows: Windows, stored: Stored, step: Callable[[], None]) -> list[dict[str, Tensor]]:
         """Scores of all units from gradients of the dense model."""
         score = self.shrinker.score
         assert score is not None
@@ -166,7 +191,7 @@ class ShrinkWalk(BlockWalk):
         with self.seconds.timed("forward"):
             measured = measure_gradients(
                 source,
-                self.walk.windows,
+                windows,
                 self.structures,
                 self.shrinker.gradients,
                 score.part.objective,
@@ -218,64 +243,71 @@ class ShrinkWalk(BlockWalk):
 
     @torch.inference_mode()
     def prune_block(self, block: Block, module: nn.Module, stored: Stored) -> list[LinearReport]:
-        """Measure the block, choose what stays, and let its consumers do without the rest."""
-        structures = self.structures[block.index]
-        settled = None if self.plan is None else self.plan.blocks[block.index]
-        needs = self.shrinker.refits | (frozenset() if settled is not None else self.shrinker.measured)
-        hidden = self.walk.hidden if self.dense else None
-        collector = self._collect(block, module, self._consumers(block, module), needs, hidden)
-        with self.seconds.timed("prune"), self.ranks.together():
-            statistics = collector.statistics(self.ranks.sum_up)
-            kept = settled if settled is not None else self._choose(block, stored, statistics)
-            self.kept[block.index] = kept
-            before = {linear.name: linear.count for linear in block.linears}
-            errors, seconds = {}, {}
-            for each in structures:
-                begun = time.perf_counter()
-                units = torch.tensor(kept[each.name])
-                errors[each.name] = self._cut(
-                    each, units, module, stored, statistics[each.name], collector.sample(each.name)
-                )
-                seconds[each.name] = time.perf_counter() - begun
-            given = (self.biases.get(each.consumer.full_name) for each in structures)
-            self.added[block.index] = sum(bias.numel() for bias in given if bias is not None)
-            slicer = self._slicer(block)
-            reports = []
-            for linear in block.linears:
-                weight = slicer(f"{linear.name}.weight", stored(linear)[0])
-                matrix = linear.matrix(weight)
-                reports.append(
-                    LinearReport(
-                        name=linear.full_name,
-                        shape=(matrix.shape[0], matrix.shape[1]),
-                        pattern=None,
-                        weights=matrix.numel(),
-                        zeros=count_zeros(matrix),
-                        output_error=errors.get(linear.name),
-                        seconds=seconds.get(linear.name, 0.0),
-                        removed=before[linear.name] - matrix.numel(),
+        """Measure the block, choose what stays, and let its consumers, and perhaps all of it, do without the rest."""
+        walk = self.walk
+        with ExitStack() as stack:
+            outputs = walk.hidden if self.dense else None
+            if self.shrinker.tune is not None:
+                outputs = stack.enter_context(room_for(walk.shape, walk.dtype, walk.source.device))
+            settled = None if self.plan is None else self.plan.blocks[block.index]
+            needs = self.shrinker.refits | (frozenset() if settled is not None else self.shrinker.measured)
+            collector = self._collect(block, module, self._consumers(block, module), needs, outputs)
+            begun = time.perf_counter()
+            with self.seconds.timed("prune"), self.ranks.together():
+                statistics = collector.statistics(self.ranks.sum_up)
+                kept = settled if settled is not None else self._choose(block, stored, statistics)
+                self.kept[block.index] = kept
+                lost = [each for each in self.structures[block.index] if len(kept[each.name]) < each.count]
+                dense = {each.name: each.consumer.matrix(stored(each.consumer)[0]).clone() for each in lost}
+                shifts = {each.name: self._cut(each, module, stored, statistics[each.name]) for each in lost}
+                given = (self.biases.get(each.consumer.full_name) for each in lost)
+                self.added[block.index] = sum(bias.numel() for bias in given if bias is not None)
+            if self.shrinker.tune is not None and lost:
+                assert outputs is not None
+                with self.seconds.timed("tune"):
+                    self._tune(block, module, stored, outputs)
+            with self.seconds.timed("prune"), self.ranks.together():
+                errors = {
+                    each.name: self._cut_error(
+                        dense[each.name].to(weight_of(module.get_submodule(each.name))),
+                        each.consumer.matrix(stored(each.consumer)[0]),
+                        shifts[each.name],
+                        self.ranks.from_last(collector.sample(each.name)),
                     )
+                    for each in lost
+                }
+            return self._reports(block, stored, errors, time.perf_counter() - begun)
+
+    def _reports(self, block: Block, stored: Stored, errors: Mapping[str, float], seconds: float) -> list[LinearReport]:
+        """What became of every linear of a block; the seconds it took are shared among those that were refitted."""
+        slicer, reports = self._slicer(block), []
+        for linear in block.linears:
+            matrix = linear.matrix(slicer(f"{linear.name}.weight", stored(linear)[0]))
+            reports.append(
+                LinearReport(
+                    name=linear.full_name,
+                    shape=(matrix.shape[0], matrix.shape[1]),
+                    pattern=None,
+                    weights=matrix.numel(),
+                    zeros=count_zeros(matrix),
+                    output_error=errors.get(linear.name),
+                    seconds=seconds / len(errors) if linear.name in errors else 0.0,
+                    removed=linear.count - matrix.numel(),
                 )
-            return reports
+            )
+        return reports
 
     def _choose(self, block: Block, stored: Stored, statistics: Mapping[str, Statistics]) -> Kept:
         assert self.counts is not None
         scores = self._scores(block, stored, statistics)
         return {name: top_units(scores[name], count) for name, count in self.counts[block.index].items()}
 
-    def _cut(
-        self,
-        structure: Structure,
-        units: Tensor,
-        module: nn.Module,
-        stored: Stored,
-        statistics: Statistics,
-        sample: Tensor,
-    ) -> float | None:
-        """Give the consumer the weight, and perhaps the bias, it has when only `units` stay; its removed columns are zero."""
-        if len(units) == structure.count:
-            return None
-        linear = structure.consumer
+    def _cut(self, structure: Structure, module: nn.Module, stored: Stored, statistics: Statistics) -> Tensor:
+        """Give the consumer the weight, and perhaps the bias, it has without what goes; its removed columns are zero.
+
+        Returns what was added to its output, [out].
+        """
+        linear, units = structure.consumer, torch.tensor(self.kept[structure.block][structure.name])
         weight, bias = stored(linear)
         matrix = linear.matrix(weight)
         keep = structure.inputs(units).to(matrix.device)
@@ -284,7 +316,8 @@ class ShrinkWalk(BlockWalk):
         if self.shrinker.compensate is None:
             kept = exact[:, keep]
         else:
-            kept, added = self.shrinker.compensate(exact, keep, statistics)
+            refitted: tuple[Tensor, Tensor | None] = self.shrinker.compensate(exact, keep, statistics)
+            kept, added = refitted
         if not all_finite(kept):
             raise InputError(
                 f"compensating '{linear.full_name}' gave NaN or infinite weights: take more --samples, or more damping"
@@ -292,14 +325,26 @@ class ShrinkWalk(BlockWalk):
         new = torch.zeros_like(matrix)
         new[:, keep] = kept.to(new.dtype)
         child = module.get_submodule(linear.name)
-        live = linear.matrix(weight_of(child))
-        shift = torch.zeros(len(matrix)) if added is None else added
-        error = self._cut_error(live, new, shift, self.ranks.from_last(sample))
         matrix.copy_(new)
-        live.copy_(new)
-        if added is not None:
-            self._add_bias(structure, child, bias, added.to(weight.dtype))
-        return error
+        linear.matrix(weight_of(child)).copy_(new)
+        if added is None:
+            return torch.zeros(len(matrix))
+        self._add_bias(structure, child, bias, added.to(weight.dtype))
+        return added
+
+    def _tune(self, block: Block, module: nn.Module, stored: Stored, wanted: HiddenStates) -> None:
+        """Tune the cut block's weights towards the outputs of the whole one, on the same inputs."""
+        part = self.shrinker.tune
+        assert part is not None
+        names = {f"{linear.name}.weight": linear for linear in block.linears}
+        config, slicer = self.walk.source.module.config.get_text_config(), self._slicer(block)
+        with cut(module, config, self.structures[block.index], self._plan_of(block), slicer):
+            tuned = self._descend(part, block, module, names, wanted)
+        for name, (value, _) in tuned.items():
+            linear = names[name]
+            weight = stored(linear)[0]
+            slicer.fill(name, weight, value)
+            weight_of(module.get_submodule(linear.name)).copy_(weight)
 
     def _cut_error(self, live: Tensor, new: Tensor, shift: Tensor, sample: Tensor) -> float:
         """Output error of new columns and of what is added to the output: an input that is always one carries that."""
@@ -408,31 +453,26 @@ class ShrinkWalk(BlockWalk):
 
     @torch.inference_mode()
     def take_up(self, block: Block, tensors: dict[str, Tensor], noted: Mapping[str, Any]) -> nn.Module:
-        """The dense block with the consumers that were written."""
+        """The dense block with what was written of it, consumers without what is gone."""
         source, names = self._streamed, self._form.names
         module = source.load_block(block.index)
         stored = source.stored[block.index]
         self.skip(block, noted)
+        slicer = self._slicer(block)
         for each in self.structures[block.index]:
-            units = torch.tensor(self.kept[block.index][each.name])
-            if len(units) == each.count:
-                continue
-            name, child = each.consumer.full_name, module.get_submodule(each.name)
-            weight = each.consumer.matrix(stored[source.key_of[f"{name}.weight"]])
-            weight.zero_()
-            weight[:, each.inputs(units)] = each.consumer.matrix(tensors[names[f"{name}.weight"]])
-            each.consumer.matrix(weight_of(child)).copy_(weight)
-            bias = tensors.get(names.get(f"{name}.bias", ""))
-            if bias is None:
-                continue
-            if f"{name}.bias" in source.key_of:
-                stored[source.key_of[f"{name}.bias"]].copy_(bias)
-                own = child.bias
-                assert isinstance(own, Tensor)
-                own.detach().copy_(bias)
-            else:
-                self.biases[name] = bias
-                child.bias = nn.Parameter(bias.to(weight_of(child)), requires_grad=False)
+            if len(self.kept[block.index][each.name]) < each.count:
+                stored[source.key_of[f"{each.consumer.full_name}.weight"]].zero_()
+        for name in source.block_parameters(block.index):
+            local, full = name.removeprefix(f"{block.name}."), stored[source.key_of[name]]
+            slicer.fill(local, full, tensors[names[name]])
+            path, _, leaf = local.rpartition(".")
+            live = getattr(module.get_submodule(path), leaf)
+            live.detach().copy_(full)
+        for each in self.structures[block.index]:
+            name, child = f"{each.consumer.full_name}.bias", module.get_submodule(each.name)
+            if name in names and name not in source.key_of:
+                self.biases[each.consumer.full_name] = tensors[names[name]]
+                child.bias = nn.Parameter(tensors[names[name]].to(weight_of(child)), requires_grad=False)
         return module
 
     @property

@@ -7,7 +7,7 @@ measure and once, pruned, for the next block's inputs; in dense mode the first p
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,7 @@ from ..distributed import Ranks
 from ..errors import InputError
 from ..model.anatomy import Anatomy, Block, Linear, weight_of
 from ..model.hidden import HiddenStates, room_for
-from ..model.source import StreamedModel, exchanged
+from ..model.source import StreamedModel
 from ..model.stream import Walk
 from ..recipe import Pattern, Recipe
 from ..statistics import Collector, Statistics
@@ -50,6 +50,10 @@ class Sparsification:
         method = find_method(recipe.method)
         budget = Budget.of(method, recipe.parts.get("budget"))
         sparsifier = Sparsifier.of(method, recipe.parts, recipe.seed)
+        if recipe.calibration.choices > 1:
+            raise InputError(
+                f"calibration.choices={recipe.calibration.choices} is for scores that read gradients: '{recipe.method}' has none"
+            )
         if sparsifier.tune is not None and recipe.calibration.mode == "dense":
             raise InputError(
                 f"tune '{sparsifier.tune.part.name}' goes from block to pruned block: leave out --set calibration.mode=dense"
@@ -202,29 +206,12 @@ class SparsifyWalk(BlockWalk):
 
     def _tune(self, block: Block, module: nn.Module, stored: Stored, wanted: HiddenStates) -> None:
         """Tune the block's kept weights on all windows; `wanted` are the dense block's outputs."""
-        part, walk = self.sparsifier.tune, self.walk
+        part = self.sparsifier.tune
         assert part is not None
         pruned = {f"{linear.name}.weight": linear for linear in block.linears if self.patterns[linear.full_name]}
-        # gradients need tensors that were not made in inference mode
-        with torch.inference_mode(False), torch.enable_grad():
-            copies = {
-                name: nn.Parameter(old.detach().clone(), name in pruned) for name, old in module.named_parameters()
-            }
-            weights = {name: (copies[name], copies[name].detach() != 0) for name in pruned}
-            buffers = {name: old.clone() for name, old in module.named_buffers()}
-
-            def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-                for position, batch in enumerate(walk.batches):
-                    inputs = walk.hidden[batch].clone()
-                    outputs = walk.replay(block.index, module, position, inputs)
-                    yield inputs, outputs, wanted[batch].to(outputs.device).clone()
-
-            steps = max(self.ranks.gather(len(walk.batches)))
-            with exchanged(module, {**copies, **buffers}):
-                part(weights, batches, steps, self.ranks.sum_up)
         with torch.inference_mode():
-            for name, linear in pruned.items():
-                tuned, keep = weights[name]
+            for name, (tuned, keep) in self._descend(part, block, module, pruned, wanted).items():
+                linear = pruned[name]
                 weight = stored(linear)[0]
                 weight.copy_(tuned)
                 apply_mask(linear.matrix(weight), linear.matrix(keep).to(weight.device))

@@ -57,7 +57,7 @@ for (const canvas of document.querySelectorAll(".canvas[data-points]")) {
 // The heat map: what a cell's title says, below the table, where it can be read on a phone too.
 for (const heat of document.querySelectorAll("table.heat")) {
   const readout = document.getElementById("heat-readout");
-  const rest = "Point at a cell to read how many zeros it stands for.";
+  const rest = "Point at a cell to read what it stands for.";
   readout.hidden = false;
   readout.textContent = rest;
   const show = (event) => {

@@ -12,5 +12,8 @@ from ..view import BlockView
 
 @unit_score(needs=set(), paper="", random=True)
 def random(view: BlockView, structure: Structure, *, generator: torch.Generator) -> Tensor:
-    """A uniform random number for every unit. Shapes: -> [units]."""
+    """A uniform random number for every unit.
+
+    Shapes: -> [units].
+    """
     return torch.rand(structure.count, generator=generator, dtype=torch.float64)
