@@ -92,11 +92,6 @@ class Slicing:
         return True
 
     @property
-    def looks_ahead(self) -> bool:
-        """Whether the dense model is walked first."""
-        return False
-
-    @property
     def resolved(self) -> dict[str, dict[str, Any]]:
         """The recipe's part options with the names and defaults that hold today filled in."""
         return {"width": {"name": self.width.part.name, **self.width.options}}
