@@ -76,6 +76,7 @@ def prune(
     method: str = "wanda",
     sparsity: float | None = None,
     pattern: str | None = None,
+    ratio: float | None = None,
     calibration: str | Mapping[str, Any] = "builtin",
     resume: bool = False,
     overwrite: bool = False,
@@ -91,6 +92,7 @@ def prune(
         method: a row of `methods()`.
         sparsity: fraction of zeros in every linear; half where neither this nor `pattern` is given.
         pattern: `"K:G"`, keep K of every G consecutive inputs, or a fraction of zeros.
+        ratio: of a method that removes structures, the fraction of the block parameters to remove; a fifth where it is not given.
         calibration: a text source, or a mapping of `Calibration` fields (`source`, `samples`, `length`, `sampling`, `mode`, `batch`).
         resume: continue what is in `out`.
         overwrite: replace what is in `out`.
@@ -108,7 +110,7 @@ def prune(
         VerificationError: what was written does not compute what was pruned.
     """
     recipe = Recipe.build(
-        {"model": str(model), "method": method, "sparsity": sparsity, "pattern": pattern}
+        {"model": str(model), "method": method, "sparsity": sparsity, "pattern": pattern, "ratio": ratio}
         | {"calibration": _calibration(calibration)}
         | settings
     )

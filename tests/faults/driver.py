@@ -47,6 +47,7 @@ from prunekit.checkpoint.reader import Reader
 from prunekit.checkpoint.writer import Journal, Writer
 from prunekit.model import hidden, source, stream
 from prunekit.report import charts
+from prunekit.shrink.slicewalk import SliceWalk
 from prunekit.shrink.walk import ShrinkWalk
 from prunekit.sparsify.walk import SparsifyWalk
 
@@ -56,10 +57,12 @@ _IN_MEMORY, _IN_FILES = "100KB", "1"  # the reload check is streamed in both, wh
 _MODES = {
     "sequential": [],
     "dense": ["--set", "calibration.mode=dense"],
-    # what removes structures: all planned first and weights refitted; biases and widths that no config has; whole blocks
+    # what removes structures: all planned first and weights refitted; biases and widths that no config has; whole blocks; and
+    # channels of the stream, whose basis is saved with the hidden states
     "refitted": ["--method", "numerical", "--ratio", "0.3"],
     "biased": ["--method", "flap", "--ratio", "0.3", "--shape", "free", "--set", "calibration.mode=dense"],
     "shallower": ["--method", "shortgpt", "--ratio", "0.25"],
+    "sliced": ["--method", "slicegpt", "--ratio", "0.3"],
 }
 SETTINGS = {
     f"{mode}-{where}": [*words, "--memory-budget", budget]
@@ -395,7 +398,7 @@ def _watch(note: Callable[..., None]) -> None:
         keep(self, block, *rest)
         note("hidden", block)
 
-    for work in (SparsifyWalk, ShrinkWalk):
+    for work in (SparsifyWalk, ShrinkWalk, SliceWalk):
         work.prune_block = watched(work.prune_block)  # type: ignore[method-assign]
     BlockWalk.pass_on, ShrinkWalk.look_ahead = pass_on, look_ahead  # type: ignore[method-assign]
     Writer.write_shard = write_shard  # type: ignore[method-assign]
