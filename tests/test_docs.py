@@ -188,6 +188,17 @@ def test_what_prose_calls_a_command_or_an_option_is_one(page: Path) -> None:
                 check_setting(shlex.split(rest)[0])
 
 
+def test_tests_that_pages_name_are_there() -> None:
+    sources: dict[str, str] = {}
+    for path in (ROOT / "tests").rglob("test_*.py"):  # of one name there may be several
+        sources[path.name] = sources.get(path.name, "") + path.read_text(encoding="utf-8")
+    for page in PAGES:
+        for span in spans(page):
+            if named := re.fullmatch(r"(?:[\w/]*?(test_\w+\.py)::)?(test_\w+)", span):
+                text = sources[named[1]] if named[1] else "".join(sources.values())
+                assert f"def {named[2]}(" in text, f"{page.name}: there is no {span}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_block_is_of_a_kind_that_is_tested(page: Path) -> None:
     text = page.read_text(encoding="utf-8")

@@ -20,6 +20,7 @@ from prunekit.progress import Silent
 from prunekit.pruning import run
 from prunekit.recipe import Recipe
 from prunekit.report.card import is_ours, model_card
+from prunekit.report.page import run_page
 from prunekit.report.runs import Row, comparison_page
 from test_cli import call
 
@@ -140,6 +141,14 @@ def test_a_page_shows_blocks_that_went(place: Path, tmp_path: Path) -> None:
     assert "25 % of the block parameters, in whole blocks" in page
     assert "No linear of the blocks that stay was changed" in page
     assert "zeros" not in re.sub(r"<script.*?</script>|<style.*?</style>|<[^>]*>", "", page, flags=re.DOTALL)
+
+
+def test_zeros_that_were_there_are_not_taken_for_removed(place: Path, tmp_path: Path) -> None:
+    manifest = pruned(place, tmp_path / "out", "random", ratio=None, parts={"budget": {"name": "widths", "mlp": 36}})
+    manifest["linears"][0]["zeros"] = 500  # of a linear that lost nothing
+    page = run_page(manifest)
+    assert "0 of 1,024 weights removed, 32 x 32 left" in page
+    assert page.count("block 0: 1,152 of 7,680 weights") == 1
 
 
 def test_inspect_shows_widths(place: Path, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def run_page(manifest: Mapping[str, Any], evaluation: EvaluationRecord | None = 
         headlines=_headlines(manifest, evaluation),
         evaluation=evaluation,
         recovery=_recovered(manifest),
-        heat=_heat(linears, run.get("blocks_removed", ())),
+        heat=_heat(linears, run.get("blocks_removed", ()), removed=bool(run.get("removed"))),
         errors=errors,
         error_chart=error_chart(errors) if errors else None,
         moments=moments,
@@ -204,8 +204,8 @@ class _HeatCell:
     tip: str
 
 
-def _heat(linears: Sequence[Mapping[str, Any]], without: Sequence[int]) -> dict[str, Any]:
-    """Zeros, or what was removed, of every linear: a row a block, a column a linear, and of every block in a last column.
+def _heat(linears: Sequence[Mapping[str, Any]], without: Sequence[int], *, removed: bool) -> dict[str, Any]:
+    """Zeros, or what was `removed`, of every linear: a row a block, a column a linear, and of every block in a last column.
 
     Of blocks that were removed as a whole there is that column alone.
     """
@@ -218,25 +218,25 @@ def _heat(linears: Sequence[Mapping[str, Any]], without: Sequence[int]) -> dict[
     heads = [short if last.count(short) == 1 else name for short, name in zip(last, names, strict=True)]
     rows = []
     for block, own in blocks.items():
-        gone, weights = (sum(counts) for counts in zip(*map(_gone, own.values()), strict=True))
+        gone, weights = (sum(counts) for counts in zip(*(_gone(line, removed) for line in own.values()), strict=True))
         total = _HeatCell(gone / weights, f"block {block}: {gone:,} of {weights:,} weights")
-        rows.append((block, [_heat_cell(own[name]) if name in own else None for name in names], total))
+        rows.append((block, [_heat_cell(own[name], removed) if name in own else None for name in names], total))
     for block in without:
         rows.append((block, [None] * len(names), _HeatCell(1.0, f"block {block}: removed as a whole")))
     rows.sort(key=lambda row: row[0])
     return {"heads": list(zip(heads, names, strict=True)), "rows": rows}
 
 
-def _gone(line: Mapping[str, Any]) -> tuple[int, int]:
-    """How many of a linear's weights are zero or removed, and how many it had."""
-    removed = line.get("removed", 0)
-    return removed or line["zeros"], line["weights"] + removed
+def _gone(line: Mapping[str, Any], removed: bool) -> tuple[int, int]:
+    """How many of a linear's weights are zero, or were removed, and how many it had."""
+    fewer = line.get("removed", 0)
+    return fewer if removed else line["zeros"], line["weights"] + fewer
 
 
-def _heat_cell(line: Mapping[str, Any]) -> _HeatCell:
+def _heat_cell(line: Mapping[str, Any], removed: bool) -> _HeatCell:
     error = "" if line["output_error"] is None else f", output error {line['output_error']:.3f}"
-    gone, weights = _gone(line)
-    if line.get("removed"):
+    gone, weights = _gone(line, removed)
+    if removed:
         said = f"{gone:,} of {weights:,} weights removed, {line['shape'][0]} x {line['shape'][1]} left"
     else:
         asked = "left dense" if line["pattern"] is None else f"asked for {line['pattern']}"
