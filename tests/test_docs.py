@@ -189,13 +189,11 @@ def test_what_prose_calls_a_command_or_an_option_is_one(page: Path) -> None:
 
 
 def test_tests_that_pages_name_are_there() -> None:
-    sources: dict[str, str] = {}
-    for path in (ROOT / "tests").rglob("test_*.py"):  # of one name there may be several
-        sources[path.name] = sources.get(path.name, "") + path.read_text(encoding="utf-8")
+    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
     for page in PAGES:
         for span in spans(page):
             if named := re.fullmatch(r"(?:[\w/]*?(test_\w+\.py)::)?(test_\w+)", span):
-                text = sources[named[1]] if named[1] else "".join(sources.values())
+                text = sources.get(named[1], "") if named[1] else "".join(sources.values())
                 assert f"def {named[2]}(" in text, f"{page.name}: there is no {span}"
 
 
