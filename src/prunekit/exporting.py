@@ -38,6 +38,7 @@ from .errors import StorageError, VerificationError
 from .evaluation.record import read_record
 from .model.source import StreamedModel
 from .progress import Progress, Silent
+from .report.card import padded_card
 from .report.page import run_page
 from .shrink.padding import padded
 
@@ -208,6 +209,7 @@ def _finish(
     card = reader.folder / CARD_NAME
     if card.is_file():
         text = card.read_text(encoding="utf-8", errors="replace").removesuffix(_NOTES["bitmask"])
+        text = padded_card(text) if form == "padded" else text
         write_text(writer.folder / CARD_NAME, text + _NOTES[form])
     evaluation = reader.folder / EVALUATION_NAME
     if evaluation.is_file():  # the same weights: what was measured of them still holds

@@ -128,6 +128,12 @@ def test_a_sparse_copy_of_a_free_folder_says_how_it_loads(place: Path, tmp_path:
     prunekit.prune(tmp_path / "free", out=tmp_path / "sparse", method="magnitude", sparsity=0.5)
     card = (tmp_path / "sparse" / "README.md").read_text(encoding="utf-8")
     assert "The zeros are stored like any other number: the folder loads with `prunekit.load`" in card
+    for name in ("free", "sparse"):
+        padded = prunekit.export(tmp_path / name, out=tmp_path / f"{name}-padded", pad=True).out
+        first, _, note = (padded / "README.md").read_text(encoding="utf-8").partition("## Padded")
+        assert "trust_remote_code" not in first, "its folder has no code"
+        assert "so that transformers loads it as it is" in note
+        assert first.count("Repeat it with") == 1
 
 
 def test_a_page_shows_blocks_that_went(place: Path, tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from .findings import spelt
 _FIGURES = "## Before and after"
 _AFTER_FIGURES = "The zeros are stored"
 _AFTER_SHAPES = "The widths are"
+_WITH_CODE = "`prunekit.load`, or with `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`"
+_AS_IT_IS = "`AutoModelForCausalLM.from_pretrained`"
 _TRAINED = "kept weights were trained with low-rank adapters, which are merged; zeros are where the pruning put them."
 # what an evaluation puts into a card: the last names of the metadata, and a section
 _IN_METADATA = re.compile(r"^metrics:\n(?:- .*\n)+model-index:\n(?:[- ] .*\n)+", re.MULTILINE)
@@ -69,6 +71,11 @@ def model_card(manifest: dict[str, Any], source: Path, evaluation: EvaluationRec
     )
 
 
+def padded_card(card: str) -> str:
+    """The card of a folder that brings code, for one whose blocks are as wide and which needs none."""
+    return re.sub(rf"^{_AFTER_SHAPES} noted in .*\n\n", "", card, flags=re.MULTILINE).replace(_WITH_CODE, _AS_IT_IS)
+
+
 def _what_went(recipe: Recipe, run: dict[str, Any]) -> dict[str, str]:
     """The lines of the table that say what is gone."""
     if not recipe.removes:
@@ -110,8 +117,7 @@ def _untouched(recipe: Recipe, *, trained: bool) -> str:
 
 def _loads(recipe: Recipe, *, free: bool) -> str:
     """How to load it: a `free` folder brings code, because its blocks have widths that no config says."""
-    with_code = "`prunekit.load`, or with `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`"
-    loads = with_code if free else "`AutoModelForCausalLM.from_pretrained`"
+    loads = _WITH_CODE if free else _AS_IT_IS
     if not recipe.removes:
         return (
             f"{_AFTER_FIGURES} like any other number: the folder loads with {loads}, and a dense "
@@ -124,7 +130,7 @@ def _loads(recipe: Recipe, *, free: bool) -> str:
         )
     if free:
         return (
-            f"{_AFTER_SHAPES} noted in `config.json`, because no stock config can say them: the folder loads with {with_code}, which "
+            f"{_AFTER_SHAPES} noted in `config.json`, because no stock config can say them: the folder loads with {_WITH_CODE}, which "
             f"runs `{MODELING_NAME}`; for other runtimes `prunekit export DIR --pad --out PADDED` fills blocks up with zeros."
         )
     return (
