@@ -335,6 +335,8 @@ def test_every_score_declares_what_it_reads_and_keeps_its_promises(name: str) ->
         "input_sum": inputs.sum(0),
         "input_square": inputs.square().sum(0),
         "input_abs": inputs.abs().sum(0),
+        "window_abs": inputs.abs().mean(0).square(),
+        "half_gram": inputs[:20].t() @ inputs[:20],
         "output_square": (inputs @ weight.t()).square().sum(0),
         "gram": inputs.t() @ inputs,
     }

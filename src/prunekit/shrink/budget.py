@@ -66,7 +66,7 @@ def uniform(demand: Demand) -> Counts:
 
 
 def _filled(block: Sequence[Structure], demand: Demand, wanted: Fraction, kept: Mapping[str, int]) -> dict[str, int]:
-    """Counts of one block that remove `wanted` parameters as nearly as whole units can; `kept` are already settled."""
+    """Counts of one block that remove `wanted` parameters as nearly as whole units can; of groups `kept` stay, or fewer where channels alone cannot do it."""
     found = dict(kept)
     share = wanted / demand.parameters[block[0].block]
     for structure in block:
@@ -80,9 +80,7 @@ def _filled(block: Sequence[Structure], demand: Demand, wanted: Fraction, kept: 
         )
         channels = [each for each in block if each.kind == MLP]
         removable = sum(each.cost * (each.count - demand.least_of(each)) for each in channels)
-        spare = [
-            each for each in block if each.kind == ATTENTION and found[each.name] > demand.least_of(each) and not kept
-        ]
+        spare = [each for each in block if each.kind == ATTENTION and found[each.name] > demand.least_of(each)]
         if left <= removable or not spare:
             break
         found[spare[0].name] -= 1
