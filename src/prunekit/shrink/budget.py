@@ -66,7 +66,10 @@ def uniform(demand: Demand) -> Counts:
 
 
 def _filled(block: Sequence[Structure], demand: Demand, wanted: Fraction, kept: Mapping[str, int]) -> dict[str, int]:
-    """Counts of one block that remove `wanted` parameters as nearly as whole units can; of groups `kept` stay, or fewer where channels alone cannot do it."""
+    """Counts of one block that remove `wanted` parameters as nearly as whole units can.
+
+    Of groups `kept` stay, or fewer where channels alone cannot do it.
+    """
     found = dict(kept)
     share = wanted / demand.parameters[block[0].block]
     for structure in block:
