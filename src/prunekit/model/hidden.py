@@ -71,6 +71,9 @@ class HiddenStates(Protocol):
     def load(self, place: Place, index: int) -> None:
         """Take the inputs of block `index` from their file."""
 
+    def beside(self, first: int) -> HiddenStates:
+        """Room of the same kind for as many others; in files from window `first` on."""
+
     def close(self) -> None:
         """Give the memory back; files are left to their owner."""
 
@@ -122,6 +125,10 @@ class InMemory:
             stream.seek(place.first * (len(memory) // self.shape[0]))
             _read(stream, memory)
 
+    def beside(self, first: int) -> InMemory:
+        """Another tensor like this one."""
+        return InMemory(self.shape, self.dtype, torch.device("cuda") if self.tensor.is_pinned() else None)
+
     def close(self) -> None:
         """Drop the tensor."""
         self._tensor = None
@@ -172,6 +179,10 @@ class InFiles:
     def load(self, place: Place, index: int) -> None:
         """Read from that file from now on."""
         self._index = index
+
+    def beside(self, first: int) -> InFiles:
+        """More windows in the same files."""
+        return InFiles(self.shape, self.dtype, Place(self._place.folder, first))
 
     def close(self) -> None:
         """Close the files."""

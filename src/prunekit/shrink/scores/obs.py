@@ -6,8 +6,8 @@ from typing import Annotated
 
 from torch import Tensor
 
+from ...normal import inverse_factor
 from ...parts import Limits, unit_score
-from ...sparsify.reconstruct._normal import inverse_factor
 from ..units import Structure
 from ..view import BlockView
 
@@ -22,6 +22,6 @@ def obs(view: BlockView, structure: Structure, *, damping: Annotated[float, Limi
     consumer's columns.
     """
     weight = view.weight(structure.name)
-    factor = inverse_factor(view.statistics[structure.name].gram, damping)
+    factor = inverse_factor(view.statistics[structure.name].gram, damping, "score.damping")
     inverse = factor.double().square().sum(0)
     return structure.by_unit(weight.double().square().sum(0) / inverse)
