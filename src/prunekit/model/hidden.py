@@ -192,18 +192,26 @@ class InFiles:
 
 
 @contextmanager
-def room_for(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[HiddenStates]:
-    """Hidden states that nobody will resume from: in memory, or in temporary files beyond half of what is free."""
+def room_for(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, most: int | None = None
+) -> Iterator[HiddenStates]:
+    """Hidden states that nobody will resume from: in memory, or in temporary files beyond `most` bytes and half of what is free."""
     size = torch.Size(shape).numel() * dtype.itemsize
     with ExitStack() as stack:
         hidden: HiddenStates
-        if size <= available_memory_bytes() // 2:
+        if size <= memory_for(most):
             hidden = InMemory(shape, dtype, device)
         else:
             folder = stack.enter_context(TemporaryDirectory(prefix="prunekit-"))
             hidden = InFiles(shape, dtype, Place(Path(folder)))
         stack.callback(hidden.close)
         yield hidden
+
+
+def memory_for(most: int | None = None) -> int:
+    """Bytes that hidden states for the time being may take in memory."""
+    half = available_memory_bytes() // 2
+    return half if most is None else min(half, most)
 
 
 def is_whole(path: Path, parts: list[dict[str, Any]], window: int) -> bool:

@@ -58,6 +58,10 @@ class Source(Protocol):
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def parameter_count(self) -> int:
+        """All parameters; a tied head counts once."""
+
     def load_outer(self, ids: Tensor, head: Head = "none") -> None:
         """Make what lies outside the blocks usable for the tokens `ids` (of any shape) and no others."""
 
