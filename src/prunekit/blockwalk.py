@@ -100,7 +100,7 @@ class Appetite:
 
     Attributes:
         sums: of a block's statistics, at most.
-        written: bytes of the model that is written beyond those of the one that is read.
+        written: bytes of the model that is written beyond those of the one that is read; negative where it has less.
         choosing: while it works on a linear.
         tunes: whether it runs blocks with gradients, towards the outputs of the dense ones.
         ahead: all told, while gradients of the dense model are measured before the first block is changed.

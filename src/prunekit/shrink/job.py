@@ -20,6 +20,8 @@ from .shrinker import Shrinker
 from .units import find_structures
 from .walk import ShrinkWalk, form_of
 
+_SPARED = 0.8  # of the weights that are to go
+
 
 @dataclass(frozen=True)
 class Shrinking:
@@ -100,8 +102,19 @@ class Shrinking:
             3 * largest * 4 + (3 * widest**2 * 8 if gram else 0),
             self.shrinker.tune is not None,
             ahead=ahead,
+            written=-self._spared,
             streams=2 if self.shrinker.follows else 1,
         )
+
+    @property
+    def _spared(self) -> int:
+        """Bytes of weights that are not written, a little less than will be: what a budget takes differs from what was asked for."""
+        if self.shrinker.depth is None and self.shrinker.budget.part.given:
+            return 0
+        parameters = sum(block_parameters(self.source)) * min(
+            entry.dtype.itemsize for entry in self.source.reader.entries.values()
+        )
+        return int(_SPARED * float(self.recipe.target.fraction) * parameters)
 
     def work(
         self, walk: Walk, *, dense: bool, ranks: Ranks | None = None, first: int = 0, total: int | None = None
