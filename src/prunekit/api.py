@@ -618,6 +618,7 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
                 "compensate": row.compensate,
                 "depth": row.depth,
                 "width": row.width,
+                "search": row.search,
                 "formulas": {bound.part.word: bound.part.summary for bound in parts},
                 "notes": [bound.part.note for bound in parts if bound.part.note],
                 "group": row.group,

@@ -44,7 +44,7 @@ from .checkpoint.writer import (
     model_files,
 )
 from .distributed import Ranks, find_ranks
-from .errors import InputError, PrunekitError, StorageError, VerificationError
+from .errors import HistoryError, InputError, PrunekitError, StorageError, VerificationError
 from .estimate import Needs, hidden_width, needs_of, refuse_disk, refuse_memory
 from .jobs import job_of
 from .keeper import Keeper, saved_blocks
@@ -205,7 +205,7 @@ def run(
             progress.say(f"{out} is finished already")
             return finished
         with ranks.together():
-            prepared.work.walk.prepare()
+            prepared.work.prepare()
         machine.return_memory()
         ranks.share(lambda: take_output(folder, out, held, resume=resume, overwrite=overwrite))
         journal = ranks.share(lambda: _journal(out, prepared, resume=resume, overwrite=overwrite))
@@ -415,6 +415,8 @@ def _orderly_end(out: Path, journal: Journal, run_: _Run) -> Iterator[None]:
     """Leave nothing of an input that turned out wrong on the way; after anything else say what can be resumed."""
     try:
         yield
+    except HistoryError:
+        raise
     except InputError:  # NaN weights or overflowing activations would only be met again
         with suppress(PrunekitError):
             run_.ranks.gather(None)  # the others' keepers have come to rest too: nothing is written behind our back
@@ -442,6 +444,7 @@ def _look_ahead(run_: _Run, journal: Journal) -> None:
     known = run_.ranks.share(lambda: journal.profile)
     if known is None:
         run_.progress.start(f"{work.looks_ahead} looks ahead", work.steps_ahead)
+    work.scratch = journal.path.parent
     found = work.look_ahead(known, partial(stored_place, run_.source), run_.progress.step)
     if known is None:
         journal.profile = found
@@ -632,6 +635,7 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
         | {shard["file"]: shard["sha256"] for shard in journal.shards},
         "linears": [asdict(linear) for linear in linears],
         "blocks": run_.blocks,
+        **run_.work.told,
     }
     writer.write_manifest(manifest, model_card(manifest, source.reader.folder), run_page(manifest))
     return result

@@ -42,7 +42,7 @@ DEFAULT_LENGTH = 2048
 # the parts a method may have, by what it does
 KINDS = {
     "sparsify": ("score", "pattern", "refine", "reconstruct", "tune", "budget"),
-    "shrink": ("score", "budget", "compensate", "tune", "depth", "width"),
+    "shrink": ("score", "budget", "compensate", "tune", "depth", "width", "search"),
 }
 DEFAULT_RATIO = 0.2
 

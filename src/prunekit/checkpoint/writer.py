@@ -30,6 +30,7 @@ MODELING_NAME = "modeling_prunekit.py"
 HIDDEN_PREFIX = ".prunekit-hidden-"
 PLAN_NAME = "prune_plan.json"
 STATE_PREFIX = ".prunekit-recovery-"
+SEARCH_PREFIX = ".prunekit-search-"
 PAGES = (
     CARD_NAME,
     PAGE_NAME,
@@ -299,8 +300,12 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether this is what a run keeps only while it runs: a half-written file, hidden states, adapters, its lock."""
-    return is_temporary(path) or path.name.startswith((HIDDEN_PREFIX, STATE_PREFIX)) or path.name == LOCK_NAME
+    """Whether this is what a run keeps only while it runs: a half-written file, hidden states, adapters, a search, its lock."""
+    return (
+        is_temporary(path)
+        or path.name.startswith((HIDDEN_PREFIX, STATE_PREFIX, SEARCH_PREFIX))
+        or path.name == LOCK_NAME
+    )
 
 
 def holds_model(folder: Path) -> bool:

@@ -51,6 +51,8 @@ class Shrinking:
                 f"tune '{shrinker.tune.part.name}' goes from block to cut block: leave out "
                 + ("--set calibration.mode=dense" if shrinker.depth is None else "the tuning, whole blocks are not cut")
             )
+        if shrinker.search is not None:
+            _refuse_search(recipe, shrinker)
         refuse_sliced(source, "take heads and channels out of the original")
         structures = find_structures(source.module, source.anatomy)
         if not any(structures):
@@ -103,6 +105,8 @@ class Shrinking:
             raise InputError(
                 f"'{self.shrinker.score.part.name}' wants gradients, which one process computes: start it without torchrun"
             )
+        if self.shrinker.search is not None and ranks is not None and ranks.size > 1:
+            raise InputError(f"'{self.recipe.method}' searches, and one process does that: start it without torchrun")
         return ShrinkWalk(
             walk,
             self.shrinker,
@@ -114,4 +118,17 @@ class Shrinking:
             ranks=Ranks() if ranks is None else ranks,
             first=first,
             total=total,
+        )
+
+
+def _refuse_search(recipe: Recipe, shrinker: Shrinker) -> None:
+    """What a search cannot do, or what it would take no notice of."""
+    if shrinker.budget.shape != "free" or shrinker.budget.part.name == "widths":
+        raise InputError(
+            f"the search of '{recipe.method}' gives every block widths of its own: add --shape free, and name no widths"
+        )
+    if recipe.calibration.choices > 1:
+        raise InputError(
+            f"calibration.choices={recipe.calibration.choices} and the search of '{recipe.method}' would both choose: leave out the "
+            "choices"
         )
