@@ -347,6 +347,7 @@ def _said(recipe: Recipe) -> dict[str, float | None]:
 def _journal(out: Path, run_: _Run, *, resume: bool, overwrite: bool) -> Journal:
     """The journal of a run that begins or goes on, its torn shards forgotten."""
     journal = Journal.read(out) if resume else None
+    begun = journal is not None
     if journal is None:
         journal = Journal.fresh(out, run_.identity)
     else:
@@ -360,7 +361,7 @@ def _journal(out: Path, run_: _Run, *, resume: bool, overwrite: bool) -> Journal
     refuse_disk(out, disk["peak"] - finished, weights=disk["weights"], hidden=disk["hidden"], replaced=replaced)
     journal.save()  # before anything is removed or written, so that a run killed at any moment is known for what it is
     if not journal.shards:  # also where an earlier --overwrite was killed before all of the old was gone
-        clear(out, keep=journal.path)
+        clear(out, keep=journal.path, keep_search=begun)
     return journal
 
 

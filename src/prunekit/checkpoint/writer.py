@@ -260,8 +260,10 @@ def drop_leftovers(folder: Path) -> None:
         remove(path)
 
 
-def clear(folder: Path, *, keep: Path | None = None) -> None:
-    """Remove from `folder` what a model folder consists of, save `keep`; other files stay. Raises `StorageError`.
+def clear(folder: Path, *, keep: Path | None = None, keep_search: bool = False) -> None:
+    """Remove from `folder` what a model folder consists of, save `keep` and what a search has found; other files stay.
+
+    Raises `StorageError`.
 
     The manifest goes first, so that half a folder is never taken for a finished run; the journal goes last, so that it is known
     for ours as long as anything is left.
@@ -270,7 +272,7 @@ def clear(folder: Path, *, keep: Path | None = None) -> None:
         return
     last = {MANIFEST_NAME: 0, JOURNAL_NAME: 2}
     for path in sorted(model_files(folder), key=lambda path: last.get(path.name, 1)):
-        if path != keep:
+        if path != keep and not (keep_search and path.name.startswith(SEARCH_PREFIX)):
             remove(path)
     if not any(folder.iterdir()):
         folder.rmdir()

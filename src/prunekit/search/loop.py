@@ -48,8 +48,8 @@ class Judge:
         self._spared: str | None = None
         self.measured = self.given_up = self.known = self.windows = 0
 
-    def __call__(self, candidates: Sequence[Any], step: Callable[[], None] = lambda: None) -> list[float]:
-        """The value of every candidate; infinite for those that fell behind. `step` is called for each of them."""
+    def __call__(self, candidates: Sequence[Any]) -> list[float]:
+        """The value of every candidate; infinite for those that fell behind."""
         distinct = {key_of(candidate): candidate for candidate in candidates}
         self.known += sum(len(self._history.losses(each)) >= self._rungs[-1] for each in distinct.values())
         running = list(distinct)
@@ -60,12 +60,10 @@ class Judge:
             self._measure([distinct[key] for key in running], stop)
             values = {key: _mean(self._history.losses(distinct[key])[:stop]) for key in running}
             if rung < len(self._rungs) - 1:
-                order = sorted(running, key=lambda key: (values[key], key))
-                ahead = max(self._least, math.ceil(self._share * len(order)))
-                running = [key for place, key in enumerate(order) if place < ahead or key == self._spared]
+                order = sorted((key for key in running if key != self._spared), key=lambda key: (values[key], key))
+                ahead = order[: max(self._least, math.ceil(self._share * len(order)))]
+                running = [key for key in running if key == self._spared] + ahead
         self.given_up += len(distinct) - len(running)
-        for _ in candidates:
-            step()
         return [
             values.get(key_of(candidate), math.inf) if key_of(candidate) in running else math.inf
             for candidate in candidates
@@ -119,7 +117,7 @@ def search(proposals: Proposals, judge: Judge, step: Callable[[float], None] = l
     try:
         batch = next(proposals)
         while True:
-            values = judge(batch, lambda: step(found.value))
+            values = judge(batch)
             for candidate, value in zip(batch, values, strict=True):
                 found.proposed += 1
                 if found.proposed == 1:
@@ -128,6 +126,7 @@ def search(proposals: Proposals, judge: Judge, step: Callable[[float], None] = l
                     found.course.append((found.proposed, value))
                 if value < found.value:
                     found.best, found.value = candidate, value
+                step(found.value)
             batch = proposals.send(values)
     except StopIteration:
         return found

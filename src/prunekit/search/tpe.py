@@ -51,6 +51,8 @@ def open_study(path: Path | None, identity: Mapping[str, Any], *, alone: bool = 
     try:
         if alone and path.exists():
             cut_torn_line(path)
+            for lock in path.parent.glob(f"{path.name}.lock*"):
+                lock.unlink(missing_ok=True)  # of a process that was killed while it wrote
         storage = JournalStorage(JournalFileBackend(str(path)))
         if storage.get_all_studies():  # asked first, because to create one is to write
             study = optuna.load_study(storage=storage, study_name=_NAME)
@@ -95,12 +97,24 @@ def ask(study: optuna.Study, seed: int, drawn: int) -> optuna.Trial:
     return study.ask()
 
 
-def tpe(study: optuna.Study, define: Callable[[optuna.Trial], Any], *, trials: int, seed: int) -> Proposals:
-    """Propose what `define` makes of a trial's suggestions, one candidate at a time; trials of before come first, as they were."""
+def tpe(
+    study: optuna.Study,
+    define: Callable[[optuna.Trial], Any],
+    *,
+    trials: int,
+    seed: int,
+    start: Mapping[str, Any] | None = None,
+) -> Proposals:
+    """Propose what `define` makes of a trial's suggestions, one candidate at a time; trials of before come first, as they were.
+
+    `start` says what is suggested for the first trial.
+    """
     from optuna.trial import TrialState
 
     fail_running(study)
     before = [trial.user_attrs[_CANDIDATE] for trial in complete(study)][:trials]
+    if start and not before and not study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
+        study.enqueue_trial(dict(start))
     for candidate in before:
         yield [candidate]
     for number in range(len(before), trials):

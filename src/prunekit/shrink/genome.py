@@ -54,6 +54,7 @@ class Widths:
         overlap: the share of the best units that noise leaves in place.
         reach: how far a width moves when it is changed, as a share of its structure's units; 1 is anywhere.
         rates, strong: of changes, and of those of mutants that come from far away.
+        skipped: blocks that stay whole.
     """
 
     structures: Structures
@@ -70,6 +71,7 @@ class Widths:
     reach: float
     rates: Rates
     strong: Rates
+    skipped: frozenset[int] = frozenset()
     seed: int = 0
 
     def refuse(self) -> None:
@@ -164,7 +166,7 @@ class Widths:
         """Some genes changed, widths then moved until as much goes as is asked for; None where that cannot be."""
         rates, genome = (self.strong if strong else self.rates), list(genome_of(parent))
         for index, block in enumerate(self.structures):
-            if self.dropped and draw.random() < rates.depth:
+            if self.dropped and index not in self.skipped and draw.random() < rates.depth:
                 genome[index] = tuple((each.count, 0) for each in block) if genome[index] is None else None
             genes = genome[index]
             if genes is not None:
@@ -262,6 +264,8 @@ class Widths:
 
     def _may_lose(self, structure: Structure) -> bool:
         kinds = (ATTENTION, MLP) if self.attention else (MLP,)
+        if structure.block in self.skipped:
+            return False
         return structure.kind in kinds and structure.resizes == "alone" and structure.count > self._least(structure)
 
     def _unit(self, structure: Structure) -> int:

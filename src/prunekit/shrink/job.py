@@ -132,3 +132,15 @@ def _refuse_search(recipe: Recipe, shrinker: Shrinker) -> None:
             f"calibration.choices={recipe.calibration.choices} and the search of '{recipe.method}' would both choose: leave out the "
             "choices"
         )
+    search, score = shrinker.search, shrinker.score
+    assert search is not None
+    assert score is not None
+    if search.part.name == "tpe" and (score.part.name != "taylor" or score.options != score.part.bind({})):
+        raise InputError(
+            f"the search of '{recipe.method}' chooses how 'taylor' computes importance: leave out the options of the score, and say "
+            "what may be chosen, like --set search.order=first,second"
+        )
+    if search.part.name == "evolution" and shrinker.budget.part.name != "uniform":
+        raise InputError(
+            f"the search of '{recipe.method}' finds itself how many units stay: leave out budget '{shrinker.budget.part.name}'"
+        )

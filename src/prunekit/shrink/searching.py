@@ -200,6 +200,8 @@ def _summary(found: Found, judge: Judge) -> dict[str, Any]:
         "proposed": found.proposed,
         "measured": len(found.course),
         "given_up": judge.given_up,
+        "known": judge.known,
+        "windows_measured": judge.windows,
         "course": [[number, _perplexity(value)] for number, value in found.course],
     }
 

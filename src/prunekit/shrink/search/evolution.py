@@ -51,15 +51,18 @@ def evolution(
     `mask_rate` which of the best units give way to others (an `overlap` stays). `trials` candidates are proposed, `population` a
     generation, from `parents`: half mutants, three tenths crossovers, the rest mutants with three times the rates. A width is drawn
     within `reach` of the present one in steps of `step`, is at least `least`, and then all widths move alike until what goes is what
-    was asked for, give or take `window` of the block parameters. Perplexity is that of `samples` windows of `text` (by default, of parts of
-    the calibration text that no calibration window touches): all are tried on `first` of them, a `share` of those on twice as many, and
-    so on.
+    was asked for, give or take `window` of the block parameters. Perplexity is that of `samples` windows of `text` (by default, of
+    parts of the calibration text that no calibration window touches): all are tried on `first` of them, a `share` of those on twice as
+    many, and so on.
     Source: Shen et al. 2024 (Search for Efficient LLMs), with masks made instead of drawn until they fit, and widths moved to the size
     instead of refused; the first generation's plans over the whole model and the early ends are ours.
     """
     check_evolution(trials, population, parents)
     channels = max((each.count for block in ground.structures for each in block if each.kind == "mlp"), default=1)
-    align = ground.budget.align
+    align, last = ground.budget.align, len(ground.structures) - ground.budget.skip_last
+    skipped = frozenset(
+        index for index in range(len(ground.structures)) if not ground.budget.skip_first <= index < last
+    )
 
     def space_of(scores: Scores) -> Widths:
         return Widths(
@@ -77,6 +80,7 @@ def evolution(
             reach=reach,
             rates=Rates(width_rate, mask_rate, depth_rate),
             strong=Rates(min(1.0, 3 * width_rate), min(1.0, 2 * mask_rate), 0.0),
+            skipped=skipped,
             seed=ground.recipe.seed,
         )
 
