@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.text import documents
-from ..calibration.windows import check_vocabulary, token_hash
+from ..calibration.windows import check_vocabulary, token_hash, window_length
 from ..checkpoint.writer import SEARCH_PREFIX
 from ..errors import InputError
 from ..model.source import Source
 from ..model.stream import Windows
-from ..progress import Step
-from ..recipe import Recipe
+from ..progress import Silent, Step
+from ..recipe import DEFAULT_LENGTH, Recipe
 from ..search.history import History
 from ..search.loop import Found, Judge, Proposals, rungs_of, search
 from ..search.texts import windows_apart
@@ -66,11 +66,18 @@ class Drawing:
     tokenizer: Any
     calibration: Windows
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest window the model knows positions for."""
+        return longest_window(self.source)
+
     def texts(self, text: str, samples: int, length: int | None, pool: Mapping[str, Windows] | None = None) -> Texts:
         """Windows of `text`, or of the calibration text where it is empty. Raises `InputError`."""
         if samples < 1:
             raise InputError(f"search.samples={samples} is no number of windows: give 1 or more")
         pool = pool or {}
+        if length is not None:
+            window_length(self.source.module.config, length, Silent())
         advice = "give another text with --set search.text=..., or fewer --set search.samples or --samples"
         cut: list[Windows] = []
         for what in ("what candidates are judged by", "what the best is checked on"):
@@ -124,6 +131,11 @@ class Ground:
     step: Step
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest window the model knows positions for."""
+        return longest_window(self.source)
+
+    @property
     def target(self) -> int:
         """How many parameters should go."""
         return round(self.recipe.target.fraction * sum(self.parameters))
@@ -165,7 +177,7 @@ class Ground:
         best = plan(found.best)
         ends = [plan(found.first), best]
         losses = plan_losses(self.source, self.structures, ends, held_out)
-        checked = [_perplexity(sum(each) / len(each)) for each in losses]
+        checked = [_plain(sum(each) / len(each)) for each in losses]
         return Answer(
             best,
             {
@@ -191,11 +203,17 @@ class Ground:
         return max(1, min(_TOGETHER, _HIDDEN_BYTES // size))
 
 
+def longest_window(source: Source) -> int:
+    """How many positions a model knows."""
+    config = source.module.config.get_text_config(decoder=True)
+    return int(getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH)
+
+
 def _summary(found: Found, judge: Judge) -> dict[str, Any]:
     """What the manifest says of a search; values are perplexities."""
     return {
         "best": _perplexity(found.value),
-        "first": _perplexity(found.first_value),
+        "first": _plain(found.first_value),
         "candidate": found.best,
         "proposed": found.proposed,
         "measured": len(found.course),
@@ -204,6 +222,12 @@ def _summary(found: Found, judge: Judge) -> dict[str, Any]:
         "windows_measured": judge.windows,
         "course": [[number, _perplexity(value)] for number, value in found.course],
     }
+
+
+def _plain(loss: float) -> float | None:
+    """A perplexity for JSON, which has no word for infinity."""
+    value = _perplexity(loss)
+    return value if math.isfinite(value) else None
 
 
 def _perplexity(loss: float) -> float:

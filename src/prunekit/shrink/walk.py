@@ -164,7 +164,7 @@ class ShrinkWalk(BlockWalk):
         search = self.shrinker.search
         assert search is not None
         trials, samples, length = (search.options[name] for name in ("trials", "samples", "length"))
-        judged = trials * samples * (length or self.walk.windows.length)
+        judged = trials * samples * (length or 2 * self.walk.windows.length)
         passes = _PASSES_FOR_GRADIENTS if self.shrinker.gradients else 1.0
         return float(passes + judged / self.recipe.calibration.samples / self.walk.windows.length)
 

@@ -9,6 +9,7 @@ from ...search.evolution import Evolution, check_evolution
 from ..budget import Scores
 from ..genome import Rates, Widths, genome_of
 from ..searching import Answer, Drawing, Ground, Texts
+from ..units import MLP
 
 _Share = Annotated[float, Limits(at_least=0, at_most=1)]
 _Count = Annotated[int, Limits(at_least=1)]
@@ -33,7 +34,7 @@ def evolution(
     dropped: Annotated[int, Limits(at_least=0)] = 0,
     least: _Share = 0.4,
     step: Annotated[float, Limits(above=0, at_most=1)] = 0.05,
-    window: _Share = 0.001,
+    window: _Share | None = None,
     width_rate: _Share = 0.1,
     mask_rate: _Share = 0.0,
     depth_rate: _Share = 0.1,
@@ -51,14 +52,17 @@ def evolution(
     `mask_rate` which of the best units give way to others (an `overlap` stays). `trials` candidates are proposed, `population` a
     generation, from `parents`: half mutants, three tenths crossovers, the rest mutants with three times the rates. A width is drawn
     within `reach` of the present one in steps of `step`, is at least `least`, and then all widths move alike until what goes is what
-    was asked for, give or take `window` of the block parameters. Perplexity is that of `samples` windows of `text` (by default, of
-    parts of the calibration text that no calibration window touches): all are tried on `first` of them, a `share` of those on twice as
-    many, and so on.
+    was asked for, give or take `window` of the block parameters (by default a thousandth, or half a channel where that is more).
+    Perplexity is that of `samples` windows of `text`, by default of parts of the calibration text that no calibration window touches: all
+    are tried on `first` of them, a `share` of those on twice as many, and so on.
     Source: Shen et al. 2024 (Search for Efficient LLMs), with masks made instead of drawn until they fit, and widths moved to the size
     instead of refused; the first generation's plans over the whole model and the early ends are ours.
     """
     check_evolution(trials, population, parents)
-    channels = max((each.count for block in ground.structures for each in block if each.kind == "mlp"), default=1)
+    channels = max((each.count for block in ground.structures for each in block if each.kind == MLP), default=1)
+    total = sum(ground.parameters)
+    steps = [each.cost * ground.budget.align for block in ground.structures for each in block if each.kind == MLP]
+    allowed = max(total // 1000, -(-max(steps, default=0) // 2)) if window is None else round(window * total)
     align, last = ground.budget.align, len(ground.structures) - ground.budget.skip_last
     skipped = frozenset(
         index for index in range(len(ground.structures)) if not ground.budget.skip_first <= index < last
@@ -70,7 +74,7 @@ def evolution(
             ground.parameters,
             scores,
             target=ground.target,
-            window=round(window * sum(ground.parameters)),
+            window=allowed,
             attention=attention == "kv_group",
             least=least,
             step=max(1, round(step * channels / align)) * align,

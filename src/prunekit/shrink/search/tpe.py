@@ -51,8 +51,8 @@ class Space:
     blend: bool
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], source: str, length: int) -> Space:
-        """The space that options describe. Raises `InputError` for what is in none."""
+    def of(cls, options: Mapping[str, Any], source: str, length: int, longest: int) -> Space:
+        """The space that options describe; `longest` is the model's longest window. Raises `InputError` for what is in none."""
         named = {
             name: _words(name, options[name], known)
             for name, known in (("order", _ORDERS), ("granularity", _GRANULARITIES), ("reduction", _REDUCTIONS))
@@ -64,7 +64,7 @@ class Space:
                 f"{options['subsets']}: give no more"
             )
         sources = [word.strip() for word in options["sources"].split(",")] if options["sources"] else [source]
-        lengths = _numbers("lengths", options["lengths"]) if options["lengths"] else (length, 2 * length)
+        lengths = _numbers("lengths", options["lengths"]) if options["lengths"] else _doubled(length, longest)
         return cls(tuple(sources), lengths, options["subsets"], counts, **named, blend=options["blend"])
 
     def drawn(self, trial: optuna.Trial) -> dict[str, Any]:
@@ -102,6 +102,11 @@ class Space:
         ]
 
 
+def _doubled(length: int, longest: int) -> tuple[int, ...]:
+    """A length and twice that, where the model knows so many positions."""
+    return (length, 2 * length) if 2 * length <= longest else (length,)
+
+
 def _words(name: str, said: str, known: Sequence[str]) -> tuple[str, ...]:
     words = tuple(word.strip() for word in said.split(","))
     for word in words:
@@ -125,26 +130,28 @@ def _draws(drawing: Drawing, **options: Any) -> Texts:
     """Every subset of the calibration that may be chosen, the recipe's own windows among them, and the windows to judge by."""
     require_optuna()
     recipe, calibration = drawing.recipe, drawing.recipe.calibration
-    space = Space.of(options, calibration.source, drawing.calibration.length)
+    length = drawing.calibration.length
+    space = Space.of(options, calibration.source, length, drawing.longest)
     if calibration.sampling == "first" and space.subsets > 1:
         raise InputError(
             "calibration.sampling=first always takes the same windows, and a search over subsets wants several: leave it out, or "
             "say --set search.subsets=1"
         )
     pool = {}
-    for source, length, subset in space.pool():
-        window_length(drawing.source.module.config, length, Silent())
+    for source, tokens, subset in space.pool():
+        window_length(drawing.source.module.config, tokens, Silent())
         windows = calibration_windows(
             documents(source, "calibration"),
             drawing.tokenizer,
             samples=calibration.samples,
-            length=length,
+            length=tokens,
             seed=recipe.seed + subset,
             sampling=calibration.sampling,
         )
         check_vocabulary(windows, drawing.source.module)
-        pool[_name(source, length, subset)] = windows
-    return drawing.texts(options["text"], options["samples"], options["length"], pool)
+        pool[_name(source, tokens, subset)] = windows
+    judged = options["length"] or _doubled(length, drawing.longest)[-1]
+    return drawing.texts(options["text"], options["samples"], judged, pool)
 
 
 def _steps(blocks: int, *, trials: int, **_: Any) -> int:
@@ -179,7 +186,7 @@ def tpe(
     blend: bool = True,
     text: str = "",
     samples: _Count = 20,
-    length: int | None = 128,
+    length: int | None = None,
 ) -> Answer:
     """Choose calibration and measure of importance together, by what the plan they lead to does to perplexity.
 
@@ -188,7 +195,8 @@ def tpe(
     granularity a `blend`, importance of the first and second order and of vectors, standardised in each structure and added up with
     shares from 0 to 1. Lists are written with commas. The first point is `llm-pruner`, and so is all of a space of one point; then
     Optuna's tree-structured Parzen estimator proposes. Gradients are measured once a subset; sums over several subsets are means of
-    theirs, so a trial is arithmetic and a pass of `samples` windows of `length` tokens through the model with the plan tried.
+    theirs, so a trial is arithmetic and a pass of `samples` windows of `length` tokens (by default twice the recipe's) through the model
+    with the plan tried.
     Source: AdaPruner (2025) as far as its abstract says; the space in detail is ours.
     """
     space = Space.of(
@@ -204,6 +212,7 @@ def tpe(
         },
         ground.recipe.calibration.source,
         int(ground.recipe.calibration.length or 0),
+        ground.longest,
     )
     measured: dict[str, list[dict[str, Gradients]]] = {}
 
