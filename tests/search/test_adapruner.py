@@ -30,7 +30,7 @@ POINT = {
     "reduction": "sum",
     "blend": False,
 }
-SEARCH = {"trials": 13, "samples": 4, "length": 32}
+SEARCH = {"trials": 7, "samples": 4, "length": 32}
 
 
 @pytest.fixture
@@ -67,15 +67,12 @@ def test_a_space_of_one_point_is_llm_pruner_bit_for_bit(asked: dict[str, Any], t
 def test_the_search_begins_with_llm_pruner_and_never_ends_worse(asked: dict[str, Any], tmp_path: Path) -> None:
     prunekit.prune(**asked, parts=parts(), out=tmp_path / "out")
     search, _ = found(tmp_path / "out")
-    prunekit.prune(**asked, parts=parts(**POINT, trials=1), out=tmp_path / "one")
-    one = found(tmp_path / "one")[0]
-    assert search["first"] == pytest.approx(one["first"], rel=0.2)  # other windows: more calibrations to be apart from
     assert search["course"][0] == [1, search["first"]]
     assert search["best"] == min(value for _, value in search["course"]) <= search["first"]
-    assert search["proposed"] == 13
+    assert search["proposed"] == 7
 
 
-@pytest.mark.parametrize("calls", [3, 12])
+@pytest.mark.parametrize("calls", [3])
 def test_a_killed_search_goes_on_to_the_same_folder(
     asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:

@@ -36,7 +36,7 @@ def asked(tmp_path: Path, text_file: Path) -> dict[str, Any]:
     return {
         "model": tmp_path / "model",
         "target_sparsity": 0.6,
-        "trials": 12,
+        "trials": 10,
         "space": SPACE,
         "calibration": {"source": str(text_file), "samples": 3, "length": 32},
         "dtype": "float32",
@@ -51,7 +51,7 @@ def figures(found: tuning.Tuned) -> list[tuple[Any, ...]]:
     return [(trial.point, trial.preset, trial.loss, trial.test, trial.sparsity) for trial in found.trials]
 
 
-@pytest.mark.parametrize("method", ["wanda+dsnot", "ria+least-squares+blockwise", "owl"])
+@pytest.mark.parametrize("method", ["ria+least-squares+blockwise", "owl"])
 def test_a_trial_is_what_prune_and_eval_say(tmp_path: Path, text_file: Path, method: str) -> None:
     tiny.save_model(tmp_path / "model")
     base = {
@@ -88,7 +88,7 @@ def test_the_three_texts_share_no_passage(tmp_path: Path, asked: dict[str, Any],
 def test_what_is_found_is_the_best_and_can_be_run(asked: dict[str, Any], tmp_path: Path) -> None:
     found = prunekit.tune(**asked, out=tmp_path / "out")
     good = [trial for trial in found.trials if trial.refused is None]
-    assert len(found.trials) == 12
+    assert len(found.trials) == 10
     assert found.best.loss == min(trial.loss for trial in good)
     assert [trial.preset for trial in found.trials[:4]] == ["wanda", "ria", "sparsegpt", None]
     assert [trial.recipe.get("parts", {}) for trial in found.presets] == [{}, {}, {}], "methods as they are"
@@ -111,7 +111,7 @@ def test_what_is_found_is_the_best_and_can_be_run(asked: dict[str, Any], tmp_pat
     assert "## What mattered" in page
 
 
-@pytest.mark.parametrize("dies_after", [1, 5])
+@pytest.mark.parametrize("dies_after", [5])
 def test_a_killed_search_goes_on_to_the_same_trials(
     asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_after: int
 ) -> None:
@@ -132,10 +132,10 @@ def test_a_killed_search_goes_on_to_the_same_trials(
         patch.setattr(Bench, "try_recipe", lambda self, recipe: [tried.append(recipe.method), real(self, recipe)][1])
         found = prunekit.tune(**asked, out=tmp_path / "killed")
         assert figures(found) == figures(whole)
-        assert len(tried) == 12 - dies_after
-        more = prunekit.tune(**{**asked, "trials": 14}, out=tmp_path / "killed")
-    assert figures(more)[:12] == figures(whole)
-    assert len(tried) == 14 - dies_after
+        assert len(tried) == 10 - dies_after
+        more = prunekit.tune(**{**asked, "trials": 11}, out=tmp_path / "killed")
+    assert figures(more)[:10] == figures(whole)
+    assert len(tried) == 11 - dies_after
 
 
 def test_several_processes_share_a_search(asked: dict[str, Any], tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_recipes_that_do_not_go_together_cost_nothing_and_are_told(
         ({"space": {"method": ["wnda"]}}, "method 'wnda' is unknown"),
         ({"presets": ["auto"]}, "preset 'auto' is no method of the space, which has wanda, ria, sparsegpt"),
         ({"trials": 0}, "0 trials in 1 processes are no search"),
-        ({"workers": 0}, "12 trials in 0 processes are no search"),
+        ({"workers": 0}, "10 trials in 0 processes are no search"),
         ({"text_samples": 10_000}, "what recipes are chosen by takes 10000 windows"),
         ({"test_samples": 10_000}, "what the best is tested on takes 10000 windows"),
         ({"target_sparsity": 1.5}, "sparsity 1.5 is outside"),

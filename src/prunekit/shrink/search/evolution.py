@@ -53,8 +53,8 @@ def evolution(
     generation, from `parents`: half mutants, three tenths crossovers, the rest mutants with three times the rates. A width is drawn
     within `reach` of the present one in steps of `step`, is at least `least`, and then all widths move alike until what goes is what
     was asked for, give or take `window` of the block parameters (by default a thousandth, or half a channel where that is more).
-    Perplexity is that of `samples` windows of `text`, by default of parts of the calibration text that no calibration window touches: all
-    are tried on `first` of them, a `share` of those on twice as many, and so on.
+    Perplexity is that of `samples` windows of `text`, by default of parts of the calibration text that no calibration window touches:
+    all are tried on `first` of them, a `share` of those on twice as many, and so on.
     Source: Shen et al. 2024 (Search for Efficient LLMs), with masks made instead of drawn until they fit, and widths moved to the size
     instead of refused; the first generation's plans over the whole model and the early ends are ours.
     """

@@ -195,8 +195,8 @@ def tpe(
     granularity a `blend`, importance of the first and second order and of vectors, standardised in each structure and added up with
     shares from 0 to 1. Lists are written with commas. The first point is `llm-pruner`, and so is all of a space of one point; then
     Optuna's tree-structured Parzen estimator proposes. Gradients are measured once a subset; sums over several subsets are means of
-    theirs, so a trial is arithmetic and a pass of `samples` windows of `length` tokens (by default twice the recipe's) through the model
-    with the plan tried.
+    theirs, so a trial is arithmetic and a pass of `samples` windows of `length` tokens (by default twice the recipe's) through the
+    model with the plan tried.
     Source: AdaPruner (2025) as far as its abstract says; the space in detail is ours.
     """
     space = Space.of(
