@@ -85,6 +85,8 @@ class Part:
         steps: of one that measures on walks of its own, through how many blocks these go, of how many there are and remove how many.
         coupled: of a score of units: it reads statistics of the linears that produce them, too.
         draws: of a search: the texts it wants.
+        shifts: of a compensation, that it adds to the linear's output, which needs a bias for that.
+        given: of a budget of units, that its options say how many stay, and no ratio does.
         options: its keyword-only parameters.
     """
 
@@ -104,6 +106,8 @@ class Part:
     steps: Callable[..., int] | None = None
     coupled: bool = False
     draws: Callable[..., Any] | None = None
+    shifts: bool = False
+    given: bool = False
 
     @property
     def word(self) -> str:
@@ -197,12 +201,12 @@ def unit_score(
     )
 
 
-def unit_budget(*, paper: str = "", scored: bool = False) -> Callable[[Function], Function]:
+def unit_budget(*, paper: str = "", scored: bool = False, given: bool = False) -> Callable[[Function], Function]:
     """Register `function(demand, *, options...) -> how many units of each structure stay`; see `shrink/budget.py`.
 
-    One that is `scored` wants the scores of all blocks first.
+    One that is `scored` wants the scores of all blocks first; one that is `given` has the numbers among its options.
     """
-    return _register("unit-budget", {"scores"} if scored else set(), paper)
+    return _register("unit-budget", {"scores"} if scored else set(), paper, given=given)
 
 
 def depth(*, paper: str, steps: Callable[..., int]) -> Callable[[Function], Function]:
@@ -239,13 +243,14 @@ def search(
 
 
 def compensate(
-    *, needs: set[str], paper: str, reads: Callable[..., set[str]] | None = None
+    *, needs: set[str], paper: str, reads: Callable[..., set[str]] | None = None, shifts: bool = False
 ) -> Callable[[Function], Function]:
     """Register `function(weight, keep, stats, *, options...) -> (weight, bias or None)` of a linear that loses inputs.
 
-    Shapes: weight [out, in] float32 or float64, keep [kept] int64 -> [out, kept], and what is added to its output, [out].
+    Shapes: weight [out, in] float32 or float64, keep [kept] int64 -> [out, kept], and of one that `shifts`, what is added to the
+    linear's output, [out].
     """
-    return _register("compensate", needs, paper, reads=reads)
+    return _register("compensate", needs, paper, reads=reads, shifts=shifts)
 
 
 def _register(
@@ -263,6 +268,8 @@ def _register(
     steps: Callable[..., int] | None = None,
     coupled: bool = False,
     draws: Callable[..., Any] | None = None,
+    shifts: bool = False,
+    given: bool = False,
 ) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
         name = function.__name__.replace("_", "-")
@@ -290,6 +297,8 @@ def _register(
             steps,
             coupled,
             draws,
+            shifts,
+            given,
         )
         return function
 

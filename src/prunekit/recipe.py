@@ -309,6 +309,13 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)  # texts, numbers and truth are written alike in both
 
 
+def refuse_choices(recipe: Recipe) -> None:
+    """Raise `InputError` where several calibrations are asked for; called for methods that cannot compare them."""
+    choices = recipe.calibration.choices
+    if choices > 1:
+        raise InputError(f"calibration.choices={choices} is for scores that read gradients: '{recipe.method}' has none")
+
+
 def _removing() -> str:
     return ", ".join(name for name, method in METHODS.items() if method.kind == "shrink")
 

@@ -11,11 +11,12 @@ from ..distributed import Ranks
 from ..errors import InputError
 from ..model.source import StreamedModel, refuse_sliced
 from ..model.stream import Walk
-from ..recipe import Recipe
+from ..recipe import Recipe, refuse_choices
 from .budget import Counts, blocks_to_remove, no_scores, plan_of
 from .gradients import gradient_bytes
 from .plan import Structures
 from .saving import Form
+from .searching import trial_bytes
 from .shrinker import Shrinker
 from .units import find_structures
 from .walk import ShrinkWalk, form_of
@@ -37,10 +38,8 @@ class Shrinking:
         """Raises `InputError` for what the method or its budget cannot do with this model."""
         shrinker = Shrinker.of(find_method(recipe.method), recipe.parts, recipe.seed)
         calibration = recipe.calibration
-        if calibration.choices > 1 and not shrinker.gradients:
-            raise InputError(
-                f"calibration.choices={calibration.choices} is for scores that read gradients: '{recipe.method}' has none"
-            )
+        if not shrinker.gradients:
+            refuse_choices(recipe)
         if 1 < calibration.choices >= calibration.samples:
             raise InputError(
                 f"calibration.choices={calibration.choices} shares out the windows, with a last share to judge by: "
@@ -53,6 +52,11 @@ class Shrinking:
             )
         if shrinker.search is not None:
             _refuse_search(recipe, shrinker)
+        if shrinker.follows and calibration.mode == "dense":
+            raise InputError(
+                "compensate.target=dense follows the dense model beside the cut one, and in calibration.mode=dense there is no other: "
+                "leave one of them out"
+            )
         refuse_sliced(source, "take heads and channels out of the original")
         structures = find_structures(source.module, source.anatomy)
         if not any(structures):
@@ -88,12 +92,23 @@ class Shrinking:
         widths = [[each.consumer.in_features for each in block] for block in self.structures]
         matrices = 2 if "half_gram" in needs else 1
         sums = matrices * max(sum(width**2 * 4 for width in block) for block in widths) if gram else 0
+        if self.shrinker.follows:
+            sums += matrices * max(sum(each.consumer.count * 4 for each in block) for block in self.structures)
+        if gram and self.shrinker.coupled:
+            sums += matrices * 4 * int(self.source.module.config.get_text_config().hidden_size) ** 2
         widest = max(max(block, default=0) for block in widths)
         largest = max(linear.count for linear in self.source.anatomy.linears())
         gradients = self.shrinker.gradients
         ahead = gradient_bytes(self.source, windows, length, gradients) if gradients else 0
+        if self.shrinker.search is not None:
+            samples, judged = (self.shrinker.search.options[name] for name in ("samples", "length"))
+            ahead = max(ahead, trial_bytes(self.source, samples, judged or 2 * length))
         return Appetite(
-            sums, 3 * largest * 4 + (3 * widest**2 * 8 if gram else 0), self.shrinker.tune is not None, ahead=ahead
+            sums,
+            3 * largest * 4 + (3 * widest**2 * 8 if gram else 0),
+            self.shrinker.tune is not None,
+            ahead=ahead,
+            streams=2 if self.shrinker.follows else 1,
         )
 
     def work(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..blockwalk import block_parameters
 from ..calibration.text import documents
 from ..calibration.windows import check_vocabulary, token_hash, window_length
 from ..checkpoint.writer import SEARCH_PREFIX
@@ -207,6 +208,16 @@ def longest_window(source: Source) -> int:
     """How many positions a model knows."""
     config = source.module.config.get_text_config(decoder=True)
     return int(getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH)
+
+
+def trial_bytes(source: Source, samples: int, length: int) -> int:
+    """Memory that trying candidates takes at most, from shapes: their hidden states, and the head, or two blocks."""
+    width = int(source.module.config.get_text_config().hidden_size)
+    hidden = samples * length * width * source.dtype.itemsize
+    head = source.module.get_output_embeddings().weight.numel() * source.dtype.itemsize
+    return max(hidden, min(_TOGETHER * hidden, _HIDDEN_BYTES)) + max(
+        head, 2 * max(block_parameters(source)) * source.dtype.itemsize
+    )
 
 
 def _summary(found: Found, judge: Judge) -> dict[str, Any]:

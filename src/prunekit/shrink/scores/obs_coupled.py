@@ -7,8 +7,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from ...normal import inverse_factor
 from ...parts import Limits, unit_score
-from ...sparsify.reconstruct._normal import inverse_factor
 from ...statistics import Statistics
 from ..units import Structure
 from ..view import BlockView
@@ -34,7 +34,8 @@ def obs_coupled(
             diagonals[place] = _inverse_diagonal(inputs, damping)
         return view.weight(name).double().square() / diagonals[place]
 
-    total = structure.by_unit(cost(structure.name).sum(0))
+    fed = view.statistics[structure.name].gram.diagonal() > 0  # what never was is missed by nobody
+    total = structure.by_unit(cost(structure.name).sum(0) * fed)
     for part in structure.slices[1:]:
         linear, _, leaf = part.tensor.rpartition(".")
         if leaf == "weight" and linear in view.statistics:
@@ -44,5 +45,5 @@ def obs_coupled(
 
 def _inverse_diagonal(inputs: Statistics, damping: float) -> Tensor:
     """The diagonal of (H + λI)⁻¹, [in] float64."""
-    factor: Tensor = torch.as_tensor(inverse_factor(inputs.gram, damping))
+    factor: Tensor = torch.as_tensor(inverse_factor(inputs.gram, damping, "score.damping"))
     return factor.double().square().sum(0)
