@@ -101,9 +101,9 @@ def test_what_is_found_is_the_best_and_can_be_run(asked: dict[str, Any], tmp_pat
     assert written == {"tune.json", "study.log", "recipe.toml", "trials.jsonl", "tune.md", "history.svg", "front.svg"}
     recipe = Recipe.build(Recipe.read(tmp_path / "out" / "recipe.toml"))
     assert recipe.model_dump() == Recipe.build(found.best.recipe).model_dump()
-    code, result, _ = call("prune", "--recipe", tmp_path / "out" / "recipe.toml", "--out", tmp_path / "best", "--json")
-    assert code == 0
-    assert json.loads(result.splitlines()[-1])["sparsity"] == found.best.sparsity
+    done = call("prune", "--recipe", tmp_path / "out" / "recipe.toml", "--out", tmp_path / "best", "--json")
+    assert done.code == 0
+    assert done.json["sparsity"] == found.best.sparsity
     lines = [json.loads(line) for line in (tmp_path / "out" / "trials.jsonl").read_text().splitlines()]
     assert [line["number"] for line in lines] == [trial.number for trial in found.trials]
     page = (tmp_path / "out" / "tune.md").read_text()
@@ -136,6 +136,47 @@ def test_a_killed_search_goes_on_to_the_same_trials(
         more = prunekit.tune(**{**asked, "trials": 11}, out=tmp_path / "killed")
     assert figures(more)[:10] == figures(whole)
     assert len(tried) == 11 - dies_after
+
+
+def test_the_command_line_says_what_python_says(asked: dict[str, Any], tmp_path: Path) -> None:
+    source = asked["calibration"]["source"]
+    texts = [
+        "--calibration",
+        source,
+        "--samples",
+        3,
+        "--length",
+        32,
+        "--test",
+        source,
+        "--text-samples",
+        3,
+        "--test-samples",
+        3,
+    ]
+    words = [
+        "tune",
+        asked["model"],
+        "--target-sparsity",
+        0.6,
+        "--trials",
+        3,
+        "--space",
+        "scores",
+        "--presets",
+        "wanda,ria",
+    ]
+    words += [*texts, "--dtype", "float32", "--out", tmp_path / "out"]
+    done = call(*words, "--json")
+    assert done.code == 0
+    assert (done.json["trials"], done.json["target"]) == (3, "0.6")
+    assert [trial["preset"] for trial in done.json["presets"]] == ["wanda", "ria"]
+    assert done.json["recipe"] == str(tmp_path / "out" / "recipe.toml")
+    told = call(*words)
+    assert told.code == 0
+    assert "trials      3, 0 refused" in told.out
+    assert call(*words, "--pattern", "2:4").code == 2
+    assert "space 'fll' is unknown" in call(*words, "--space", "fll").err
 
 
 def test_several_processes_share_a_search(asked: dict[str, Any], tmp_path: Path) -> None:
