@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         recover,
         study,
         sweep,
+        tune,
         write_report,
     )
     from .benching import Bench
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from .reporting import Report
     from .studying import Findings
     from .sweeping import Sweep
+    from .tuning import Tuned
 
 __version__ = "0.1.0"
 
@@ -60,6 +62,7 @@ _HOMES = {
     "Result": "pruning",
     "StorageError": "errors",
     "Sweep": "sweeping",
+    "Tuned": "tuning",
     "VerificationError": "errors",
     "Windows": "model.stream",
     "bench": "api",
@@ -77,6 +80,7 @@ _HOMES = {
     "recover": "api",
     "study": "api",
     "sweep": "api",
+    "tune": "api",
     "write_report": "api",
 }
 
@@ -96,6 +100,7 @@ __all__ = [
     "Result",
     "StorageError",
     "Sweep",
+    "Tuned",
     "VerificationError",
     "Windows",
     "bench",
@@ -113,6 +118,7 @@ __all__ = [
     "recover",
     "study",
     "sweep",
+    "tune",
     "write_report",
 ]
 

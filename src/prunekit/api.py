@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .reporting import Report
     from .studying import Findings
     from .sweeping import Sweep
+    from .tuning import Tuned
 
 __all__ = [
     "Evaluation",
@@ -65,6 +66,7 @@ __all__ = [
     "recover",
     "study",
     "sweep",
+    "tune",
     "write_report",
 ]
 
@@ -354,6 +356,78 @@ def study(
     )
 
 
+def tune(
+    model: str | Path,
+    *,
+    out: str | Path,
+    target_sparsity: float | None = None,
+    pattern: str | None = None,
+    trials: int = 50,
+    space: str | Mapping[str, Any] = "full",
+    presets: Sequence[str] | None = None,
+    calibration: str | Mapping[str, Any] = "builtin",
+    text: str = "",
+    text_samples: int = 16,
+    test: str = "builtin:eval",
+    test_samples: int = 16,
+    workers: int = 1,
+    ray: str | None = None,
+    cpus_per_run: int | None = None,
+    gpus_per_run: float | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Tuned:
+    """Search for the recipe whose zeros cost least perplexity; the same call goes on with what was begun.
+
+    Args:
+        model: a folder, a hub id, or `smollm2-135m`.
+        out: the folder of the search: `recipe.toml` is the best recipe, `tune.md` the page.
+        target_sparsity: fraction of zeros in every linear; half where neither this nor `pattern` is given.
+        pattern: `"K:G"` in its place.
+        trials: how many recipes are tried.
+        space: `full`, `scores`, a file with a section [space], or that section; see `prunekit.search.recipes`.
+        presets: methods that are tried as they are, before anything is drawn; by default all of the space.
+        calibration: as for `prune`.
+        text, text_samples: what recipes are chosen by, and how many windows of it; by default parts of the calibration text that no
+            calibration window touches.
+        test, test_samples: what the best is compared with the presets on, when the search is over.
+        workers: processes that share the search; one by default, and only then do equal seeds make equal trials.
+        ray, cpus_per_run, gpus_per_run: as for `sweep`; `workers` is then how many tasks there are.
+        progress: told what is going on; silent by default.
+        **settings: the recipe's other fields: `seed`, `dtype`, `device`, `revision`, `trust_remote_code`, `parts`.
+
+    Raises:
+        InputError: something in the input is wrong, texts that share passages among it; nothing was written.
+        HistoryError: `out` holds another search, or a damaged one; nothing was changed.
+        StorageError: the disk refused a result.
+    """
+    from .search.recipes import RecipeSpace
+    from .tuning import Tuning, tune_recipes
+
+    base = {"model": str(model), "sparsity": target_sparsity, "pattern": pattern}
+    base = {name: value for name, value in base.items() if value is not None}
+    given = space if isinstance(space, str) else dict(space)
+    made = Tuning(
+        {**base, "calibration": _calibration(calibration), **settings},
+        given,
+        trials,
+        tuple(RecipeSpace.of(given).methods if presets is None else presets),
+        text,
+        text_samples,
+        test,
+        test_samples,
+    )
+    elsewhere = None
+    if ray is not None:
+        from .on_ray import ray_workers
+
+        options: dict[str, Any] = {"cpus": cpus_per_run, "gpus": gpus_per_run, "progress": progress}
+        elsewhere = ray_workers(ray, Path(out), workers=workers if workers > 1 else None, **options)
+    elif cpus_per_run is not None or gpus_per_run is not None:
+        raise InputError("--cpus-per-run and --gpus-per-run are what a Ray task declares: give --ray ADDRESS too")
+    return tune_recipes(made, Path(out), workers=workers, run_elsewhere=elsewhere, progress=progress)
+
+
 def write_report(folders: str | Path | Sequence[str | Path], *, out: str | Path | None = None) -> Report:
     """Write the page of a finished run anew, with what `evaluation.json` beside it says; or one page that compares several runs.
 
@@ -618,6 +692,7 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
                 "compensate": row.compensate,
                 "depth": row.depth,
                 "width": row.width,
+                "search": row.search,
                 "formulas": {bound.part.word: bound.part.summary for bound in parts},
                 "notes": [bound.part.note for bound in parts if bound.part.note],
                 "group": row.group,

@@ -871,6 +871,87 @@ def study(
         raise typer.Exit(1)
 
 
+def _tune(
+    recipe: Any,
+    out: Annotated[Path, typer.Option(help="Folder of the search.", show_default=False)],
+    target_sparsity: Annotated[
+        float | None, typer.Option(help="Fraction of zeros in every linear. Default: 0.5.")
+    ] = None,
+    trials: Annotated[int, typer.Option(help="Recipes to try.")] = 50,
+    space: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="full, scores, or a file with a section [space].")
+    ] = "full",
+    presets: Annotated[
+        str | None, typer.Option(help="Methods tried as they are first, like wanda,auto. Default: all of the space.")
+    ] = None,
+    text: Annotated[
+        str, typer.Option(metavar="SRC", help="Text recipes are chosen by. Default: the calibration text, other parts.")
+    ] = "",
+    text_samples: Annotated[int, typer.Option(help="Windows of it.")] = 16,
+    test: Annotated[
+        str, typer.Option(metavar="SRC", help="Text the best and the presets are compared on in the end.")
+    ] = "builtin:eval",
+    test_samples: Annotated[int, typer.Option(help="Windows of it.")] = 16,
+    workers: Annotated[int, typer.Option(help="Processes that share the search; with --ray tasks.")] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Try as Ray tasks: local, auto or host:port. Default: in this process."),
+    ] = None,
+    cpus_per_run: Annotated[
+        int | None, typer.Option(help="With --ray: processors of each task. Default: as many as torch uses.")
+    ] = None,
+    gpus_per_run: Annotated[float | None, typer.Option(help="With --ray: accelerators of each task.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Search for the recipe whose zeros cost least; the same command goes on with what was begun."""
+    from .api import tune as search
+    from .progress import for_terminal
+
+    values = recipe.model_dump(exclude={"method", "ratio", "sparsity"}, exclude_unset=True)
+    elsewhere: dict[str, Any] = {"ray": ray, "cpus_per_run": cpus_per_run, "gpus_per_run": gpus_per_run}
+    texts: dict[str, Any] = {"text": text, "text_samples": text_samples, "test": test, "test_samples": test_samples}
+    names = None if presets is None else [name.strip() for name in presets.split(",") if name.strip()]
+    asked: dict[str, Any] = {"target_sparsity": target_sparsity, "trials": trials, "space": space, "presets": names}
+    progress = for_terminal()
+    try:
+        found = search(**values, **asked, **texts, **elsewhere, out=out, workers=workers, progress=progress)
+    finally:
+        progress.stop()
+    if as_json:
+        _emit(True, found.summary(), "")
+    else:
+        _print_tuned(found)
+
+
+app.command("tune")(_takes_recipe(_tune, without=("method", "sparsity", "ratio", "shape", "align")))
+
+
+def _print_tuned(found: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("recipe", "perplexity", "on the test text", "seconds", "sparsity")
+    for name, trial in [("best", found.best), *[(trial.preset, trial) for trial in found.presets]]:
+        figures = [
+            f"{trial.perplexity:.4f}",
+            f"{trial.test_perplexity:.4f}",
+            f"{trial.seconds:.1f}",
+            f"{trial.sparsity:.4f}",
+        ]
+        table.add_row(name, *(figures if trial.refused is None else ["refused", "", "", ""]))
+    Console(width=None if sys.stdout.isatty() else 120).print(table, markup=False)
+    typer.echo(f"dense       {found.dense[0]:.4f}, {found.dense[1]:.4f} on the test text")
+    typer.echo(
+        "best        " + ", ".join(f"{name}={value}" for name, value in found.best.point.items() if value != "none")
+    )
+    if found.importance:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in list(found.importance.items())[:5])
+        typer.echo(f"importance  {shares}")
+    refused = sum(trial.refused is not None for trial in found.trials)
+    typer.echo(f"trials      {len(found.trials)}, {refused} refused; {found.seconds:.0f} s")
+    typer.echo(f"written     {found.out}/recipe.toml, tune.md, trials.jsonl, history.svg, front.svg")
+
+
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Output folders of runs or sweeps.")],
