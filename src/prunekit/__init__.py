@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         draw_weight,
         evaluate,
         export,
+        generate,
         inspect,
         load,
         methods,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         prune_,
         push,
         recover,
+        serve,
         study,
         sweep,
         write_report,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from .errors import InputError, PrunekitError, StorageError, VerificationError
     from .evaluating import Evaluation
     from .exporting import Export
+    from .generation.engine import Generation
     from .model.stream import Windows
     from .pruning import Result
     from .recipe import Recipe
@@ -50,6 +53,7 @@ _HOMES = {
     "Evaluation": "evaluating",
     "Export": "exporting",
     "Findings": "studying",
+    "Generation": "generation.engine",
     "InputError": "errors",
     "Inspection": "api",
     "Plan": "api",
@@ -67,6 +71,7 @@ _HOMES = {
     "draw_weight": "api",
     "evaluate": "api",
     "export": "api",
+    "generate": "api",
     "inspect": "api",
     "load": "api",
     "methods": "api",
@@ -75,6 +80,7 @@ _HOMES = {
     "prune_": "api",
     "push": "api",
     "recover": "api",
+    "serve": "api",
     "study": "api",
     "sweep": "api",
     "write_report": "api",
@@ -86,6 +92,7 @@ __all__ = [
     "Evaluation",
     "Export",
     "Findings",
+    "Generation",
     "InputError",
     "Inspection",
     "Plan",
@@ -103,6 +110,7 @@ __all__ = [
     "draw_weight",
     "evaluate",
     "export",
+    "generate",
     "inspect",
     "load",
     "methods",
@@ -111,6 +119,7 @@ __all__ = [
     "prune_",
     "push",
     "recover",
+    "serve",
     "study",
     "sweep",
     "write_report",
