@@ -17,7 +17,6 @@ from prunekit.progress import Silent
 from prunekit.server.run import Server
 from prunekit.serving import Limits, address, bound, make_server
 
-
 # Seconds until what should have happened is given up: many, because a machine may be busy with something else.
 PATIENCE = 120
 
@@ -107,7 +106,7 @@ class Running:
     @property
     def requests(self) -> int:
         """Those that run or wait."""
-        return self.server.worker.waiting
+        return self.server.worker.count
 
     def stop(self, times: int = 1) -> None:
         for _ in range(times):

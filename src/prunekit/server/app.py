@@ -76,7 +76,7 @@ class _Desk:
         self._created = int(time.time())
 
     async def health(self) -> Response:
-        return _json({"status": "ok", "requests": self._worker.waiting})
+        return _json({"status": "ok", "requests": self._worker.count})
 
     async def models(self) -> Response:
         return _json({"object": "list", "data": [self._described()]})

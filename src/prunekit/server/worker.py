@@ -106,7 +106,7 @@ class Worker:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="generate")
 
     @property
-    def waiting(self) -> int:
+    def count(self) -> int:
         """Jobs that run or wait."""
         return len(self._jobs)
 
