@@ -494,8 +494,7 @@ def generate(
         top_p: only the likeliest tokens that together have this probability are drawn.
         seed: of the draws; None draws differently every time.
         stop: a string that ends the text, or several; it is not part of the text.
-        runtime: `dense`, or `sparse` for the runtime that skips zeros on a processor.
-        dtype, device, revision, trust_remote_code: as for `load`.
+        runtime, dtype, device, revision, trust_remote_code: as for `load`.
         progress: told what is going on; silent by default.
 
     Raises:

@@ -42,6 +42,12 @@ Budget = Annotated[
     str | None,
     typer.Option(help="What hidden states, then the reload check, may take, like 4GB. Default: half of what is free."),
 ]
+Runtime = Annotated[
+    str,
+    typer.Option(
+        help="dense; sparse: weights stay packed and a processor multiplies them so; 2:4: on CUDA, sparse tensor cores."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")]
 
 
@@ -629,7 +635,6 @@ def _print_bench(found: Any) -> None:
 
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
-Runtime = Annotated[str, typer.Option(help="dense, or sparse: the one that skips zeros, on a processor.")]
 Model = Annotated[str, typer.Argument(help="Folder, plain or packed; hub id; or smollm2-135m.", metavar="DIR")]
 
 

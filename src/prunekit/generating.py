@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 from .calibration.windows import load_tokenizer
 from .checkpoint.locate import locate
-from .errors import InputError, nearest
+from .errors import InputError
 from .generation.engine import Engine, Generation, check_template
 from .generation.sampling import Sampling
 from .loading import load_model
 from .progress import Progress
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-RUNTIMES = ("dense", "sparse")
 
 # Tokens where nobody says how many.
 _TOKENS = 256
@@ -38,7 +30,9 @@ def open_engine(
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     if chat:
         check_template(tokenizer)
-    loaded = _load(folder, dtype=dtype, device=device, runtime=runtime, trust_remote_code=trust_remote_code)
+    if runtime != "dense":
+        raise InputError(f"runtime '{runtime}' is not in this version: leave it out, or give dense")
+    loaded = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     return Engine(loaded, tokenizer)
 
 
@@ -46,11 +40,3 @@ def generate_text(engine: Engine, prompt: str, sampling: Sampling, *, chat: bool
     """A generation behind `prompt`, a text or with `chat` what a user says; it begins when iterated over. Raises `InputError`."""
     ids = engine.encode_chat([{"role": "user", "content": prompt}]) if chat else engine.encode(prompt)
     return engine.generate(ids, sampling, engine.fit(len(ids), sampling.max_tokens, _TOKENS))
-
-
-def _load(folder: Path, *, dtype: str, device: str, runtime: str, trust_remote_code: bool) -> PreTrainedModel:
-    if runtime not in RUNTIMES:
-        raise InputError(f"runtime '{runtime}' is unknown: {nearest(runtime, RUNTIMES)}")
-    if runtime != "dense":
-        raise InputError(f"runtime '{runtime}' is not in this version: leave out --runtime")
-    return load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

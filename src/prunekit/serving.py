@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import InputError
+from .errors import InputError, PrunekitError
 from .generating import open_engine
 from .generation.sampling import Tokens
 from .progress import Progress
@@ -136,7 +136,10 @@ def model_name(model: str) -> str:
 def _tell(job: Job, progress: Progress) -> None:
     """One line about an answer; nothing of what was said in it."""
     made = job.generation
-    if made is None or made.finish is None:
+    if made is None:
         return
-    speed = "" if made.decode is None else f", {made.decode:.1f} tokens/s"
-    progress.say(f"{made.prompt_tokens} + {made.tokens} tokens{speed}, {made.finish}")
+    if isinstance(job.problem, PrunekitError):
+        progress.say(f"{made.prompt_tokens} + {made.tokens} tokens, failed: {job.problem}")
+    elif made.finish is not None:
+        speed = "" if made.decode is None else f", {made.decode:.1f} tokens/s"
+        progress.say(f"{made.prompt_tokens} + {made.tokens} tokens{speed}, {made.finish}")

@@ -33,7 +33,7 @@ def test_the_model_is_listed(served: Running) -> None:
     (model,) = served.client.models.list().data
     assert (model.id, model.owned_by) == ("talker", "prunekit")
     assert served.client.models.retrieve("talker") == model
-    with pytest.raises(openai.NotFoundError, match="no model 'other' here: this server has 'talker'"):
+    with pytest.raises(openai.NotFoundError, match=r"no model .*other.* here: this server has .*talker"):
         served.client.models.retrieve("other")
 
 

@@ -148,7 +148,7 @@ def test_what_is_not_there_is_said_in_the_same_form(method: str, path: str, stat
 
 
 def test_another_model_is_refused(served: Running) -> None:
-    with pytest.raises(openai.NotFoundError, match="no model 'gpt' here: this server has 'talker'") as caught:
+    with pytest.raises(openai.NotFoundError, match=r"no model .*gpt.* here: this server has .*talker") as caught:
         served.client.completions.create(model="gpt", prompt="hello")
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 

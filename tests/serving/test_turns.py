@@ -106,6 +106,19 @@ def test_a_refused_prompt_gives_its_place_back(serving: Callable[..., Running]) 
     assert complete(running).usage.completion_tokens == 3
 
 
+def test_who_hangs_up_in_the_middle_of_a_request_is_no_failure(
+    serving: Callable[..., Running], caplog: pytest.LogCaptureFixture
+) -> None:
+    running = serving()
+    host, port = running.url.removeprefix("http://").split(":")
+    head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+        connection.sendall(head.encode() + b'{"model"')
+        until(lambda: len(running.server.server_state.connections) == 1)
+    until(lambda: not running.server.server_state.connections and not running.server.server_state.tasks)
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_failure_of_the_model_is_an_error_and_the_next_request_is_answered(
     stream: bool, serving: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
@@ -116,6 +129,7 @@ def test_a_failure_of_the_model_is_an_error_and_the_next_request_is_answered(
         with pytest.raises(openai.APIError, match="logits are not finite") as caught:
             list(complete(running, stream=stream))
     assert stream or isinstance(caught.value, openai.InternalServerError)
+    until(lambda: "16 + 0 tokens, failed: the model's logits are not finite" in "".join(running.notes.lines))
     assert complete(running).usage.completion_tokens == 3
 
 

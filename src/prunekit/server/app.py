@@ -14,14 +14,17 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Depends, FastAPI, Header, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from ..errors import InputError, PrunekitError
 from ..generation.engine import Engine, Generation
-from .protocol import Asked, ChatRequest, CompletionRequest, Kind, RequestError, Shape, parse
+from .protocol import Asked, ChatRequest, CompletionRequest, Kind, RequestError, Shape, parse, shown
 from .worker import BusyError, EndingError, Job, Worker
 
 Value = TypeVar("Value")
+
+_GONE = "the client has hung up"  # which it will not read
 
 # So many times as much as a body may have is read and thrown away, because a client that is still sending sees no answer.
 _PATIENCE = 16
@@ -96,7 +99,7 @@ class _Desk:
 
     def _check_model(self, asked: str) -> None:
         if asked != self._name:
-            message = f"there is no model '{asked}' here: this server has '{self._name}'"
+            message = f"there is no model {shown(asked)} here: this server has {shown(self._name)}"
             raise RequestError(404, message, param="model", code="model_not_found")
 
     async def _read(self, request: Request, kind: type[Kind]) -> Kind:
@@ -112,12 +115,15 @@ class _Desk:
 
     async def _body(self, request: Request) -> bytes:
         body, read = bytearray(), 0
-        async for chunk in request.stream():
-            read += len(chunk)
-            if read <= self._max_request_bytes:
-                body += chunk
-            elif read > _PATIENCE * self._max_request_bytes:
-                break
+        try:
+            async for chunk in request.stream():
+                read += len(chunk)
+                if read <= self._max_request_bytes:
+                    body += chunk
+                elif read > _PATIENCE * self._max_request_bytes:
+                    break
+        except ClientDisconnect:
+            raise RequestError(499, _GONE) from None
         if read > self._max_request_bytes:
             message = f"the body has more than the {self._max_request_bytes} bytes this server takes"
             raise RequestError(413, message, code="request_too_large", headers={"Connection": "close"})
@@ -208,12 +214,12 @@ async def _through(job: Job) -> None:
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Value]) -> Value:
-    """What `work` gives. Raises `RequestError`, with `work` cancelled, where the client hangs up before; nobody sees it."""
+    """What `work` gives. Raises `RequestError`, with `work` cancelled, where the client hangs up before."""
     working, watching = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise RequestError(499, "the client has hung up")
+            raise RequestError(499, _GONE)
         return working.result()
     finally:
         working.cancel()

@@ -182,11 +182,11 @@ def parse(body: bytes, kind: type[Kind]) -> Kind:
     for name in sorted(given.keys() - kind.model_fields.keys()):
         if name not in _NEUTRAL:
             raise RequestError(
-                400, f"there is no parameter {_shown(name)} here", param=name, code="unsupported_parameter"
+                400, f"there is no parameter {shown(name)} here", param=name, code="unsupported_parameter"
             )
         value, neutral = given.pop(name), _NEUTRAL[name]
         if value != neutral or isinstance(value, bool) != isinstance(neutral, bool):
-            message = f"'{name}' cannot be {_shown(value)} here: leave it out, or send {json.dumps(neutral)}"
+            message = f"'{name}' cannot be {shown(value)} here: leave it out, or send {json.dumps(neutral)}"
             raise RequestError(400, message, param=name, code="unsupported_parameter")
     try:
         return kind.model_validate(given)
@@ -204,10 +204,10 @@ def _sentence(error: Any) -> str:
         return f"'{where}' is missing"
     if error["type"] == "extra_forbidden":
         return f"there is no parameter '{where}' here"
-    return f"{where} cannot be {_shown(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{where} cannot be {shown(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as JSON, its middle left out where it is long."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 80 else f"{text[:60]} ... {text[-15:]}"

@@ -24,7 +24,13 @@ class EndingError(PrunekitError):
 
 
 class Job:
-    """A place in the line, and the generation it is for."""
+    """A place in the line, and the generation it is for.
+
+    Attributes:
+        generation: None until it is started.
+        problem: what it failed with.
+        refused: why it was cut off.
+    """
 
     def __init__(self, left: Callable[[Job], None]) -> None:
         self._left = left
@@ -33,6 +39,7 @@ class Job:
         self._stop = threading.Event()
         self._work: Future[None] | None = None
         self.generation: Generation | None = None
+        self.problem: BaseException | None = None
         self.refused: EndingError | None = None
 
     def stopped(self) -> bool:
@@ -69,10 +76,11 @@ class Job:
         if self._work.cancel():
             self._items.put_nowait(EndingError("the server is ending"))
             return False
-        if running:
-            self.refused = EndingError("the server is ending and has cut this answer off")
-            self._stop.set()
-        return running
+        if not running or self._stop.is_set():  # if it is stopped, nobody waits for it
+            return False
+        self.refused = EndingError("the server is ending and has cut this answer off")
+        self._stop.set()
+        return True
 
     def _run(self, generation: Generation) -> None:
         try:
@@ -80,6 +88,7 @@ class Job:
                 self._put(piece)
             self._put(None)
         except BaseException as problem:  # raised again where the pieces are read
+            self.problem = problem
             self._put(problem)
 
     def _put(self, item: str | BaseException | None) -> None:
