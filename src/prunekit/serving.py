@@ -74,10 +74,7 @@ def serve_model(
         engine = open_engine(model, **opening, progress=progress)
         called = name or model_name(model)
         server = make_server(engine, name=called, api_key=api_key, limits=limits, progress=progress)
-        listening.listen()  # from here on clients are heard, though answered a moment later
-        progress.say(f"serving {called} on {address(listening)}/v1; Ctrl-C ends it")
-        if api_key is None and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
-            progress.say("whoever reaches this address can use it: --api-key KEY asks them for one")
+        server.ready = lambda: _welcome(called, listening, api_key, progress)
         server.run([listening])
     if server.worker.cut_off:
         raise KeyboardInterrupt
@@ -131,6 +128,12 @@ def model_name(model: str) -> str:
     """What clients call a model: a folder's own name, or the hub id."""
     folder = Path(model).expanduser()
     return folder.resolve().name if folder.is_dir() else model
+
+
+def _welcome(name: str, listening: socket.socket, api_key: str | None, progress: Progress) -> None:
+    progress.say(f"serving {name} on {address(listening)}/v1; Ctrl-C ends it")
+    if api_key is None and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
+        progress.say("whoever reaches this address can use it: --api-key KEY asks them for one")
 
 
 def _tell(job: Job, progress: Progress) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -22,6 +23,9 @@ class Server(uvicorn.Server):
         app: the application.
         worker: who generates; told of the end.
         grace: seconds between the first signal and cutting off what still runs.
+
+    Attributes:
+        ready: called once it listens and signals end it as they should.
     """
 
     def __init__(self, app: FastAPI, worker: Worker, grace: float) -> None:
@@ -40,6 +44,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self.worker = worker
+        self.ready: Callable[[], None] = lambda: None
         self._grace = grace
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -55,6 +60,11 @@ class Server(uvicorn.Server):
         finally:
             self.worker.cut()  # of a client that has long read nothing, say
             self.worker.shut()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets)
+        self.ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came. (uvicorn would raise it once more at its end; here the exit code says what it came to.)"""

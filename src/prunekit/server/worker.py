@@ -153,5 +153,5 @@ class Worker:
 
     def _leave(self, job: Job) -> None:
         if job in self._jobs:
-            self._jobs.remove(job)
             self._told(job)
+            self._jobs.remove(job)
