@@ -62,6 +62,7 @@ SHORT = {
     "--limit": "2",
     "--prompt": "8",
     "--tokens": "2",
+    "--max-tokens": "2",
     "--repetitions": "1",
     "--warmup": "0",
 }

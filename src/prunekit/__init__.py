@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         draw_weight,
         evaluate,
         export,
+        generate,
         inspect,
         load,
         methods,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         prune_,
         push,
         recover,
+        serve,
         study,
         sweep,
         tune,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from .errors import InputError, PrunekitError, StorageError, VerificationError
     from .evaluating import Evaluation
     from .exporting import Export
+    from .generation.engine import Generation
     from .model.stream import Windows
     from .pruning import Result
     from .recipe import Recipe
@@ -52,6 +55,7 @@ _HOMES = {
     "Evaluation": "evaluating",
     "Export": "exporting",
     "Findings": "studying",
+    "Generation": "generation.engine",
     "InputError": "errors",
     "Inspection": "api",
     "Plan": "api",
@@ -70,6 +74,7 @@ _HOMES = {
     "draw_weight": "api",
     "evaluate": "api",
     "export": "api",
+    "generate": "api",
     "inspect": "api",
     "load": "api",
     "methods": "api",
@@ -78,6 +83,7 @@ _HOMES = {
     "prune_": "api",
     "push": "api",
     "recover": "api",
+    "serve": "api",
     "study": "api",
     "sweep": "api",
     "tune": "api",
@@ -90,6 +96,7 @@ __all__ = [
     "Evaluation",
     "Export",
     "Findings",
+    "Generation",
     "InputError",
     "Inspection",
     "Plan",
@@ -108,6 +115,7 @@ __all__ = [
     "draw_weight",
     "evaluate",
     "export",
+    "generate",
     "inspect",
     "load",
     "methods",
@@ -116,6 +124,7 @@ __all__ = [
     "prune_",
     "push",
     "recover",
+    "serve",
     "study",
     "sweep",
     "tune",

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .benching import Bench
     from .comparing import Comparison
     from .exporting import Export
+    from .generation.engine import Generation
     from .recovering import Recovery
     from .reporting import Report
     from .studying import Findings
@@ -56,6 +57,7 @@ __all__ = [
     "draw_weight",
     "evaluate",
     "export",
+    "generate",
     "inspect",
     "load",
     "methods",
@@ -64,6 +66,7 @@ __all__ = [
     "prune_",
     "push",
     "recover",
+    "serve",
     "study",
     "sweep",
     "tune",
@@ -535,6 +538,119 @@ def load(
 
     place = locate(str(folder), revision=revision, trust_remote_code=trust_remote_code, progress=progress)
     return load_model(place, dtype=dtype, device=device, accelerate=accelerate, trust_remote_code=trust_remote_code)
+
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    chat: bool = False,
+    max_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = 0,
+    stop: str | Sequence[str] = (),
+    runtime: str = "dense",
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Generation:
+    """What a model writes behind a prompt, streamed: iterate over the result for pieces of text as they come; figures are there behind.
+
+    Args:
+        model: a folder, plain or packed; a hub id; or `smollm2-135m`.
+        prompt: the text to go on with; with `chat` what a user says to the assistant.
+        chat: put the prompt into the model's chat template.
+        max_tokens: to generate at most; 256, or what the model's positions leave.
+        temperature: 0 takes the likeliest token every time; above, tokens are drawn.
+        top_p: only the likeliest tokens that together have this probability are drawn.
+        seed: of the draws; None draws differently every time.
+        stop: a string that ends the text, or several; it is not part of the text.
+        runtime, dtype, device, revision, trust_remote_code: as for `load`.
+        progress: told what is going on; silent by default.
+
+    Raises:
+        InputError: something in the input is wrong, or `chat` is asked of a model without a template.
+    """
+    from .generating import generate_text, open_engine
+    from .generation.sampling import Sampling
+
+    sampling = Sampling.build(
+        {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        | {"stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+    )
+    engine = open_engine(
+        str(model),
+        dtype=dtype,
+        device=device,
+        runtime=runtime,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+        chat=chat,
+    )
+    return generate_text(engine, prompt, sampling, chat=chat)
+
+
+def serve(
+    model: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    api_key: str | None = None,
+    max_tokens: int = 1024,
+    max_request_bytes: int = 1_000_000,
+    queue: int = 16,
+    grace: float = 10.0,
+    runtime: str = "dense",
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Answer OpenAI's `/v1/completions` and `/v1/chat/completions` with a model, until SIGINT or SIGTERM. Needs `prunekit[serve]`.
+
+    Args:
+        model: a folder, plain or packed; a hub id; or `smollm2-135m`.
+        host, port: where to listen; port 0 takes a free one, which `progress` is told.
+        name: what clients call the model; by default the folder's name or the hub id.
+        api_key: what clients must send as a bearer token; by default nobody is asked.
+        max_tokens: that one request may generate at most.
+        max_request_bytes: of a request's body.
+        queue: requests that may wait while one is answered; more are refused with status 429.
+        grace: seconds that the request being answered has left after the first signal.
+        runtime, dtype, device, revision, trust_remote_code: as for `generate`.
+        progress: told of the address, then of every request; silent by default.
+
+    Raises:
+        InputError: something in the input is wrong, or FastAPI or uvicorn is not installed.
+        KeyboardInterrupt: a request was cut off, by a second signal or when its grace was over.
+    """
+    from .serving import Limits, serve_model
+
+    limits = Limits.build(
+        {"max_tokens": max_tokens, "max_request_bytes": max_request_bytes, "queue": queue, "grace": grace}
+    )
+    serve_model(
+        str(model),
+        host=host,
+        port=port,
+        name=name,
+        api_key=api_key,
+        limits=limits,
+        opening={
+            "dtype": dtype,
+            "device": device,
+            "runtime": runtime,
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+        },
+        progress=progress or Silent(),
+    )
 
 
 def export(

@@ -42,6 +42,12 @@ Budget = Annotated[
     str | None,
     typer.Option(help="What hidden states, then the reload check, may take, like 4GB. Default: half of what is free."),
 ]
+Runtime = Annotated[
+    str,
+    typer.Option(
+        help="dense; sparse: weights stay packed and a processor multiplies them so; 2:4: on CUDA, sparse tensor cores."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")]
 
 
@@ -625,6 +631,120 @@ def _print_bench(found: Any) -> None:
     )
     for measured in found.measured:
         typer.echo(f"{measured.model}: {measured.advice}")
+
+
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+Model = Annotated[str, typer.Argument(help="Folder, plain or packed; hub id; or smollm2-135m.", metavar="DIR")]
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[
+        str,
+        typer.Option(help="The text to go on with; - reads it from stdin, less its last line end.", show_default=False),
+    ],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is what a user says, put into the model's chat template.")
+    ] = False,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens at most. Default: 256, or what the model's positions leave.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token every time; above, it is drawn.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the likeliest tokens that have this probability together.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End before this text comes. Repeatable.")
+    ] = None,
+    runtime: Runtime = "dense",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Write what comes behind a prompt, as it comes; then say how fast."""
+    _quiet()
+    from .api import generate as generate_text
+    from .progress import for_terminal
+
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop or ()}
+    opening: dict[str, Any] = {"runtime": runtime, "dtype": dtype, "device": device, "revision": revision}
+    made = generate_text(
+        model,
+        _from_stdin() if prompt == "-" else prompt,
+        chat=chat,
+        max_tokens=max_tokens,
+        **sampling,
+        **opening,
+        trust_remote_code=trust_remote_code,
+        progress=for_terminal(),
+    )
+    for piece in made:
+        if not as_json:
+            typer.echo(piece, nl=False)
+    _emit(as_json, made.summary(), "")
+    decode = "" if made.decode is None else f", {made.decode:,.1f} tokens/s behind it"
+    typer.echo(
+        f"  prompt      {made.prompt_tokens} tokens, {made.prefill:,.1f} tokens/s\n"
+        f"  generated   {made.tokens} tokens ({made.finish}), the first after {made.first_token_seconds:.3f} s{decode}",
+        err=True,
+    )
+
+
+def _from_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as problem:
+        raise InputError(f"the prompt on stdin is no UTF-8 at byte {problem.start}") from None
+
+
+@app.command()
+def serve(
+    model: Model,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one this machine has.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model. Default: the folder's name, or the hub id.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="PRUNEKIT_API_KEY", help="Ask clients for this bearer token.", show_default=False),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens that one request may generate at most.")] = 1024,
+    max_request_bytes: Annotated[int, typer.Option(help="Bytes that a request's body may have.")] = 1_000_000,
+    queue: Annotated[int, typer.Option(help="Requests that may wait while one is answered; more get status 429.")] = 16,
+    grace: Annotated[
+        float,
+        typer.Option(help="Seconds a running answer has left behind Ctrl-C or SIGTERM; a second one cuts it off."),
+    ] = 10.0,
+    runtime: Runtime = "dense",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Answer OpenAI's /v1/completions and /v1/chat/completions with a model, on this machine."""
+    _quiet()
+    from .api import serve as serve_model
+    from .progress import for_terminal
+
+    listening: dict[str, Any] = {"host": host, "port": port, "name": name, "api_key": api_key}
+    limits: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "max_request_bytes": max_request_bytes,
+        "queue": queue,
+        "grace": grace,
+    }
+    opening: dict[str, Any] = {"runtime": runtime, "dtype": dtype, "device": device, "revision": revision}
+    serve_model(model, **listening, **limits, **opening, trust_remote_code=trust_remote_code, progress=for_terminal())
 
 
 @app.command()
