@@ -142,13 +142,14 @@ def _pack_block(folder: Path, source: StreamedModel, block: Block) -> int:
 def _pack(source: StreamedModel, key: str, linear: Linear) -> Packed | None:
     """A stored weight in the form the kernels take; None where that would be larger than the weight."""
     entry = source.reader.entries[key]
-    parts = None if linear.transposed else source.reader.read_packed(key)
-    if parts is None:
+    stored = None if linear.transposed else source.reader.read_packed(key)
+    if stored is not None:
+        mask, values = stored
+    else:
         weight = linear.matrix(source.reader.read([key])[key]).contiguous()
-        parts = pack_mask(weight), pack_values(weight)
-    mask, values = parts
-    if packed_bytes(linear.out_features, linear.in_features, len(values), entry.dtype.itemsize) >= entry.bytes:
-        return None
+        mask, values = pack_mask(weight), pack_values(weight)
+        if packed_bytes(len(weight), linear.in_features, len(values), entry.dtype.itemsize) >= entry.bytes:
+            return None
     refuse_not_finite(values, key, f"block {linear.index}")
     # values of 16 bits serve a computation in float32 as they are: widened, they would only take more memory
     exact = source.dtype == torch.float32 and entry.dtype in (torch.float16, torch.bfloat16)
