@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prunekit.runtime.kernels import available, kernels_called, linear
+from prunekit.runtime.kernels import available, kernels_called, linear, unpacked
 from prunekit.runtime.packed import Packed
 
 KERNELS = available()
@@ -60,7 +60,18 @@ def test_products_are_those_of_float64(name: str, dtype: torch.dtype, problem: d
     x = torch.randn(problem["batch"], problem["columns"]).to(dtype)
     bias = torch.randn(problem["rows"]).to(dtype) if problem["bias"] else None
     packed, kernels = Packed.of(weight), kernels_called(name)
-    assert torch.equal(kernels.expand(packed, 0, packed.rows), weight)
+    assert torch.equal(unpacked(packed, kernels), weight)
     close(kernels.few_rows(packed, x, bias), weight, x, bias)
     close(linear(packed, x, bias, kernels), weight, x, bias)
     close(linear(packed, x.float(), None if bias is None else bias.float(), kernels), weight, x.float(), bias)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_large_weights_go_in_parts_and_tiles(name: str) -> None:
+    torch.manual_seed(0)
+    weight = weight_of(1100, 2100, 0.5, True, torch.bfloat16)
+    packed, kernels = Packed.of(weight), kernels_called(name)
+    for rows in (1, 11, 60):
+        x = torch.randn(rows, 2100).bfloat16()
+        bias = torch.randn(1100).bfloat16()
+        close(linear(packed, x, bias, kernels), weight, x, bias)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.bitmask import read_mask
+from ..checkpoint.bitmask import read_mask, unpack
 from ..errors import InputError, PrunekitWarning, nearest
 from .build import LIBRARY
 from .packed import Packed
@@ -25,9 +25,9 @@ FALLBACK = "torch"
 _INTERFACE = 1
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-# measured: benchmarks/runtime.py --switch
+# both measured by benchmarks/runtime.py --switch
 _MOST_ROWS = {"avx512-bf16": 16, "avx512": 16, "avx2": 16, "neon": 16, "portable": 4}
-_TILE_BYTES = 8 << 20
+_TILE_BYTES = 4 << 20
 
 
 class Kernels(Protocol):
@@ -44,8 +44,8 @@ class Kernels(Protocol):
     def few_rows(self, packed: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [n, columns], contiguous, times the weight, plus bias [rows]: [n, rows]."""
 
-    def expand(self, packed: Packed, begin: int, end: int) -> Tensor:
-        """Rows of the weight, dense, in the dtype of its values: [end - begin, columns]."""
+    def expand(self, packed: Packed, begin: int, out: Tensor) -> None:
+        """Fill `out` [rows, columns], contiguous and of the dtype of the values, with rows of the weight from `begin` on."""
 
 
 class NativeKernels:
@@ -87,23 +87,20 @@ class NativeKernels:
             raise MemoryError(f"no memory for a copy of {x.numel()} inputs")
         return y if dtype is y.dtype else y.to(dtype)
 
-    def expand(self, packed: Packed, begin: int, end: int) -> Tensor:
+    def expand(self, packed: Packed, begin: int, out: Tensor) -> None:
         """As in `Kernels`."""
-        values = packed.values
-        out = torch.empty((end - begin, packed.columns), dtype=values.dtype)
         self._expand(
             self._level,
-            _DTYPES[values.dtype],
+            _DTYPES[out.dtype],
             torch.get_num_threads(),
             packed.columns,
             packed.mask.data_ptr(),
-            values.data_ptr(),
+            packed.values.data_ptr(),
             packed.offsets.data_ptr(),
             begin,
-            end,
+            begin + len(out),
             out.data_ptr(),
         )
-        return out
 
 
 class TorchKernels:
@@ -116,12 +113,11 @@ class TorchKernels:
         """As in `Kernels`."""
         return through_tiles(self, packed, x, bias)
 
-    def expand(self, packed: Packed, begin: int, end: int) -> Tensor:
+    def expand(self, packed: Packed, begin: int, out: Tensor) -> None:
         """As in `Kernels`."""
+        end = begin + len(out)
         keep = read_mask(packed.mask[begin:end], packed.columns)
-        first, last = packed.offsets[begin].item(), packed.offsets[end].item()
-        out = torch.zeros(keep.shape, dtype=packed.values.dtype)
-        return out.masked_scatter_(keep, packed.values[first:last])
+        unpack(out, keep, packed.values[packed.offsets[begin] : packed.offsets[end]])
 
 
 def linear(packed: Packed, x: Tensor, bias: Tensor | None, kernels: Kernels | None = None) -> Tensor:
@@ -142,13 +138,25 @@ def linear(packed: Packed, x: Tensor, bias: Tensor | None, kernels: Kernels | No
 
 def through_tiles(kernels: Kernels, packed: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
     """The same by torch's product with one dense tile of the weight after the other, so that memory stays packed; x is [n, columns]."""
-    step = max(1, _TILE_BYTES // max(1, packed.columns * packed.values.itemsize))
-    parts = []
+    step = min(packed.rows, max(1, _TILE_BYTES // max(1, packed.columns * packed.values.itemsize)))
+    tile = torch.empty((step, packed.columns), dtype=packed.values.dtype)
+    if step == packed.rows:
+        kernels.expand(packed, 0, tile)
+        return nn.functional.linear(x, tile.to(x.dtype), bias)
+    y = x.new_empty(len(x), packed.rows)
     for begin in range(0, packed.rows, step):
-        end = min(begin + step, packed.rows)
-        tile = kernels.expand(packed, begin, end).to(x.dtype)
-        parts.append(nn.functional.linear(x, tile, None if bias is None else bias[begin:end]))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        part = slice(begin, min(begin + step, packed.rows))
+        rows = tile[: part.stop - begin]
+        kernels.expand(packed, begin, rows)
+        y[:, part] = nn.functional.linear(x, rows.to(x.dtype), None if bias is None else bias[part])
+    return y
+
+
+def unpacked(packed: Packed, kernels: Kernels | None = None) -> Tensor:
+    """The weight, dense: [rows, columns]."""
+    out = torch.empty((packed.rows, packed.columns), dtype=packed.values.dtype)
+    (kernels or chosen()).expand(packed, 0, out)
+    return out
 
 
 @cache

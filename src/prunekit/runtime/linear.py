@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .kernels import chosen, linear
+from .kernels import linear, unpacked
 from .packed import Packed, words_of
 
 
@@ -56,7 +56,7 @@ class PackedLinear(nn.Module):
 
     def unpacked(self) -> Tensor:
         """The weight, dense: [out_features, in_features]."""
-        return chosen().expand(self.packed, 0, self.out_features)
+        return unpacked(self.packed)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] times the weight, plus bias."""

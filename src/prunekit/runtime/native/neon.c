@@ -22,10 +22,14 @@ static inline Eight sum(Eight a, Eight b)
     return (Eight){vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)};
 }
 
-static inline Eight dot(Eight sums, Eight entries, const float *x)
+static inline Eight load(const float *x)
 {
-    return (Eight){
-        vfmaq_f32(sums.low, entries.low, vld1q_f32(x)), vfmaq_f32(sums.high, entries.high, vld1q_f32(x + 4))};
+    return (Eight){vld1q_f32(x), vld1q_f32(x + 4)};
+}
+
+static inline Eight dot(Eight sums, Eight entries, Eight x)
+{
+    return (Eight){vfmaq_f32(sums.low, entries.low, x.low), vfmaq_f32(sums.high, entries.high, x.high)};
 }
 
 static inline uint16x8_t eight_halves(const uint16_t *values, uint64_t bits)
@@ -75,12 +79,15 @@ static inline void put_eight(float *out, Eight entries)
 #define VALUE uint16_t
 #define X float
 #define LANES 8
+#define HEIGHT 1
 #define SUMS Eight
 #define ZERO zeros()
 #define ADD sum
 #define TOTAL(sums) vaddvq_f32(vaddq_f32((sums).low, (sums).high))
 #define ENTRIES Eight
 #define EXPAND eight_bfloat16
+#define INPUTS Eight
+#define LOAD load
 #define DOT dot
 #define FLOAT AS_IS
 #define ROUND AS_IS
@@ -90,12 +97,15 @@ static inline void put_eight(float *out, Eight entries)
 #define VALUE uint16_t
 #define X float
 #define LANES 8
+#define HEIGHT 1
 #define SUMS Eight
 #define ZERO zeros()
 #define ADD sum
 #define TOTAL(sums) vaddvq_f32(vaddq_f32((sums).low, (sums).high))
 #define ENTRIES Eight
 #define EXPAND eight_float16
+#define INPUTS Eight
+#define LOAD load
 #define DOT dot
 #define FLOAT AS_IS
 #define ROUND AS_IS
@@ -105,12 +115,15 @@ static inline void put_eight(float *out, Eight entries)
 #define VALUE float
 #define X float
 #define LANES 8
+#define HEIGHT 1
 #define SUMS Eight
 #define ZERO zeros()
 #define ADD sum
 #define TOTAL(sums) vaddvq_f32(vaddq_f32((sums).low, (sums).high))
 #define ENTRIES Eight
 #define EXPAND eight_float32
+#define INPUTS Eight
+#define LOAD load
 #define DOT dot
 #define FLOAT AS_IS
 #define ROUND AS_IS

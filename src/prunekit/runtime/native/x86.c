@@ -12,13 +12,16 @@
 #define VALUE uint16_t
 #define X uint16_t
 #define LANES 32
+#define HEIGHT 2
 #define SUMS __m512
 #define ZERO _mm512_setzero_ps()
 #define ADD _mm512_add_ps
 #define TOTAL _mm512_reduce_add_ps
 #define ENTRIES __m512i
 #define EXPAND(values, bits) _mm512_maskz_expand_epi16((__mmask32)(bits), _mm512_loadu_si512(values))
-#define DOT(sums, entries, x) _mm512_dpbf16_ps(sums, (__m512bh)(entries), (__m512bh)_mm512_loadu_si512(x))
+#define INPUTS __m512i
+#define LOAD(x) _mm512_loadu_si512(x)
+#define DOT(sums, entries, x) _mm512_dpbf16_ps(sums, (__m512bh)(entries), (__m512bh)(x))
 #define FLOAT float_of_bfloat16
 #define ROUND bfloat16_of_float
 #include "multiply.h"
@@ -32,6 +35,7 @@
 #define VALUE uint16_t
 #define X float
 #define LANES 16
+#define HEIGHT 2
 #define SUMS __m512
 #define ZERO _mm512_setzero_ps()
 #define ADD _mm512_add_ps
@@ -39,7 +43,9 @@
 #define ENTRIES __m512
 #define EXPAND(values, bits) \
     _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(SIXTEEN(values, bits)), 16))
-#define DOT(sums, entries, x) _mm512_fmadd_ps(entries, _mm512_loadu_ps(x), sums)
+#define INPUTS __m512
+#define LOAD(x) _mm512_loadu_ps(x)
+#define DOT(sums, entries, x) _mm512_fmadd_ps(entries, x, sums)
 #define FLOAT AS_IS
 #define ROUND AS_IS
 #include "multiply.h"
@@ -48,13 +54,16 @@
 #define VALUE uint16_t
 #define X float
 #define LANES 16
+#define HEIGHT 2
 #define SUMS __m512
 #define ZERO _mm512_setzero_ps()
 #define ADD _mm512_add_ps
 #define TOTAL _mm512_reduce_add_ps
 #define ENTRIES __m512
 #define EXPAND(values, bits) _mm512_cvtph_ps(SIXTEEN(values, bits))
-#define DOT(sums, entries, x) _mm512_fmadd_ps(entries, _mm512_loadu_ps(x), sums)
+#define INPUTS __m512
+#define LOAD(x) _mm512_loadu_ps(x)
+#define DOT(sums, entries, x) _mm512_fmadd_ps(entries, x, sums)
 #define FLOAT AS_IS
 #define ROUND AS_IS
 #include "multiply.h"
@@ -63,13 +72,16 @@
 #define VALUE float
 #define X float
 #define LANES 16
+#define HEIGHT 2
 #define SUMS __m512
 #define ZERO _mm512_setzero_ps()
 #define ADD _mm512_add_ps
 #define TOTAL _mm512_reduce_add_ps
 #define ENTRIES __m512
 #define EXPAND(values, bits) _mm512_maskz_expand_ps((__mmask16)(bits), _mm512_loadu_ps(values))
-#define DOT(sums, entries, x) _mm512_fmadd_ps(entries, _mm512_loadu_ps(x), sums)
+#define INPUTS __m512
+#define LOAD(x) _mm512_loadu_ps(x)
+#define DOT(sums, entries, x) _mm512_fmadd_ps(entries, x, sums)
 #define FLOAT AS_IS
 #define ROUND AS_IS
 #include "multiply.h"
@@ -120,6 +132,7 @@ TARGET static inline __attribute__((always_inline)) float total_of_eight(__m256 
 #define VALUE uint16_t
 #define X float
 #define LANES 8
+#define HEIGHT 1
 #define SUMS __m256
 #define ZERO _mm256_setzero_ps()
 #define ADD _mm256_add_ps
@@ -127,7 +140,9 @@ TARGET static inline __attribute__((always_inline)) float total_of_eight(__m256 
 #define ENTRIES __m256
 #define EXPAND(values, bits) \
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight_halves(values, bits)), 16))
-#define DOT(sums, entries, x) _mm256_fmadd_ps(entries, _mm256_loadu_ps(x), sums)
+#define INPUTS __m256
+#define LOAD(x) _mm256_loadu_ps(x)
+#define DOT(sums, entries, x) _mm256_fmadd_ps(entries, x, sums)
 #define FLOAT AS_IS
 #define ROUND AS_IS
 #include "multiply.h"
@@ -136,13 +151,16 @@ TARGET static inline __attribute__((always_inline)) float total_of_eight(__m256 
 #define VALUE uint16_t
 #define X float
 #define LANES 8
+#define HEIGHT 1
 #define SUMS __m256
 #define ZERO _mm256_setzero_ps()
 #define ADD _mm256_add_ps
 #define TOTAL total_of_eight
 #define ENTRIES __m256
 #define EXPAND(values, bits) _mm256_cvtph_ps(eight_halves(values, bits))
-#define DOT(sums, entries, x) _mm256_fmadd_ps(entries, _mm256_loadu_ps(x), sums)
+#define INPUTS __m256
+#define LOAD(x) _mm256_loadu_ps(x)
+#define DOT(sums, entries, x) _mm256_fmadd_ps(entries, x, sums)
 #define FLOAT AS_IS
 #define ROUND AS_IS
 #include "multiply.h"
@@ -151,13 +169,16 @@ TARGET static inline __attribute__((always_inline)) float total_of_eight(__m256 
 #define VALUE float
 #define X float
 #define LANES 8
+#define HEIGHT 1
 #define SUMS __m256
 #define ZERO _mm256_setzero_ps()
 #define ADD _mm256_add_ps
 #define TOTAL total_of_eight
 #define ENTRIES __m256
 #define EXPAND eight_floats
-#define DOT(sums, entries, x) _mm256_fmadd_ps(entries, _mm256_loadu_ps(x), sums)
+#define INPUTS __m256
+#define LOAD(x) _mm256_loadu_ps(x)
+#define DOT(sums, entries, x) _mm256_fmadd_ps(entries, x, sums)
 #define FLOAT AS_IS
 #define ROUND AS_IS
 #include "multiply.h"
