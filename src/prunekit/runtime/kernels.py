@@ -66,8 +66,8 @@ class NativeKernels:
             x = x.float()
         if bias is not None and bias.dtype is not x.dtype:
             bias = bias.to(x.dtype)
-        rows = packed.rows
-        y = torch.empty((len(x), rows), dtype=x.dtype)
+        rows, count = packed.rows, x.shape[0]
+        y = torch.empty((count, rows), dtype=x.dtype)
         failed = self._multiply(
             self._level,
             _DTYPES[values.dtype],
@@ -79,7 +79,7 @@ class NativeKernels:
             values.data_ptr(),
             packed.offsets.data_ptr(),
             None if bias is None else bias.data_ptr(),
-            len(x),
+            count,
             x.data_ptr(),
             y.data_ptr(),
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -52,7 +54,8 @@ class PackedLinear(nn.Module):
     @property
     def packed(self) -> Packed:
         """The weight."""
-        return Packed(self.mask, self.values, self.offsets, self.in_features)
+        buffers: dict[str, Any] = self._buffers  # attribute by attribute takes a microsecond more, and a small product takes ten
+        return Packed(buffers["mask"], buffers["values"], buffers["offsets"], self.in_features)
 
     def unpacked(self) -> Tensor:
         """The weight, dense: [out_features, in_features]."""
