@@ -20,6 +20,7 @@ from prunekit.checkpoint.bitmask import packed_bytes
 from prunekit.errors import PrunekitWarning
 from prunekit.runtime.linear import PackedLinear
 from prunekit.runtime.packed import PADDING, Packed
+from test_cli import call
 
 IDS = torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(1))
 SPARSE: dict[str, Any] = {"runtime": "sparse", "device": "cpu"}
@@ -144,6 +145,27 @@ def test_perplexity_and_tasks(folders: Path, text_file: Path, tmp_path: Path) ->
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folders / "plain")
     in_memory = prunekit.evaluate(model, tokenizer=tokenizer, **asked)
     assert in_memory.perplexity == sparse.perplexity
+
+
+def test_the_command_line_says_which_runtime(folders: Path, text_file: Path) -> None:
+    words = (
+        "eval",
+        folders / "plain",
+        "--text",
+        text_file,
+        "--length",
+        "32",
+        "--samples",
+        "2",
+        "--dtype",
+        "float32",
+        "--json",
+    )
+    dense, sparse = call(*words).json, call(*words, "--runtime", "sparse", "--device", "cpu").json
+    assert sparse["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-5)
+    refused = call(*words, "--runtime", "fast")
+    assert refused.code == 2
+    assert "runtime 'fast' is unknown" in refused.err
 
 
 def test_bench_next_to_the_dense_run(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:

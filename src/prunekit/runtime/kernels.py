@@ -26,7 +26,13 @@ _INTERFACE = 1
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 # both measured by benchmarks/runtime.py --switch
-_MOST_ROWS = {"avx512-bf16": 16, "avx512": 16, "avx2": 16, "neon": 16, "portable": 4}
+_MOST_ROWS = {
+    "avx512-bf16": 48,
+    "avx512": 48,
+    "avx2": 12,
+    "neon": 12,
+    "portable": 2,
+}  # neon: as avx2, there is none here
 _TILE_BYTES = 4 << 20
 
 

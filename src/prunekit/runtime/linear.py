@@ -54,7 +54,9 @@ class PackedLinear(nn.Module):
     @property
     def packed(self) -> Packed:
         """The weight."""
-        buffers: dict[str, Any] = self._buffers  # attribute by attribute takes a microsecond more, and a small product takes ten
+        buffers: dict[str, Any] = (
+            self._buffers
+        )  # attribute by attribute takes a microsecond more, and a small product takes ten
         return Packed(buffers["mask"], buffers["values"], buffers["offsets"], self.in_features)
 
     def unpacked(self) -> Tensor:

@@ -12,8 +12,8 @@
    FLOAT(x), ROUND(float)   between X and float
 
    Entries are expanded once for up to MOST_ROWS rows of x, each with sums of its own. One row alone has a sum for every vector of a
-   word: a single one would wait for itself. It also asks for its values ahead of time: memory is what it waits for, and processors do
-   that less well by themselves. Rows of the matrix side by side save loads of x, but are slower where memory is what counts. */
+   word: a single one would wait for itself. MOST_ROWS take several rows of the matrix at a time, which saves loads of x; with fewer
+   memory is what counts, and one after the other is faster. Values are asked for ahead of time: processors see the stream late. */
 
 #define JOINED(a, b) a##b
 #define JOIN(a, b) JOINED(a, b)
@@ -40,9 +40,11 @@ TARGET static inline __attribute__((always_inline)) void JOIN(NAME, _rows)(
     const unsigned char *mask = matrix->mask + 8 * row * words;
     for (int64_t word = 0; word < words; word++) {
         uint64_t bits[HEIGHT];
-        if (count == 1)
-            for (int line = 0; line < 2 * WORD; line += 64)
-                __builtin_prefetch((const char *)values[0] + AHEAD + line);
+#pragma GCC unroll 16
+        for (int line = 0; line < height; line++) {
+            __builtin_prefetch((const char *)values[line] + AHEAD);
+            __builtin_prefetch((const char *)values[line] + AHEAD + 64);
+        }
 #pragma GCC unroll 16
         for (int line = 0; line < height; line++)
             bits[line] = word_at(mask, line * words + word);
@@ -78,14 +80,14 @@ TARGET static inline __attribute__((always_inline)) void JOIN(NAME, _rows)(
     }
 }
 
-#define ROWS(COUNT)                                           \
-    {                                                         \
-        const int height = (COUNT) < MOST_ROWS ? 1 : HEIGHT;  \
-        int64_t row = begin;                                  \
-        for (; row + height <= end; row += height)            \
+#define ROWS(COUNT)                                                \
+    {                                                              \
+        const int height = (COUNT) < MOST_ROWS ? 1 : HEIGHT;       \
+        int64_t row = begin;                                       \
+        for (; row + height <= end; row += height)                 \
             JOIN(NAME, _rows)(product, row, first, height, COUNT); \
-        for (; row < end; row++)                              \
-            JOIN(NAME, _rows)(product, row, first, 1, COUNT); \
+        for (; row < end; row++)                                   \
+            JOIN(NAME, _rows)(product, row, first, 1, COUNT);      \
     }
 
 TARGET static void NAME(const Product *product, int64_t begin, int64_t end)
