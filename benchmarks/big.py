@@ -1,14 +1,15 @@
 """Larger than memory: does `prunekit prune` take the memory of a block or two, whatever the size of the model?
 
-    python benchmarks/big.py [--shapes 1b,7b] [--patterns 0.5,2:4] [--samples 8] [--length 256] [--curves]
-                             [--keep FILE.json] [--figure FILE.svg] [--work DIR [--keep-model]]
+    python benchmarks/big.py [--shapes 1b,7b] [--patterns 0.5,2:4,wanda-sp@0.2] [--samples 8] [--length 256] [--curves]
+                             [--keep FILE.json [--add]] [--figure FILE.svg] [--work DIR [--keep-model]]
 
 Writes Llama-shaped checkpoints with random bfloat16 weights (memory and time do not depend on what the weights are), runs
 `prunekit plan` and `prunekit prune` on them in processes of their own, and says what was planned and what was measured. Every reload
 check streams (`--memory-budget`): one that loads the whole model would say nothing about the walk.
 
 `--curves` adds ladders, one thing changed at a time: depth (the same block, more of them), width (as many blocks, wider ones), number
-of windows, length of windows. `--figure` draws them. `--redraw` draws the figures that `--keep` kept, without running anything.
+of windows, length of windows. `--figure` draws them. `--redraw` draws the figures that `--keep` kept, without running anything; `--add`
+puts new runs beside those.
 
 How it is measured. Peak memory: `VmHWM` of the process, as it reports it (by phase: up to its end) and as read from outside. Over
 time: `VmRSS` seen from outside, every 20 ms; a phase is told by what stands in the output folder: `start` until the first weight
@@ -44,6 +45,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from prunekit import machine
+from prunekit.catalogue import find_method
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +55,8 @@ SHARD_BYTES = 1_000_000_000  # all that is in memory while a checkpoint is writt
 SPREAD = (
     0.02  # of the weights: what Llama is initialised with; activations stay finite through any number of blocks here
 )
-ASKED = {"7b": 2.5e9}  # bytes of peak memory the project promises
+# bytes of peak memory the project promises, where weights are zeroed and where structures are removed
+ASKED = {"7b": {"sparsify": 2.5e9, "shrink": 3e9}}
 POLL_SECONDS = 0.02
 TIMELINE_POINTS = 240
 PHASES = ("start", "walk", "verify")
@@ -162,7 +165,11 @@ def main() -> None:
     """Measure, print, and keep figures and picture where they are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="1b,7b", help=f"of {', '.join(SHAPES)}; or none")
-    parser.add_argument("--patterns", default="0.5,2:4", help="fractions and K:G patterns each shape is pruned to")
+    parser.add_argument(
+        "--patterns",
+        default="0.5,2:4,wanda-sp@0.2",
+        help="fractions and K:G patterns each shape is pruned to; METHOD@... where it is not --method, a ratio where that shrinks",
+    )
     parser.add_argument("--method", default="wanda")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
@@ -173,6 +180,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder to write models in. Default: a temporary one")
     parser.add_argument("--keep-model", action="store_true", help="leave the models in --work, and take those it has")
     parser.add_argument("--keep", type=Path, help="write the figures to this JSON file, anew after every run")
+    parser.add_argument("--add", action="store_true", help="leave in --keep what it has, and add to its runs")
     parser.add_argument("--figure", type=Path, help="draw the figures to this file (.svg or .png)")
     parser.add_argument("--redraw", action="store_true", help="measure nothing; draw what --keep has")
     asked = parser.parse_args()
@@ -183,6 +191,8 @@ def main() -> None:
         parser.error(f"unknown curve {unknown[0]!r}: known are {', '.join(CURVES)}")
     if asked.keep_model and not asked.work:
         parser.error("--keep-model needs --work: a temporary folder is deleted")
+    if asked.add and not (asked.keep and asked.keep.is_file()):
+        parser.error("--add needs a file to --keep that is there")
     if asked.redraw and not (asked.keep and asked.figure):
         parser.error("--redraw needs --keep and --figure")
     if asked.redraw:
@@ -211,6 +221,14 @@ def measure(asked: argparse.Namespace, names: list[str], work: Path) -> None:
         "machine": machine.describe(),
         "versions": machine.versions(),
     }
+    if asked.add:
+        before = json.loads(asked.keep.read_text(encoding="utf-8"))
+        for name in ("method", "windows", "dtype", "reload_check_budget"):
+            if before[name] != figures[name]:
+                raise SystemExit(
+                    f"'{asked.keep}' was measured with {name} {before[name]}, not {figures[name]}: it cannot be added to"
+                )
+        figures |= {"runs": before["runs"], "curves": before["curves"]}
 
     def keep() -> None:
         if asked.keep:
@@ -220,8 +238,8 @@ def measure(asked: argparse.Namespace, names: list[str], work: Path) -> None:
     bench = Bench(asked, work)
     for name in names:
         with bench.model(SHAPES[name]) as folder:
-            for pattern in asked.patterns.split(","):
-                run = bench.run(SHAPES[name], folder, pattern, asked.samples, asked.length, show=True)
+            for target in asked.patterns.split(","):
+                run = bench.run(SHAPES[name], folder, target, asked.samples, asked.length, show=True)
                 figures["runs"].append(run)
                 print(run_table(run), flush=True)
                 keep()
@@ -348,10 +366,20 @@ class Bench:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def run(
-        self, shape: Shape, folder: Path, pattern: str, samples: int, length: int, *, show: bool = False
+        self, shape: Shape, folder: Path, target: str, samples: int, length: int, *, show: bool = False
     ) -> dict[str, Any]:
         """Plan and prune; returns what was planned and measured. `show` lets the run's progress through to stderr."""
-        options = ["--method", self.asked.method, "--pattern", pattern, "--dtype", self.asked.dtype]
+        named, at, pattern = target.rpartition("@")
+        method = named if at else self.asked.method
+        kind = find_method(method).kind
+        options = [
+            "--method",
+            method,
+            "--ratio" if kind == "shrink" else "--pattern",
+            pattern,
+            "--dtype",
+            self.asked.dtype,
+        ]
         options += ["--samples", str(samples), "--length", str(length)]
         budget = ["--memory-budget", self.asked.memory_budget]
         place = self.work / "run"
@@ -378,9 +406,12 @@ class Bench:
             shutil.rmtree(place, ignore_errors=True)
         return {
             "shape": shape.describe(),
+            "method": method,
+            "kind": kind,
             "pattern": pattern,
             "windows": [samples, length],
             "sparsity": summary["sparsity"],
+            "ratio": summary["ratio"],
             "verification": summary["verification"],
             "measured": measured,
             "planned": planned,
@@ -511,7 +542,7 @@ def run_table(run: dict[str, Any]) -> str:
     lines = [
         "",
         f"{shape['name']}: {shape['parameters'] / 1e9:.2f} B parameters, {shape['bytes'] / GB:.2f} GB, {shape['blocks']} blocks of "
-        f"{shape['block_bytes'] / GB:.3f} GB; pattern {run['pattern']}, {samples} windows x {length}",
+        f"{shape['block_bytes'] / GB:.3f} GB; {run['method']} {run['pattern']}, {samples} windows x {length}",
         f"  {'':<16}{'measured':>12}{'planned':>12}{'planned/measured':>18}",
     ]
 
@@ -527,7 +558,7 @@ def run_table(run: dict[str, Any]) -> str:
         if phase == "peak":
             note = f"{measured['peak'] / shape['bytes']:.2f} x the model, {measured['peak'] / shape['block_bytes']:.1f} x a block"
             if shape["name"] in ASKED:
-                note += f"; asked: <= {ASKED[shape['name']] / GB:.1f} GB"
+                note += f"; asked: <= {ASKED[shape['name']][run['kind']] / GB:.1f} GB"
         if phase in measured["memory"]:
             row(f"memory {phase}", measured["memory"][phase], planned["memory"].get(phase), "GB", note)
     row("  by itself", measured["peak_reported"], None, "GB")
@@ -623,7 +654,7 @@ def draw_run(axes: Axes, run: dict[str, Any]) -> None:
     """Resident memory over a run, its phases shaded."""
     shape, timeline, planned = run["shape"], run["timeline"], run["planned"]["memory"]
     seconds, sizes = timeline["seconds"], [size / GB for size in timeline["rss"]]
-    limit = ASKED.get(shape["name"])
+    limit = ASKED.get(shape["name"], {}).get(run["kind"])
     top = 1.35 * max([*sizes, (limit or 0) / GB])
     begun = 0.0
     names = {"start": "start", "walk": f"walk: {shape['blocks']} blocks", "verify": "reload check"}
@@ -648,7 +679,7 @@ def draw_run(axes: Axes, run: dict[str, Any]) -> None:
     axes.set(xlim=(0, end), ylim=(0, top), xlabel="seconds since the process began", ylabel="memory (GB)")
     samples, length = run["windows"]
     axes.set_title(
-        f"{shape['parameters'] / 1e9:.2f} B parameters, {shape['bytes'] / GB:.1f} GB of weights, pattern {run['pattern']}, "
+        f"{shape['parameters'] / 1e9:.2f} B parameters, {shape['bytes'] / GB:.1f} GB of weights, {run['method']} {run['pattern']}, "
         f"{samples} windows of {length}: at most {run['measured']['peak'] / GB:.2f} GB",
         loc="left",
         fontsize=10,

@@ -1,10 +1,11 @@
 """How close is `prunekit prune` to the floor of two forward passes?
 
-    python benchmarks/floor.py [--model smollm2-135m] [--samples 16] [--length 1024] [--dtype bfloat16] [--rounds 3]
+    python benchmarks/floor.py [--model smollm2-135m] [--methods wanda] [--samples 16] [--length 1024] [--dtype bfloat16] [--rounds 3]
 
 A sequential layer-wise method must send the calibration windows through every block twice: to measure, and, pruned, to feed the
 next block. The floor is therefore two plain passes of transformers' own model (without its head) over the same windows, in the same
-dtype and batches. Both are timed in turn in one process; the ratio is taken round by round, because these machines drift.
+dtype and batches. Both are timed in turn in one process; the ratio is taken round by round, because these machines drift. Of several
+methods each is timed once a round, at its own default of what is removed.
 
 Counted for prunekit: forward + prune + write. Not counted: start-up, reading, hashing the input, the reload check; they are printed.
 Peak memory is that of a `prunekit prune` process of its own, the reload check included.
@@ -13,6 +14,7 @@ Peak memory is that of a `prunekit prune` process of its own, the reload check i
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import tempfile
 import time
@@ -24,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import prunekit
+from prunekit.blockwalk import Seconds
 from prunekit.checkpoint.locate import locate
 from prunekit.model.stream import batch_size
 
@@ -31,7 +34,7 @@ from prunekit.model.stream import batch_size
 def main() -> None:
     """Measure, print, and keep the figures as JSON where `--keep` says."""
     parser = parser_of(__doc__)
-    parser.add_argument("--method", default="wanda")
+    parser.add_argument("--methods", default="wanda", help="names with commas between them")
     asked = parser.parse_args()
     logging.disable_progress_bar()
 
@@ -42,52 +45,57 @@ def main() -> None:
     batch = batch_size(asked.length)
     two_passes(model, windows.ids[:batch], batch)  # warm-up
 
-    rounds = []
+    names = asked.methods.split(",")
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as work:
         for number in range(asked.rounds):
             floor = two_passes(model, windows.ids, batch)
-            result = prunekit.prune(
-                folder,
-                method=asked.method,
-                out=Path(work, str(number)),
-                calibration={"samples": asked.samples, "length": asked.length},
-                dtype=asked.dtype,
-            )
-            seconds = result.seconds
-            counted = seconds.forward + seconds.prune + seconds.write
-            rounds.append(
-                {
-                    "floor": floor,
-                    "counted": counted,
-                    "ratio": counted / floor,
-                    "forward": seconds.forward,
-                    "prune": seconds.prune,
-                    "write": seconds.write,
-                    "read": seconds.read,
-                    "verify": seconds.verify,
-                }
-            )
-            print(
-                f"round {number + 1}: floor {floor:.2f} s, prunekit {counted:.2f} s = {counted / floor:.3f} x  "
-                f"(forward {seconds.forward / floor:.3f}, prune {seconds.prune / floor:.3f}, write {seconds.write / floor:.3f}; "
-                f"not counted: read {seconds.read / floor:.3f}, reload check {seconds.verify / floor:.3f})",
-                flush=True,
-            )
-        peak = peak_memory(asked, Path(work, "peak"))
-    ratio = statistics.median(line["ratio"] for line in rounds)
-    print(f"median {ratio:.3f} x the floor of two passes; peak memory of a run {peak / 1e9:.3f} GB")
-    if asked.keep:
-        figures = {
-            "benchmark": "floor",
-            "model": asked.model,
-            "method": asked.method,
-            "windows": [asked.samples, asked.length],
-            "dtype": asked.dtype,
-            "median_ratio": ratio,
-            "peak_rss_bytes": peak,
-            "rounds": rounds,
+            for name in names:
+                out = Path(work, f"{name}-{number}")
+                seconds = prunekit.prune(
+                    folder,
+                    method=name,
+                    out=out,
+                    calibration={"samples": asked.samples, "length": asked.length},
+                    dtype=asked.dtype,
+                ).seconds
+                shutil.rmtree(out)
+                rounds[name].append(counted(floor, seconds))
+                print(f"round {number + 1}: {line(name, rounds[name][-1])}", flush=True)
+        peaks = {name: peak_memory(asked, name, Path(work, "peak")) for name in names}
+    found = {
+        name: {
+            "median_ratio": statistics.median(one["ratio"] for one in rounds[name]),
+            "peak_rss_bytes": peaks[name],
+            "rounds": rounds[name],
         }
-        keep(asked.keep, figures)
+        for name in names
+    }
+    for name, figures in found.items():
+        print(
+            f"{name}: median {figures['median_ratio']:.3f} x the floor of two passes; peak memory of a run "
+            f"{peaks[name] / 1e9:.3f} GB"
+        )
+    if asked.keep:
+        about = {"model": asked.model, "windows": [asked.samples, asked.length], "dtype": asked.dtype}
+        keep(asked.keep, {"benchmark": "floor", **about, "methods": found})
+
+
+def counted(floor: float, seconds: Seconds) -> dict[str, float]:
+    """One run next to the floor of its round, all in seconds but the ratio."""
+    spent = seconds.forward + seconds.prune + seconds.write
+    parts = {name: getattr(seconds, name) for name in ("forward", "prune", "write", "read", "verify")}
+    return {"floor": floor, "counted": spent, "ratio": spent / floor, **parts}
+
+
+def line(name: str, one: dict[str, float]) -> str:
+    """One run in words, its parts as shares of the floor."""
+    share = {part: one[part] / one["floor"] for part in ("forward", "prune", "write", "read", "verify")}
+    return (
+        f"floor {one['floor']:.2f} s, {name} {one['counted']:.2f} s = {one['ratio']:.3f} x  "
+        f"(forward {share['forward']:.3f}, prune {share['prune']:.3f}, write {share['write']:.3f}; "
+        f"not counted: read {share['read']:.3f}, checks {share['verify']:.3f})"
+    )
 
 
 @torch.inference_mode()
@@ -100,9 +108,10 @@ def two_passes(model: torch.nn.Module, ids: torch.Tensor, batch: int) -> float:
     return time.perf_counter() - begun
 
 
-def peak_memory(asked: argparse.Namespace, out: Path) -> int:
+def peak_memory(asked: argparse.Namespace, method: str, out: Path) -> int:
     """Peak resident bytes of a `prunekit prune` process."""
-    given = options(method=asked.method, samples=asked.samples, length=asked.length, dtype=asked.dtype, out=out)
+    shutil.rmtree(out, ignore_errors=True)
+    given = options(method=method, samples=asked.samples, length=asked.length, dtype=asked.dtype, out=out)
     return int(run_prunekit("prune", asked.model, *given)["peak_rss_bytes"])
 
 

@@ -138,6 +138,7 @@ def test_two_processes_refit_and_measure_as_one_does(folder: Path) -> None:
     shrinking: dict[str, dict[str, Any]] = {
         "obs": {"method": "obs", "ratio": 0.3},
         "numerical": {"method": "numerical", "ratio": 0.3},
+        "followed": {"method": "wanda-sp+least-squares", "ratio": 0.3, "parts": {"compensate": {"target": "dense"}}},
         "shortgpt": {"method": "shortgpt", "ratio": 0.3},
     }
     scenarios |= {name: options(folder, folder / f"pair-{name}", **changes) for name, changes in shrinking.items()}

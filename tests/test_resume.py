@@ -435,6 +435,7 @@ def test_a_run_goes_on_with_the_threads_it_began_with(setting: Setting, out: Pat
         ("obs", "dense"),
         ("flap", "sequential"),
         ("numerical", "sequential"),
+        ("wanda-sp+least-squares", "sequential"),
         ("nirvana", "sequential"),
         ("wanda-sp+blockwise", "sequential"),
     ],
@@ -444,6 +445,7 @@ def test_methods_that_remove_structures_resume_to_the_same_bits(
 ) -> None:
     asked: dict[str, Any] = {"method": method, "ratio": 0.3, "calibration": {"mode": mode}}
     asked |= {"parts": {"budget": {"align": 1, "shape": "free"}}} if method == "nirvana" else {}
+    asked |= {"parts": {"compensate": {"target": "dense"}}} if method == "wanda-sp+least-squares" else {}
     setting.run(tmp_path / "whole", **asked)
     interrupt(setting, out, call, **asked)
     setting.run(out, resume=True, **asked)

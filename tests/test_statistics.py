@@ -108,6 +108,47 @@ def test_every_sum_is_its_definition(
     assert_sums(found, inputs, outputs, keep, 1e-12 if double else 2e-6)
 
 
+@settings(deadline=None, max_examples=40, database=None)
+@given(
+    windows=st.integers(1, 3),
+    length=st.integers(1, 5),
+    width=st.integers(1, 5),
+    out=st.integers(1, 4),
+    batch=st.integers(1, 3),
+    seed=st.integers(0, 99),
+    padded=st.booleans(),
+)
+def test_targets_are_what_the_linear_gave_before(
+    windows: int, length: int, width: int, out: int, batch: int, seed: int, padded: bool
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    dense, ours = (torch.randn(windows, length, width, generator=draw) for _ in range(2))
+    keep = torch.rand(windows, length, generator=draw) < 0.6 if padded else None
+    module = nn.Linear(width, out)  # its bias does not belong to the target
+    needs = frozenset({"gram", "target", "half_gram", "half_target"})
+    with Collector({"linear": module}, needs) as collector, torch.inference_mode():
+        for start in range(0, windows, batch):
+            part = slice(start, start + batch)
+            collector.keep = None if keep is None else keep[part]
+            collector.windows = len(ours[part])
+            with collector.following():
+                module(dense[part])
+            module(ours[part])
+            collector.end_batch()
+    found = collector.statistics()["linear"]
+    sums, halves = torch.zeros(2, out, width, dtype=torch.float64)
+    for window in range(windows):
+        for token in range(length):
+            if keep is None or keep[window, token]:
+                wanted = module.weight.detach().double() @ dense[window, token].double()
+                product = torch.outer(wanted, ours[window, token].double())
+                sums += product
+                halves += product if token < length // 2 else 0
+    torch.testing.assert_close(found.target.double(), sums, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.half_target.double(), halves, rtol=1e-5, atol=1e-5)
+    assert found.count == (windows * length if keep is None else int(keep.sum()))
+
+
 def test_long_streams_batch_size_and_order_do_not_matter_beyond_rounding() -> None:
     draw = torch.Generator().manual_seed(0)
     inputs = 3 + torch.randn(9, 150, 6, generator=draw)  # 1,350 tokens, several times what is summed at a time

@@ -21,8 +21,9 @@ from .bits import row_chunks
 from .checkpoint.shard import Piece
 from .checkpoint.writer import MODELING_NAME
 from .distributed import Ranks
+from .machine import return_memory
 from .model.anatomy import Block, Linear
-from .model.hidden import HiddenStates, InMemory, Place
+from .model.hidden import HiddenStates, InMemory, Place, room_for
 from .model.resizing import SHAPES
 from .model.source import Source, StreamedModel, exchanged, resizing_code
 from .model.stream import Walk
@@ -103,6 +104,7 @@ class Appetite:
         choosing: while it works on a linear.
         tunes: whether it runs blocks with gradients, towards the outputs of the dense ones.
         ahead: all told, while gradients of the dense model are measured before the first block is changed.
+        streams: how many hidden states every window has: two where the dense model is followed beside the pruned one.
     """
 
     sums: int
@@ -110,6 +112,7 @@ class Appetite:
     tunes: bool = False
     written: int = 0
     ahead: int = 0
+    streams: int = 1
 
 
 @dataclass(frozen=True)
@@ -273,6 +276,16 @@ class BlockWalk(ABC):
             own.append((self.check, Place(folder, total)))
         return own
 
+    @property
+    def measures_in_place(self) -> bool:
+        """Whether measuring a block overwrites hidden states, which then have to be saved by that time."""
+        return self.dense
+
+    @property
+    def hidden_bytes(self) -> int:
+        """What the hidden states of our windows take, all of them."""
+        return self.walk.hidden_bytes
+
     def release(self) -> None:
         """Give the hidden states back; the walk is over."""
         if self.check is not None:
@@ -341,9 +354,14 @@ class BlockWalk(ABC):
         linears: Mapping[str, nn.Module],
         needs: frozenset[str],
         outputs: HiddenStates | None,
+        follow: Callable[[int], None] | None = None,
     ) -> Collector:
-        """Statistics of some of a block's linears, and its outputs where they are wanted, be it in the place of its inputs."""
-        collector = Collector(linears, needs, result_used=outputs is not None)
+        """Statistics of some of a block's linears, and its outputs where they are wanted, be it in the place of its inputs.
+
+        `follow(position)`, where there is one, sends a batch of the dense model through the block first; what linears give then is the
+        target of what they are fed by ours.
+        """
+        collector = Collector(linears, needs, result_used=outputs is not None or follow is not None)
         last = len(self.walk.batches) - 1
         with self.seconds.timed("forward"), self.ranks.together(), collector:
             for position, batch in enumerate(self.walk.batches):
@@ -352,6 +370,9 @@ class BlockWalk(ABC):
                 collector.windows = batch.stop - batch.start
                 collector.keep = self.walk.windows[batch].keep
                 collector.sample_tokens = ERROR_TOKENS if position == last else 0
+                if follow is not None:
+                    with collector.following():
+                        follow(position)
                 output = self.walk.run_batch(block.index, module, position, self.walk.hidden[batch])
                 collector.end_batch()
                 if outputs is not None:
@@ -359,6 +380,32 @@ class BlockWalk(ABC):
             if outputs is not None:
                 outputs.turn()
         return collector
+
+
+@torch.inference_mode()
+def dense_blocks(
+    walk: Walk, ranks: Ranks, seconds: Seconds, step: Callable[[], None], without: Collection[int] = ()
+) -> Iterator[tuple[Block, nn.Module]]:
+    """The blocks of `walk`'s model that are not in `without`, in memory one at a time: a walk of its own, ahead of the one that prunes.
+
+    `walk.hidden` holds the inputs of the block that is given, and has to hold its outputs when the next one is asked for. `step` is
+    called behind every block; `walk` is prepared again at the end.
+    """
+    with room_for(walk.shape, walk.dtype, walk.source.device) as hidden:
+        with seconds.timed("forward"), ranks.together():
+            walk.start(hidden)
+        for block in walk.source.anatomy.blocks:
+            if block.index in without:
+                continue
+            with seconds.timed("read"):
+                module = walk.source.load_block(block.index)
+            walk.source.prefetch(block.index + 1)
+            yield block, module
+            walk.source.free_block(block.index)
+            return_memory()
+            step()
+        walk.release()
+    walk.prepare()
 
 
 def activation_bytes(tokens: int, widest: int, width: int, dtype: torch.dtype) -> int:

@@ -267,6 +267,15 @@ METHODS: dict[str, Method] = {
             paper="equations 1 to 3 of https://arxiv.org/abs/2409.17372",
         ),
         Method(
+            name="ziplm",
+            kind="shrink",
+            summary="Remove the unit that costs least, let the others make up for it, and begin again; then refit by least squares.",
+            score="ziplm",
+            group="unit",
+            compensate="least-squares",
+            paper="Kurtic et al. 2023, https://arxiv.org/abs/2302.04089",
+        ),
+        Method(
             name="minitron",
             kind="shrink",
             summary="Remove the units that are least active; widths may be given with --set budget.name=widths.",

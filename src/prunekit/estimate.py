@@ -68,13 +68,13 @@ def needs_of(
     block_weights = max(sum(linear.count for linear in each.linears) for each in anatomy.blocks)
     widest = max(max(linear.out_features, linear.in_features) for linear in linears)
     activations = activation_bytes(batch * length, widest, width, source.dtype)
-    hidden = windows * length * width * size
+    hidden = appetite.streams * windows * length * width * size
     in_files = hidden > budget
-    in_memory = batch * length * width * size if in_files else hidden
+    in_memory = appetite.streams * batch * length * width * size if in_files else hidden
     choosing = appetite.choosing
     if appetite.tunes:
         # the dense block's outputs beside its inputs; gradients, moments and copies of a block; a window's activations kept for them
-        in_memory *= 1 if in_files else 2
+        in_memory += 0 if in_files else hidden // appetite.streams
         choosing = max(choosing, 8 * block_weights * 4 + 3 * activations)
     outer = source.outer_bytes(all_windows * length)
     start = base + max(outer + in_memory + block + converted + activations, appetite.ahead)
@@ -84,7 +84,7 @@ def needs_of(
     memory = {"start": start, "walk": max(start, walk), "verify": max(start, walk, verify)}
     memory["peak"] = memory["verify"]
     weights = sum(stored.values()) + appetite.written
-    kept = 2 * all_windows * length * width * size if len(anatomy.blocks) > 1 else 0
+    kept = 2 * appetite.streams * all_windows * length * width * size if len(anatomy.blocks) > 1 else 0
     disk = {"weights": weights, "hidden": kept, "peak": weights + kept}
     return Needs(memory, disk, hidden, in_files, activations, block + converted)
 

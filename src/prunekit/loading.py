@@ -86,7 +86,7 @@ def resolve_place(device: str, runtime: str) -> torch.device:
 
 
 def _dense_model(folder: Path, source: StreamedModel) -> PreTrainedModel:
-    _refuse_memory(folder, source.parameter_count * source.dtype.itemsize, source)
+    _refuse_memory(f"'{folder}'", source.parameter_count * source.dtype.itemsize, source)
     kind, config, reader = type(source.module), source.module.config, source.reader
     if SHAPES in reader.config:
         kind = resized(kind)
@@ -123,7 +123,8 @@ def _pack_block(folder: Path, source: StreamedModel, block: Block) -> int:
     """Read a block, its linears packed where that is smaller; returns how many stay dense."""
     weights = {f"{linear.full_name}.weight": linear for linear in block.linears}
     names = source.block_parameters(block.index)
-    _refuse_memory(folder, sum(source.reader.entries[source.key_of[name]].bytes for name in names), source)
+    size = sum(source.reader.entries[source.key_of[name]].bytes for name in names)
+    _refuse_memory(f"block {block.index} of '{folder}'", size, source)
     for name in names:
         if name not in weights:
             source.load_parameter(name, block.index)
@@ -200,10 +201,10 @@ def _semi_structured(name: str, weight: Tensor) -> Tensor:
         ) from None
 
 
-def _refuse_memory(folder: Path, needed: int, source: StreamedModel) -> None:
+def _refuse_memory(what: str, needed: int, source: StreamedModel) -> None:
     free = machine.available_memory_bytes()
     if source.device.type == "cpu" and needed > free:
         raise InputError(
-            f"'{folder}' takes {needed / 1e9:.2f} GB as {source.dtype} and {free / 1e9:.2f} GB are free: take a machine with more "
+            f"{what} takes {needed / 1e9:.2f} GB as {source.dtype} and {free / 1e9:.2f} GB are free: take a machine with more "
             "memory, or a dtype of fewer bytes"
         )

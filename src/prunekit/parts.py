@@ -82,6 +82,8 @@ class Part:
         objective: of what the gradients are that it reads; empty where it reads none.
         reads: which of `needs` it reads with the options at hand, where that depends on them.
         steps: of one that measures on walks of its own, through how many blocks these go, of how many there are and remove how many.
+        shifts: of a compensation, that it adds to the linear's output, which needs a bias for that.
+        given: of a budget of units, that its options say how many stay, and no ratio does.
         options: its keyword-only parameters.
     """
 
@@ -99,6 +101,8 @@ class Part:
     objective: str = ""
     reads: Callable[..., set[str]] | None = None
     steps: Callable[..., int] | None = None
+    shifts: bool = False
+    given: bool = False
 
     @property
     def word(self) -> str:
@@ -188,12 +192,12 @@ def unit_score(
     return _register("unit-score", needs, paper, objective=objective, random=random, reads=reads, note=note)
 
 
-def unit_budget(*, paper: str = "", scored: bool = False) -> Callable[[Function], Function]:
+def unit_budget(*, paper: str = "", scored: bool = False, given: bool = False) -> Callable[[Function], Function]:
     """Register `function(demand, *, options...) -> how many units of each structure stay`; see `shrink/budget.py`.
 
-    One that is `scored` wants the scores of all blocks first.
+    One that is `scored` wants the scores of all blocks first; one that is `given` has the numbers among its options.
     """
-    return _register("unit-budget", {"scores"} if scored else set(), paper)
+    return _register("unit-budget", {"scores"} if scored else set(), paper, given=given)
 
 
 def depth(*, paper: str, steps: Callable[..., int]) -> Callable[[Function], Function]:
@@ -213,13 +217,14 @@ def width(*, paper: str = "") -> Callable[[Function], Function]:
 
 
 def compensate(
-    *, needs: set[str], paper: str, reads: Callable[..., set[str]] | None = None
+    *, needs: set[str], paper: str, reads: Callable[..., set[str]] | None = None, shifts: bool = False
 ) -> Callable[[Function], Function]:
     """Register `function(weight, keep, stats, *, options...) -> (weight, bias or None)` of a linear that loses inputs.
 
-    Shapes: weight [out, in] float32 or float64, keep [kept] int64 -> [out, kept], and what is added to its output, [out].
+    Shapes: weight [out, in] float32 or float64, keep [kept] int64 -> [out, kept], and of one that `shifts`, what is added to the
+    linear's output, [out].
     """
-    return _register("compensate", needs, paper, reads=reads)
+    return _register("compensate", needs, paper, reads=reads, shifts=shifts)
 
 
 def _register(
@@ -235,6 +240,8 @@ def _register(
     objective: str = "",
     reads: Callable[..., set[str]] | None = None,
     steps: Callable[..., int] | None = None,
+    shifts: bool = False,
+    given: bool = False,
 ) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
         name = function.__name__.replace("_", "-")
@@ -260,6 +267,8 @@ def _register(
             objective,
             reads,
             steps,
+            shifts,
+            given,
         )
         return function
 

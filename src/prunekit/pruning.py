@@ -7,8 +7,8 @@ and config come last; what was written is loaded again and compared; the manifes
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from .calibration.windows import (
 from .checkpoint.locate import locate
 from .checkpoint.lock import LOCK_NAME, locked
 from .checkpoint.manifest import FORMAT, changed_files, read_manifest
-from .checkpoint.output import check_output, refuse_other, take_output
+from .checkpoint.output import check_output, orderly_end, refuse_other, take_output
 from .checkpoint.reader import INDEX_NAME, read_file, sha256_file
 from .checkpoint.shard import Piece
 from .checkpoint.storage import remove
@@ -213,7 +213,11 @@ def run(
             raise InputError(f"output folder '{out}' is not there for process {ranks.rank}: all need the same folder")
         machine.adopt_threads(journal.identity["machine"]["threads"], progress)
         writer = Writer(out, len(prepared.source.anatomy.blocks) + 1)
-        with _orderly_end(out, journal, prepared), Keeper(writer, journal, ranks) as keeper:
+        done, settle = partial(_finished_blocks, journal, prepared), partial(_settle, ranks)
+        with (
+            orderly_end(out, progress, done, settle=settle, ours=ranks.first),
+            Keeper(writer, journal, ranks) as keeper,
+        ):
             prepared.work.seconds.start = time.perf_counter() - begun
             _look_ahead(prepared, journal)
             writer.shards = len(prepared.work.blocks) + 1
@@ -410,28 +414,15 @@ def result_of(out: Path, manifest: dict[str, Any]) -> Result:
     )
 
 
-@contextmanager
-def _orderly_end(out: Path, journal: Journal, run_: _Run) -> Iterator[None]:
-    """Leave nothing of an input that turned out wrong on the way; after anything else say what can be resumed."""
-    try:
-        yield
-    except InputError:  # NaN weights or overflowing activations would only be met again
-        with suppress(PrunekitError):
-            run_.ranks.gather(None)  # the others' keepers have come to rest too: nothing is written behind our back
-        if run_.ranks.first:
-            with suppress(StorageError):
-                clear(out)
-        raise
-    except VerificationError:
-        raise
-    except BaseException:
-        run_.progress.stop()
-        done = sum(shard["position"] > 0 for shard in journal.shards)
-        run_.progress.say(
-            f"stopped: {done} of {len(run_.work.blocks)} blocks are finished in '{out}'; "
-            "the same command with --resume continues"
-        )
-        raise
+def _finished_blocks(journal: Journal, run_: _Run) -> str:
+    done = sum(shard["position"] > 0 for shard in journal.shards)
+    return f"{done} of {len(run_.work.blocks)} blocks are finished"
+
+
+def _settle(ranks: Ranks) -> None:
+    """Wait until the other processes' keepers have come to rest too, so that nothing is written behind our back."""
+    with suppress(PrunekitError):
+        ranks.gather(None)
 
 
 def _look_ahead(run_: _Run, journal: Journal) -> None:
@@ -467,7 +458,7 @@ def _walk(run_: _Run, keeper: Keeper, writer: Writer, journal: Journal, begun: f
         progress.step("finished before")
     for number, block in enumerate(blocks[begin:], begin):
         entered = time.perf_counter()
-        if work.dense:  # measuring a block overwrites its inputs
+        if work.measures_in_place:
             with seconds.timed("write"):
                 keeper.settle()
         done = number + 1 in whole
@@ -517,9 +508,9 @@ def _start(run_: _Run, out: Path, journal: Journal, whole: Mapping[int, Any]) ->
     saved = run_.ranks.share(lambda: [block for block in saved_blocks(journal, window) if block <= wanted])
     begin = max(saved, default=0)
     hidden: HiddenStates | None = None
-    if walk.hidden_bytes > run_.room:
+    if work.hidden_bytes > run_.room:
         run_.progress.say(
-            f"hidden states ({walk.hidden_bytes / 1e9:.2f} GB) go to files: the memory budget is {run_.room / 1e9:.2f} GB"
+            f"hidden states ({work.hidden_bytes / 1e9:.2f} GB) go to files: the memory budget is {run_.room / 1e9:.2f} GB"
         )
         hidden = InFiles(walk.shape, walk.dtype, Place(out, work.first))
     work.start(hidden, keep=begin == 0)
@@ -624,7 +615,7 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
             "removed": result.removed,
             "block_parameters": result.block_parameters,
             "block_removed": result.block_removed,
-            "blocks_removed": [each.index for each in source.anatomy.blocks if each not in run_.work.blocks],
+            "dropped_blocks": [each.index for each in source.anatomy.blocks if each not in run_.work.blocks],
             "processes": run_.ranks.size,
         },
         "verification": asdict(verification),

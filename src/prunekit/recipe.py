@@ -279,6 +279,13 @@ class Recipe(_Section):
         return values
 
 
+def refuse_choices(recipe: Recipe) -> None:
+    """Raise `InputError` where several calibrations are asked for; called for methods that cannot compare them."""
+    choices = recipe.calibration.choices
+    if choices > 1:
+        raise InputError(f"calibration.choices={choices} is for scores that read gradients: '{recipe.method}' has none")
+
+
 def _removing() -> str:
     return ", ".join(name for name, method in METHODS.items() if method.kind == "shrink")
 

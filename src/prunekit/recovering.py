@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -25,13 +25,13 @@ from .calibration.text import documents
 from .calibration.windows import check_vocabulary, load_tokenizer, recovery_windows, token_hash, window_length
 from .checkpoint.locate import locate
 from .checkpoint.manifest import changed_files, read_manifest, unchanged_manifest
-from .checkpoint.output import check_output, refuse_no_room, refuse_other, take_output
+from .checkpoint.output import check_output, orderly_end, refuse_no_room, refuse_other, take_output
 from .checkpoint.packing import Sheet, plain_sheets
 from .checkpoint.reader import Reader, bytes_of, read_file
 from .checkpoint.shard import Piece, write_shard
 from .checkpoint.storage import remove
 from .checkpoint.writer import STATE_PREFIX, Journal, Writer, clear, drop_leftovers
-from .errors import InputError, StorageError, VerificationError
+from .errors import InputError, VerificationError
 from .exporting import write_sheets
 from .loading import load_model
 from .model.anatomy import Linear
@@ -179,7 +179,7 @@ def recover_folder(
         take_output(folder, out, held, resume=resume, overwrite=overwrite)
         journal = _journal(out, job.identity, resume=resume)
         machine.adopt_threads(journal.identity["machine"]["threads"], progress)
-        with _orderly_end(out, journal, job):
+        with orderly_end(out, job.progress, lambda: _saved_steps(journal, job)):
             adapters, training = _training(job, model, dense)
             _train(job, training, journal)
             return _finish(job, journal, adapters, training, begun)
@@ -293,26 +293,9 @@ def _latest(journal: Journal) -> dict[str, Any] | None:
     return max(journal.shards, key=lambda record: int(record["step"]), default=None)
 
 
-@contextmanager
-def _orderly_end(out: Path, journal: Journal, job: _Job) -> Iterator[None]:
-    """Leave nothing of an input that turned out wrong on the way; after anything else say what can be resumed."""
-    try:
-        yield
-    except InputError:  # a loss that is not finite would only be met again
-        job.progress.stop()
-        with suppress(StorageError):
-            clear(out)
-        raise
-    except VerificationError:
-        raise
-    except BaseException:
-        job.progress.stop()
-        latest = _latest(journal)
-        step = 0 if latest is None else latest["step"]
-        job.progress.say(
-            f"stopped: {step} of {job.options.steps} steps are saved in '{out}'; the same command with --resume continues"
-        )
-        raise
+def _saved_steps(journal: Journal, job: _Job) -> str:
+    latest = _latest(journal)
+    return f"{0 if latest is None else latest['step']} of {job.options.steps} steps are saved"
 
 
 def _training(job: _Job, model: PreTrainedModel, dense: PreTrainedModel | None) -> tuple[Adapters, Training]:

@@ -8,7 +8,8 @@ share one measurement. Tokens that are padding are left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -21,6 +22,8 @@ from .errors import PrunekitError
 
 INPUT_SUMS = frozenset({"input_sum", "input_square", "input_abs", "window_abs", "gram", "half_gram"})
 OUTPUT_SUMS = frozenset({"output_square"})
+# of what a linear gives in the dense model, with what it is fed behind pruned blocks
+TARGET_SUMS = frozenset({"target", "half_target"})
 # tokens whose products are summed in float32 before they join the float64 sums; few enough to stay in cache
 _ROWS = 256
 # of the gram matrix: tokens to a product, and columns to a panel; only what lies below the diagonal's panels is computed
@@ -31,7 +34,7 @@ class Statistics:
     """Sums over the calibration tokens that a linear has seen, and the norms of its weight's columns.
 
     Shapes: input_sum, input_square, input_abs, window_abs [in]; output_square [out] (of the module's output, bias included); gram,
-    half_gram [in, in];
+    half_gram [in, in]; target, half_target [out, in];
     count is the number of tokens. Sums are kept in float64 (the gram matrix in float32) and handed out in float64, or in what `to`
     was told; what is derived of them is computed before that cast. Reading a sum that was not measured raises `PrunekitError`.
     """
@@ -95,6 +98,16 @@ class Statistics:
     def half_gram(self) -> Tensor:
         """The gram matrix of the first half of every window alone, [in, in]: what is fitted to it can be tried on the rest."""
         return self._out(self._get("half_gram"))
+
+    @property
+    def target(self) -> Tensor:
+        """Σ y xᵀ, [out, in]: y is what the linear gives in the dense model, without its bias, where it is fed x in this one."""
+        return self._out(self._get("target"))
+
+    @property
+    def half_target(self) -> Tensor:
+        """The target sums of the first half of every window alone, [out, in]."""
+        return self._out(self._get("half_target"))
 
     @property
     def input_norm(self) -> Tensor:
@@ -166,7 +179,7 @@ class Statistics:
     def permuted(self, order: Tensor) -> Statistics:
         """The sums over inputs in another order: channel `order[j]` becomes channel j."""
         moved = {name: value[order] if name in INPUT_SUMS else value for name, value in self._sums.items()}
-        for name in moved.keys() & {"gram", "half_gram"}:
+        for name in moved.keys() & {"gram", "half_gram", *TARGET_SUMS}:
             moved[name] = moved[name][:, order]
         return Statistics(self.count, moved, dtype=self._dtype)
 
@@ -204,20 +217,25 @@ class Sums:
         self.count = 0
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, values: Tensor, keep: Tensor | None, windows: int = 1) -> None:
-        """Add the vectors along the last axis of `values` [..., width], or those where `keep` [...] is True; they are of `windows`."""
+    def add(self, values: Tensor, keep: Tensor | None, windows: int = 1, target: Tensor | None = None) -> None:
+        """Add the vectors along the last axis of `values` [..., width], or those where `keep` [...] is True; they are of `windows`.
+
+        `target` [..., out] is what belongs to each of them, where target sums are wanted.
+        """
         count = len(keep) if keep is not None else len(values) if values.ndim == 3 else windows
         if "window_abs" in self.wanted:
             self._add_windows(values.reshape(count, -1, values.shape[-1]), keep)
         if "half_gram" in self.wanted:
             self._add_halves(values.reshape(count, -1, values.shape[-1]), keep)
+        if target is not None:
+            self._add_target(values, target, keep, count)
         rows = values.reshape(-1, values.shape[-1])
         if keep is not None:
             rows = rows[keep.reshape(-1).to(rows.device)]
         self.count += rows.shape[0]
         if "gram" in self.wanted and "half_gram" not in self.wanted:
             self._add_gram("gram", rows)
-        if self.wanted <= {"gram", "half_gram", "window_abs"}:
+        if self.wanted <= {"gram", "half_gram", "window_abs", *TARGET_SUMS}:
             return
         for chunk in torch.split(rows, _ROWS):
             exact = chunk if chunk.dtype == torch.float64 else chunk.float()
@@ -252,6 +270,21 @@ class Sums:
                 real = None if keep is None else keep[:, part].to(values.device)
                 self._add_gram(name, rows.reshape(-1, rows.shape[-1]) if real is None else rows[real])
 
+    def _add_target(self, values: Tensor, target: Tensor, keep: Tensor | None, count: int) -> None:
+        """The first half of every window to one sum, the second to the other, for `finish` to join."""
+        values = values.reshape(count, -1, values.shape[-1])
+        target = target.reshape(count, -1, target.shape[-1])
+        middle = values.shape[1] // 2 if "half_target" in self.wanted else 0
+        for name, part in (("half_target", slice(None, middle)), ("target", slice(middle, None))):
+            if name in self.wanted:
+                real = slice(None) if keep is None else keep[:, part].flatten().to(values.device)
+                rows = values[:, part].reshape(-1, values.shape[-1])[real]
+                wanted = target[:, part].reshape(-1, target.shape[-1])[real]
+                if name not in self.sums:
+                    self.sums[name] = torch.zeros(wanted.shape[1], rows.shape[1], device=rows.device)
+                for some, others in zip(torch.split(wanted, _GRAM_ROWS), torch.split(rows, _GRAM_ROWS), strict=True):
+                    self.sums[name] += some.float().t() @ others.float()
+
     def _add_gram(self, name: str, rows: Tensor) -> None:
         width = rows.shape[1]
         for chunk in torch.split(rows, _GRAM_ROWS):
@@ -265,7 +298,9 @@ class Sums:
 
     @torch.inference_mode()  # as the sums were made
     def finish(self) -> None:
-        """Mirror gram matrices, of which only the lower half was summed."""
+        """Mirror gram matrices, of which only the lower half was summed, and join the halves of windows."""
+        if "half_target" in self.sums:
+            self.sums["target"] += self.sums["half_target"]
         if "half_gram" in self.sums and "gram" in self.sums:
             self.sums["gram"] += self.sums["half_gram"]
         for gram in (self.sums[name] for name in ("gram", "half_gram") if name in self.sums):
@@ -295,16 +330,18 @@ class Collector:
         self.sample_tokens = 0
         self._samples: dict[str, Tensor] = {}
         self._linears = dict(linears)
-        self._inputs_wanted = frozenset(needs) & INPUT_SUMS
+        self._inputs_wanted = frozenset(needs) & (INPUT_SUMS | TARGET_SUMS)
         self._outputs_wanted = frozenset(needs) & OUTPUT_SUMS
-        unknown = frozenset(needs) - INPUT_SUMS - OUTPUT_SUMS
-        if unknown:
-            raise PrunekitError(f"unknown statistics {sorted(unknown)}: known are {sorted(INPUT_SUMS | OUTPUT_SUMS)}")
+        known = INPUT_SUMS | OUTPUT_SUMS | TARGET_SUMS
+        if not frozenset(needs) <= known:
+            raise PrunekitError(f"unknown statistics {sorted(frozenset(needs) - known)}: known are {sorted(known)}")
         self._input_sums: dict[str, Sums] = {}  # by the first linear that is fed the tensor
         self._output_sums: dict[str, Sums] = {}
         self._leader: dict[str, str] = {}  # linear -> the linear it shares its input with
         self._live: list[tuple[str, Tensor]] = []  # inputs of the batch under way, held so that identity means sameness
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._targets: dict[str, Tensor] = {}  # of the batch under way
+        self._following = False
         self._skips_last = not result_used and not self._outputs_wanted
         self._last_called = ""
         self._skipped: tuple[nn.Module, Any] | None = None  # a module and the `forward` of its own that it had
@@ -331,13 +368,27 @@ class Collector:
     def end_batch(self) -> None:
         """Forget the batch's tensors. Which linears share an input, and which comes last, is known after the first one."""
         self._live.clear()
+        self._targets = {}
         if self._skips_last and self._skipped is None and self._last_called:
             module = self._linears[self._last_called]
             self._skipped = module, module.__dict__.get("forward")
             module.forward = partial(_zeros, self._last_width)
 
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """While it is entered the dense model's batch passes: what linears give is kept as the target for the next batch."""
+        self._targets, self._following = {}, True
+        try:
+            yield
+        finally:
+            self._following = False
+
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if self._following:
+                bias = module.bias
+                self._targets[name] = output - bias if isinstance(bias, Tensor) else output.clone()
+                return
             self._see_input(name, inputs[0])
             self._last_called, self._last_width = name, output.shape[-1]
             if self._outputs_wanted:
@@ -352,7 +403,9 @@ class Collector:
                 return
         self._live.append((name, value))
         self._leader[name] = name
-        self._input_sums.setdefault(name, Sums(self._inputs_wanted)).add(value, self.keep, self.windows)
+        self._input_sums.setdefault(name, Sums(self._inputs_wanted)).add(
+            value, self.keep, self.windows, self._targets.get(name)
+        )
         if self.sample_tokens:
             self._samples[name] = self._last(value).clone()
 

@@ -57,9 +57,9 @@ _IN_MEMORY, _IN_FILES = "100KB", "1"  # the reload check is streamed in both, wh
 _MODES = {
     "sequential": [],
     "dense": ["--set", "calibration.mode=dense"],
-    # what removes structures: all planned first and weights refitted; biases and widths that no config has; whole blocks; and
-    # channels of the stream, whose basis is saved with the hidden states
-    "refitted": ["--method", "numerical", "--ratio", "0.3"],
+    # what removes structures: all planned first and weights refitted towards the dense model, whose hidden states go along; biases
+    # and widths that no config has; whole blocks; and channels of the stream, whose basis is saved with the hidden states
+    "refitted": ["--method", "numerical", "--ratio", "0.3", "--set", "compensate.target=dense"],
     "biased": ["--method", "flap", "--ratio", "0.3", "--shape", "free", "--set", "calibration.mode=dense"],
     "shallower": ["--method", "shortgpt", "--ratio", "0.25"],
     "sliced": ["--method", "slicegpt", "--ratio", "0.3"],

@@ -128,7 +128,7 @@ def test_a_matrix_that_cannot_be_factorised_gets_more_damping_and_says_so() -> N
     with pytest.warns(PrunekitWarning, match="not positive definite with damping 0: took 0.0001"):
         new, _ = least_squares(w, torch.tensor([0, 1, 2]), stats, damping=0.0)
     assert bool(torch.isfinite(new).all())
-    with pytest.raises(InputError, match="not positive definite"):
+    with pytest.raises(InputError, match=r"not positive definite: .* --set compensate\.damping=1"):
         least_squares(w, torch.tensor([0, 1, 2]), Statistics(len(x), {"gram": -gram}), damping=0.0)
 
 
@@ -150,6 +150,53 @@ def test_the_damping_is_the_one_that_does_best_on_the_other_half() -> None:
     wanted, _ = least_squares(w, keep, Statistics(48, {"gram": gram}), damping=best)
     assert torch.equal(found, wanted)
     assert best > 0.03
+
+
+def aimed_at(x: Tensor, y: Tensor, halves: int | None = None) -> Statistics:
+    sums = {"gram": x.t() @ x, "target": y.t() @ x}
+    if halves is not None:
+        sums |= {"half_gram": x[:halves].t() @ x[:halves], "half_target": y[:halves].t() @ x[:halves]}
+    return Statistics(len(x), sums)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
+def test_aimed_at_the_dense_model_it_is_the_minimiser_of_that(damping: float) -> None:
+    x, w = make()
+    y = (x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)) @ w.t()
+    keep = torch.tensor([0, 2, 3, 6])
+    new, added = least_squares(w, keep, aimed_at(x, y), damping=damping, target="dense")
+    assert added is None
+    weight = damping * (x[:, keep].square().sum(0)).mean()
+    # ridge regression towards the kept columns, as a plain system of equations
+    rows = torch.cat([x[:, keep], weight.sqrt() * torch.eye(4, dtype=x.dtype)])
+    wanted = torch.cat([y, weight.sqrt() * w[:, keep].t()])
+    torch.testing.assert_close(new, torch.linalg.lstsq(rows, wanted).solution.t(), rtol=1e-7, atol=1e-8)
+    error = (x[:, keep] @ new.t() - y).square().sum()
+    assert float(error) <= float((x[:, keep] @ w[:, keep].t() - y).square().sum())
+
+
+def test_where_nothing_was_removed_before_the_dense_model_is_no_other_target() -> None:
+    x, w = make()
+    keep = torch.tensor([0, 2, 3, 6])
+    own, _ = least_squares(w, keep, measured(x), damping=0.1)
+    dense, _ = least_squares(w, keep, aimed_at(x, x @ w.t()), damping=0.1, target="dense")
+    torch.testing.assert_close(dense, own, rtol=1e-9, atol=1e-10)
+
+
+def test_the_damping_towards_the_dense_model_does_best_on_the_other_half() -> None:
+    draw = torch.Generator().manual_seed(4)
+    x = torch.randn(48, 20, generator=draw, dtype=torch.float64)
+    w = torch.randn(5, 20, generator=draw, dtype=torch.float64)
+    y = (x + 0.5 * torch.randn(48, 20, generator=draw, dtype=torch.float64)) @ w.t()
+    keep = torch.arange(0, 20, 2)
+    found, _ = least_squares(w, keep, aimed_at(x, y, 24), target="dense")
+    errors = {}
+    for damping in (0.03, 0.1, 0.3, 1.0):
+        fitted, _ = least_squares(w, keep, aimed_at(x[:24], y[:24]), damping=damping, target="dense")
+        errors[damping] = float((x[24:, keep] @ fitted.t() - y[24:]).square().sum())
+    best = min(errors, key=errors.__getitem__)
+    wanted, _ = least_squares(w, keep, aimed_at(x, y), damping=best, target="dense")
+    assert torch.equal(found, wanted)
 
 
 def test_bias_puts_means_in_the_place_of_what_is_gone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +99,25 @@ def test_inputs_in_files_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(hidden.InMemory, "__init__", None)  # nothing is held there now
     in_files = flat(measure(source, draw_windows(3, 8), batch=2))
     assert all(torch.equal(in_files[key], value) for key, value in in_memory.items())
+
+
+def test_inputs_that_take_more_than_the_weights_go_to_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.save_model(tmp_path)
+    source = StreamedModel(Reader(tmp_path), torch.bfloat16, CPU)
+    made: list[tuple[int, ...]] = []
+    real = hidden.InFiles.__init__
+
+    def noted(self: hidden.InFiles, shape: tuple[int, ...], *rest: Any) -> None:
+        made.append(shape)
+        real(self, shape, *rest)
+
+    monkeypatch.setattr(hidden.InFiles, "__init__", noted)
+    blocks, width = len(source.anatomy.blocks), source.module.config.hidden_size
+    most = source.parameter_count // (blocks * width * 8)  # windows of eight tokens that take as much as the weights
+    measure(source, draw_windows(most, 8), batch=8)
+    assert made == []
+    measure(source, draw_windows(most + 1, 8), batch=8)
+    assert made == [(blocks * (most + 1), 8, width)], "and what goes from block to block stays in memory"
 
 
 @pytest.mark.parametrize("objective", ["loss", "output"])

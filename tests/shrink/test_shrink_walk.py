@@ -99,16 +99,17 @@ def inputs_of(model: nn.Module, name: str, ids: Tensor) -> Tensor:
     return seen[0].reshape(-1, seen[0].shape[-1]).double()
 
 
-def test_sequential_wanda_with_least_squares_is_the_oracles(tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize("target", ["own", "dense"])
+def test_sequential_wanda_with_least_squares_is_the_oracles(target: str, tmp_path: Path, text: Path) -> None:
     # block by block over the whole model: score on what the pruned predecessors give, keep the best, refit, go on
     tiny.save_model(tmp_path / "model", "llama")
-    parts = {"compensate": {"damping": 0.01}}
+    parts = {"compensate": {"damping": 0.01, "target": target}}
     shrink(tmp_path / "model", tmp_path / "out", text, "wanda-sp+least-squares", 0.45, parts=parts)
     model, anatomy, structures, plan = read_plan(tmp_path / "model", tmp_path / "out")
     windows = json.loads((tmp_path / "out" / "prunekit.json").read_text())["calibration_tokens"]
     ids = tiny_windows(tmp_path / "model", text)
     assert windows == ids[1]
-    oracle = copy.deepcopy(model).double()
+    oracle, dense = copy.deepcopy(model).double(), copy.deepcopy(model).double()
     written = {
         name: tensor for path in (tmp_path / "out").glob("*.safetensors") for name, tensor in load_file(path).items()
     }
@@ -126,10 +127,11 @@ def test_sequential_wanda_with_least_squares_is_the_oracles(tmp_path: Path, text
             if count == each.count:
                 continue
             keep = torch.tensor([unit * each.size + part for unit in best for part in range(each.size)])
-            gone = torch.tensor([channel for channel in range(x.shape[1]) if channel not in keep.tolist()])
             gram = x.t() @ x
             damped = gram[keep][:, keep] + 0.01 * gram[keep][:, keep].diagonal().mean() * torch.eye(len(keep))
-            update = torch.linalg.solve(damped, gram[keep][:, gone] @ weight[:, gone].t())
+            aim = x if target == "own" else inputs_of(dense, each.consumer.full_name, ids[0])
+            wanted = aim @ weight.t()
+            update = torch.linalg.solve(damped, x[:, keep].t() @ (wanted - x[:, keep] @ weight[:, keep].t()))
             new = weight[:, keep] + update.t()
             name = f"{each.consumer.full_name}.weight"
             torch.testing.assert_close(written[name].double(), new, rtol=1e-3, atol=1e-5)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 import tiny
 from prunekit.model.source import ResidentModel
 from prunekit.parts import find_part, parts
+from prunekit.shrink.scores import ziplm
 from prunekit.shrink.units import ATTENTION, Structure, find_structures
 from prunekit.shrink.view import BlockView
 from prunekit.statistics import Collector, Statistics
 
-FORWARD = ["magnitude", "wanda-sp", "flap", "llm-bip", "minitron", "numerical", "obs"]
+FORWARD = ["magnitude", "wanda-sp", "flap", "llm-bip", "minitron", "numerical", "obs", "ziplm"]
 NEEDS = ["input_sum", "input_square", "input_abs", "window_abs", "gram"]
 
 
@@ -169,7 +170,59 @@ def test_obs_is_the_loss_behind_a_refit(setting: Setting) -> None:
         close(setting.score("obs", each), units_of(each, channels))
 
 
-@pytest.mark.parametrize("name", ["wanda-sp", "llm-bip", "obs"])
+def behind_a_refit(structure: Structure, weight: Tensor, gram: Tensor, kept: list[int]) -> float:
+    """The squared output error when only some units of a structure are kept, and their columns refitted."""
+    whole = float(((weight @ gram) * weight).sum())
+    if not kept:
+        return whole
+    channels = structure.inputs(torch.tensor(kept))
+    right = gram[channels] @ weight.t()
+    return whole - float((right * torch.linalg.solve(gram[channels][:, channels], right)).sum())
+
+
+def test_ziplm_removes_the_cheapest_unit_behind_a_refit_each_time(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ziplm, "_LAZY", 5)
+    for each in setting.structures:
+        x, w = setting.inputs[each.name], setting.matrix(each.name)
+        gram = x.t() @ x
+        damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+        units, order, costs = list(range(each.count)), [], []
+        while units:
+            now = behind_a_refit(each, w, damped, units)
+            cost = {
+                unit: behind_a_refit(each, w, damped, [other for other in units if other != unit]) - now
+                for unit in units
+            }
+            cheapest = min(cost, key=cost.__getitem__)
+            order.append(cheapest)
+            costs.append(cost[cheapest])
+            units.remove(cheapest)
+        scores = setting.score("ziplm", each)
+        assert scores.argsort().tolist() == order
+        rising = torch.tensor(costs, dtype=torch.float64).cummax(0).values
+        torch.testing.assert_close(scores[order], rising, rtol=1e-6, atol=1e-9 * max(costs))
+
+
+def test_ziplm_keeps_one_of_two_that_are_the_same() -> None:
+    # to obs they are both for nothing: each can be made up for by the other
+    def spoil(setting: Setting) -> None:
+        mlp = setting.structures[1]
+        for part in mlp.slices[1:]:
+            rows = setting.module.get_parameter(part.tensor).data
+            rows[part.entries[5]] = rows[part.entries[2]]
+        setting.matrix(mlp.name)[:, [2, 5]] *= 10
+
+    setting = Setting("llama", spoil=spoil)
+    mlp = setting.structures[1]
+    of_obs, of_ziplm = (setting.score(name, mlp, damping=1e-6) for name in ("obs", "ziplm"))
+    assert set(of_obs.argsort()[:2].tolist()) == {2, 5}
+    assert int(of_ziplm.argmin()) in (2, 5)
+    assert max(of_ziplm[2], of_ziplm[5]) > of_ziplm.median()
+
+
+@pytest.mark.parametrize("name", ["wanda-sp", "llm-bip", "obs", "ziplm"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_units_whose_columns_are_zero_score_nothing(name: str, family: str) -> None:
     def spoil(setting: Setting) -> None:
@@ -183,14 +236,15 @@ def test_units_whose_columns_are_zero_score_nothing(name: str, family: str) -> N
         assert int(scores.argmin()) == 1
 
 
-def test_numerical_puts_inputs_that_were_never_fed_last() -> None:
+@pytest.mark.parametrize("name", ["numerical", "obs", "ziplm"])
+def test_inputs_that_were_never_fed_come_last(name: str) -> None:
     def spoil(setting: Setting) -> None:
         mlp = setting.structures[1]
         for part in mlp.slices[1:]:
             setting.module.get_parameter(part.tensor).data[part.entries[5]] = 0
 
     setting = Setting("llama", spoil=spoil)
-    scores = setting.score("numerical", setting.structures[1])
+    scores = setting.score(name, setting.structures[1])
     assert int(scores.argmin()) == 5
     assert bool(torch.isfinite(scores).all())
 

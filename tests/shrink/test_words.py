@@ -138,7 +138,7 @@ def test_a_sparse_copy_of_a_free_folder_says_how_it_loads(place: Path, tmp_path:
 
 def test_a_page_shows_blocks_that_went(place: Path, tmp_path: Path) -> None:
     manifest = pruned(place, tmp_path / "out", "shortgpt")
-    gone = manifest["run"]["blocks_removed"]
+    gone = manifest["run"]["dropped_blocks"]
     kept = [line["block"] for line in manifest["blocks"]]
     assert sorted(gone + kept) == list(range(7))
     assert len(gone) == 2

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prunekit.errors import InputError, PrunekitWarning
+from prunekit.normal import damped, inverse_factor
 from prunekit.parts import find_part, parts
 from prunekit.recipe import Pattern
 from prunekit.sparsify.patterns import Selection
-from prunekit.sparsify.reconstruct._normal import damped, inverse_factor
 from prunekit.sparsify.reconstruct.alps import alps
 from prunekit.sparsify.reconstruct.least_squares import least_squares
 from prunekit.sparsify.reconstruct.sparsegpt import sparsegpt
@@ -66,9 +66,9 @@ def slow_obs(weight: Tensor, keep: Tensor, matrix: Tensor) -> tuple[Tensor, floa
 
 def test_the_factor_is_that_of_the_inverse_and_its_diagonal_belongs_to_the_columns_to_come() -> None:
     _, stats = draw()
-    matrix = damped(stats.gram, 0.01)
+    matrix = damped(stats.gram, 0.01, "reconstruct.damping")
     assert torch.equal(matrix, stats.gram + 0.01 * stats.gram.diagonal().mean() * torch.eye(12, dtype=torch.float64))
-    factor = inverse_factor(stats.gram, 0.01)
+    factor = inverse_factor(stats.gram, 0.01, "score.damping")
     torch.testing.assert_close(factor.t() @ factor, torch.linalg.inv(matrix), rtol=1e-9, atol=1e-12)
     assert torch.equal(factor, factor.triu())
     for column in range(12):
@@ -81,18 +81,18 @@ def test_sparsegpt_on_a_given_mask_is_one_removal_after_the_other(block: int) ->
     weight, stats = draw()
     keep = torch.rand(6, 12, generator=torch.Generator().manual_seed(3)) > 0.5
     found, kept = sparsegpt(weight, keep, stats, select(0.5), block=block)
-    expected, cost = slow_obs(weight, keep, damped(stats.gram, 0.01))
+    expected, cost = slow_obs(weight, keep, damped(stats.gram, 0.01, "reconstruct.damping"))
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
     assert torch.equal(kept, keep)
     # what the removals cost adds up to the quadratic loss of the damped problem
-    assert loss(weight, found, damped(stats.gram, 0.01)) == pytest.approx(cost, rel=1e-8)
+    assert loss(weight, found, damped(stats.gram, 0.01, "reconstruct.damping")) == pytest.approx(cost, rel=1e-8)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "1:2", "4:6"])
 def test_sparsegpt_chooses_each_group_from_weights_that_make_up_for_the_groups_before(pattern: str) -> None:
     weight, stats = draw()
     found, kept = sparsegpt(weight, None, stats, select(pattern), block=8)
-    matrix = damped(stats.gram, 0.01)
+    matrix = damped(stats.gram, 0.01, "reconstruct.damping")
     wanted, group = map(int, pattern.split(":"))
     keep = torch.ones(6, 12, dtype=torch.bool)
     for start in range(0, 12, group):
@@ -148,7 +148,7 @@ def slow_least_squares(weight: Tensor, keep: Tensor, matrix: Tensor) -> Tensor:
 def test_least_squares_is_the_best_that_a_mask_allows(sparsity: float) -> None:
     weight, stats = draw()
     keep = select(sparsity).mask(wanda(weight, stats))
-    expected = slow_least_squares(weight, keep, damped(stats.gram, 0.01))
+    expected = slow_least_squares(weight, keep, damped(stats.gram, 0.01, "reconstruct.damping"))
     exact, kept = least_squares(weight, keep, stats, select(sparsity), solver="exact")
     torch.testing.assert_close(exact, expected, rtol=1e-7, atol=1e-9)
     assert kept is keep
@@ -158,7 +158,7 @@ def test_least_squares_is_the_best_that_a_mask_allows(sparsity: float) -> None:
 
 def test_every_step_of_conjugate_gradients_lowers_the_loss_of_every_row() -> None:
     weight, stats = draw(rows=9, columns=30)
-    matrix = damped(stats.gram, 0.01)
+    matrix = damped(stats.gram, 0.01, "reconstruct.damping")
     keep = select(0.6).mask(wanda(weight, stats))
     before = None
     for steps in range(8):
@@ -171,7 +171,7 @@ def test_every_step_of_conjugate_gradients_lowers_the_loss_of_every_row() -> Non
 
 def test_better_solvers_lose_less() -> None:
     weight, stats = draw(rows=24, columns=32, tokens=400)
-    matrix = damped(stats.gram, 0.01)
+    matrix = damped(stats.gram, 0.01, "reconstruct.damping")
     mask = select(0.6).mask(wanda(weight, stats))
     masked = loss(weight, weight * mask, matrix)
     updated = loss(weight, sparsegpt(weight, mask, stats, select(0.6))[0], matrix)
@@ -185,7 +185,7 @@ def test_better_solvers_lose_less() -> None:
 def test_alps_ends_on_its_pattern(seed: int, pattern: str, group: str) -> None:
     weight, stats = draw(rows=5, columns=16, seed=seed)
     found, kept = alps(weight, None, stats, select(pattern, group))
-    matrix = damped(stats.gram, 0.01)
+    matrix = damped(stats.gram, 0.01, "reconstruct.damping")
     assert bool((found[~kept] == 0).all())
     zeros = Pattern.parse(pattern)
     if zeros.keep is not None:
@@ -203,7 +203,9 @@ def test_alps_with_a_mask_only_polishes() -> None:
     keep = select(0.5).mask(wanda(weight, stats))
     found, kept = alps(weight, keep, stats, select(0.5), polish=60)
     assert kept is keep
-    torch.testing.assert_close(found, slow_least_squares(weight, keep, damped(stats.gram, 0.01)), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        found, slow_least_squares(weight, keep, damped(stats.gram, 0.01, "reconstruct.damping")), rtol=1e-5, atol=1e-7
+    )
 
 
 def solve(name: str, weight: Tensor, stats: Statistics, selection: Selection) -> tuple[Tensor, Tensor]:
@@ -249,13 +251,15 @@ def test_a_matrix_that_is_no_gram_matrix_is_damped_with_a_warning_or_refused() -
     _, stats = draw()
     lifted = stats.gram - 0.05 * stats.gram.diagonal().mean() * torch.eye(12, dtype=torch.float64)
     with pytest.warns(PrunekitWarning, match=r"not positive definite with damping 0\.001: took 0\.1"):
-        factor = inverse_factor(lifted, 0.001)
-    torch.testing.assert_close(factor.t() @ factor, torch.linalg.inv(damped(lifted, 0.1)), rtol=1e-8, atol=1e-12)
+        factor = inverse_factor(lifted, 0.001, "score.damping")
+    torch.testing.assert_close(
+        factor.t() @ factor, torch.linalg.inv(damped(lifted, 0.1, "score.damping")), rtol=1e-8, atol=1e-12
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        inverse_factor(stats.gram, 0.001)
-    with pytest.raises(InputError, match=r"not positive definite: .* \(tried up to 10\)"):
-        inverse_factor(torch.full((4, 4), math.nan), 0.01)
+        inverse_factor(stats.gram, 0.001, "score.damping")
+    with pytest.raises(InputError, match=r"not positive definite: .* score\.damping=1 \(tried up to 10\)"):
+        inverse_factor(torch.full((4, 4), math.nan), 0.01, "score.damping")
     with pytest.raises(InputError, match="not positive definite"):
         alps(torch.ones(3, 4), None, Statistics(9, {"gram": torch.full((4, 4), math.nan)}), select(0.5))
 

@@ -1,17 +1,19 @@
-"""Whether a folder may be written: refused before anything is touched, then made and locked."""
+"""Whether a folder may be written: refused before anything is touched, then made and locked, and left in order."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .. import machine
-from ..errors import InputError
+from ..errors import InputError, StorageError, VerificationError
+from ..progress import Progress
 from .lock import locked, refuse_locked
 from .manifest import read_manifest
 from .storage import make_folder
-from .writer import Journal, difference, holds_model, is_leftover, model_files
+from .writer import Journal, clear, difference, holds_model, is_leftover, model_files
 
 
 def check_output(folder: Path, out: Path, *, resume: bool | None, overwrite: bool, ours: bool = False) -> None:
@@ -89,3 +91,34 @@ def _leave_no_empty(out: Path) -> None:
     """Remove the folder we made where a refused run left nothing in it."""
     with suppress(OSError):
         out.rmdir()
+
+
+@contextmanager
+def orderly_end(
+    out: Path,
+    progress: Progress,
+    done: Callable[[], str],
+    *,
+    settle: Callable[[], object] | None = None,
+    ours: bool = True,
+) -> Iterator[None]:
+    """Leave nothing of an input that turned out wrong on the way; after anything else say what can be resumed.
+
+    `done()` says what is finished by then. `settle` is called before anything is removed, and only where the folder is `ours` is it.
+    """
+    try:
+        yield
+    except InputError:  # weights, activations or losses that are not finite would only be met again
+        progress.stop()
+        if settle is not None:
+            settle()
+        if ours:
+            with suppress(StorageError):
+                clear(out)
+        raise
+    except VerificationError:
+        raise
+    except BaseException:
+        progress.stop()
+        progress.say(f"stopped: {done()} in '{out}'; the same command with --resume continues")
+        raise

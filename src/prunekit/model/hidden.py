@@ -71,6 +71,9 @@ class HiddenStates(Protocol):
     def load(self, place: Place, index: int) -> None:
         """Take the inputs of block `index` from their file."""
 
+    def beside(self, first: int) -> HiddenStates:
+        """Room of the same kind for as many others; in files from window `first` on."""
+
     def close(self) -> None:
         """Give the memory back; files are left to their owner."""
 
@@ -121,6 +124,10 @@ class InMemory:
         with _opened(place.file(index)) as stream:
             stream.seek(place.first * (len(memory) // self.shape[0]))
             _read(stream, memory)
+
+    def beside(self, first: int) -> InMemory:
+        """Another tensor like this one."""
+        return InMemory(self.shape, self.dtype, torch.device("cuda") if self.tensor.is_pinned() else None)
 
     def close(self) -> None:
         """Drop the tensor."""
@@ -173,6 +180,10 @@ class InFiles:
         """Read from that file from now on."""
         self._index = index
 
+    def beside(self, first: int) -> InFiles:
+        """More windows in the same files."""
+        return InFiles(self.shape, self.dtype, Place(self._place.folder, first))
+
     def close(self) -> None:
         """Close the files."""
         for stream in self._streams.values():
@@ -181,18 +192,26 @@ class InFiles:
 
 
 @contextmanager
-def room_for(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[HiddenStates]:
-    """Hidden states that nobody will resume from: in memory, or in temporary files beyond half of what is free."""
+def room_for(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, most: int | None = None
+) -> Iterator[HiddenStates]:
+    """Hidden states that nobody will resume from: in memory, or in temporary files beyond `most` bytes and half of what is free."""
     size = torch.Size(shape).numel() * dtype.itemsize
     with ExitStack() as stack:
         hidden: HiddenStates
-        if size <= available_memory_bytes() // 2:
+        if size <= memory_for(most):
             hidden = InMemory(shape, dtype, device)
         else:
             folder = stack.enter_context(TemporaryDirectory(prefix="prunekit-"))
             hidden = InFiles(shape, dtype, Place(Path(folder)))
         stack.callback(hidden.close)
         yield hidden
+
+
+def memory_for(most: int | None = None) -> int:
+    """Bytes that hidden states for the time being may take in memory."""
+    half = available_memory_bytes() // 2
+    return half if most is None else min(half, most)
 
 
 def is_whole(path: Path, parts: list[dict[str, Any]], window: int) -> bool:

@@ -17,9 +17,10 @@ import inspect
 import mmap
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -35,7 +36,7 @@ from ..checkpoint.writer import refuse_unfinished
 from ..errors import InputError
 from ..machine import resolve_device, resolve_dtype
 from . import resizing
-from .anatomy import Anatomy, read_anatomy, tied_names
+from .anatomy import Anatomy, Linear, read_anatomy, tied_names
 from .resizing import SHAPES, SHORTCUTS, resize
 
 if TYPE_CHECKING:
@@ -56,6 +57,10 @@ class Source(Protocol):
     anatomy: Anatomy
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def parameter_count(self) -> int:
+        """All parameters; a tied head counts once."""
 
     def load_outer(self, ids: Tensor, head: Head = "none") -> None:
         """Make what lies outside the blocks usable for the tokens `ids` (of any shape) and no others."""
@@ -127,6 +132,22 @@ def exchanged(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None
         yield
     finally:
         _set(module, before)
+
+
+@contextmanager
+def hollow(module: nn.Module, linears: Iterable[Linear], answer: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """Let a block's linears return `answer(name, inputs)` for the time being, whatever their weights."""
+    children = {linear.name: module.get_submodule(linear.name) for linear in linears}
+    own: dict[str, Any] = {name: child.__dict__.get("forward") for name, child in children.items()}
+    for name, child in children.items():
+        child.forward = partial(answer, name)
+    try:
+        yield
+    finally:
+        for name, child in children.items():
+            del child.forward
+            if own[name] is not None:
+                child.forward = own[name]
 
 
 def _set(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -101,6 +101,10 @@ class Recorder(nn.Module):
         except AttributeError:  # models read attributes of their blocks, such as attention_type
             return getattr(self.__dict__["block"], name)
 
+    def learn(self, output: Any) -> None:
+        """Note for all blocks of this one's class whether they return a tensor or a tuple (and how long)."""
+        self._forms[type(self.block)] = len(output) - 1 if isinstance(output, tuple) else None
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Note the arguments; return the hidden states, alone or first in a tuple, as the block would."""
         self.hidden, self.call = split_call(args, kwargs)
@@ -110,13 +114,13 @@ class Recorder(nn.Module):
 
 
 class _Probe(Recorder):
-    """Runs the real block, and notes for all blocks of its class whether they return a tensor or a tuple (and how long)."""
+    """Runs the real block, and learns from it what blocks of its class return."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block and pass on what it returns."""
         block = self.__dict__["block"]
         output = block(*args, **kwargs)
-        self._forms[type(block)] = len(output) - 1 if isinstance(output, tuple) else None
+        self.learn(output)
         return output
 
 

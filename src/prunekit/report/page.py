@@ -67,7 +67,7 @@ def run_page(manifest: Mapping[str, Any], evaluation: EvaluationRecord | None = 
         headlines=_headlines(manifest, evaluation),
         evaluation=evaluation,
         recovery=_recovered(manifest),
-        heat=_heat(linears, run.get("blocks_removed", ()), removed=bool(run.get("removed"))),
+        heat=_heat(linears, run.get("dropped_blocks", ()), removed=bool(run.get("removed"))),
         errors=errors,
         error_chart=error_chart(errors) if errors else None,
         moments=moments,

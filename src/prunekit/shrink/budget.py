@@ -139,7 +139,7 @@ def global_types(demand: Demand, *, gamma: Annotated[float, Limits(above=0)] | N
     return counts
 
 
-@unit_budget()
+@unit_budget(given=True)
 def widths(demand: Demand, *, attention: int | None = None, mlp: int | None = None) -> Counts:
     """Given numbers of units: `attention` groups of heads and `mlp` channels in every block; what is not given stays whole."""
     given = {ATTENTION: attention, MLP: mlp}
@@ -263,7 +263,7 @@ class UnitBudget:
         demand = Demand(removable, parameters, target, {ATTENTION: 1, MLP: self.align}, scores)
         self._refuse(demand, ratio)
         counts = self.part.function(demand, **self.options)
-        if self.part.name != "widths":
+        if not self.part.given:
             counts = self._level(demand, counts) if self.shape == "uniform" else self._aligned(demand, counts)
         elif self.shape == "free":
             counts = self._aligned(demand, counts)
@@ -274,7 +274,7 @@ class UnitBudget:
         gone = any(
             found[each.name] < each.count for found, block in zip(counts, structures, strict=True) for each in block
         )
-        if target and not gone and self.part.name != "widths":
+        if target and not gone and not self.part.given:
             least = min(each.cost for each in demand.each())
             raise InputError(
                 f"ratio {float(ratio):g} asks for {target:,} parameters of {len(structures)} blocks, and a unit has {least:,} or more: "
@@ -305,7 +305,7 @@ class UnitBudget:
                     f"{structure.count} channels"
                 )
         most = sum(structure.cost * (structure.count - demand.least_of(structure)) for structure in each)
-        if self.part.name != "widths" and demand.target > most:
+        if not self.part.given and demand.target > most:
             raise InputError(
                 f"ratio {float(ratio):g} asks for {demand.target:,} parameters and at most {most:,} can go while a unit of every "
                 f"structure stays: ask for at most {math.floor(1000 * most / sum(demand.parameters)) / 1000:g}, "

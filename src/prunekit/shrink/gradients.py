@@ -27,9 +27,9 @@ from ..bits import all_finite, row_chunks
 from ..blockwalk import activation_bytes, block_parameters
 from ..errors import InputError
 from ..evaluation.perplexity import chunk_tokens
-from ..machine import available_memory_bytes, return_memory
+from ..machine import return_memory
 from ..model.anatomy import Block, Linear
-from ..model.hidden import HiddenStates, room_for
+from ..model.hidden import HiddenStates, memory_for, room_for
 from ..model.source import Source
 from ..model.stream import Walk, Windows
 from .plan import Structures
@@ -82,7 +82,7 @@ def measure_gradients(
         count, blocks = len(windows), source.anatomy.blocks
         # the inputs of all blocks, one block's windows behind another's
         shape = (len(blocks) * count, *walk.shape[1:])
-        inputs = stack.enter_context(room_for(shape, walk.dtype, source.device))
+        inputs = stack.enter_context(room_for(shape, walk.dtype, source.device, weight_bytes(source)))
         walk.start(stack.enter_context(room_for(walk.shape, walk.dtype, source.device)))
         source.free_block(0)  # read in inference mode to be tried
         for block in blocks:
@@ -117,7 +117,8 @@ def gradient_bytes(source: Source, windows: int, length: int, needs: frozenset[s
     config = source.module.config.get_text_config()
     size, width, blocks = source.dtype.itemsize, int(config.hidden_size), len(source.anatomy.blocks)
     fed = windows * length * width * size
-    held = sum(part for part in (blocks * fed, fed) if part <= available_memory_bytes() // 2)  # or they lie in files
+    rooms = ((blocks * fed, memory_for(weight_bytes(source))), (fed, memory_for()))
+    held = sum(part for part, room in rooms if part <= room)  # or they lie in files
     rows, columns = map(int, source.module.get_output_embeddings().weight.shape)
     head = rows * columns * size + _HEAD_COPIES * chunk_tokens(rows) * rows * 4
     widest = max(max(linear.out_features, linear.in_features) for linear in source.anatomy.linears())
@@ -125,6 +126,11 @@ def gradient_bytes(source: Source, windows: int, length: int, needs: frozenset[s
     weights = max(sum(linear.count for linear in block.linears) for block in source.anatomy.blocks)
     carried = (2 if MIXED in needs else 1) * weights * 4
     return held + max(head, 2 * max(block_parameters(source)) * size + carried + _KEPT * activations)
+
+
+def weight_bytes(source: Source) -> int:
+    """The model's weights as it computes with them: what all blocks were fed may take as much memory, and goes to files beyond it."""
+    return source.parameter_count * source.dtype.itemsize
 
 
 def _behind(part: slice, offset: int) -> slice:

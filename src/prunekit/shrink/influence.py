@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..blockwalk import Seconds, dense_blocks
 from ..distributed import Ranks
 from ..errors import InputError
-from ..machine import return_memory
-from ..model.hidden import room_for
 from ..model.stream import Walk
 
 _NO_DIRECTION = 0.5  # the cosine of a token without a direction, as in the official code
@@ -24,6 +23,7 @@ class Influence:
 
     walk: Walk
     ranks: Ranks
+    seconds: Seconds
     step: Callable[[], None]
 
     def turned(self, without: Collection[int] = ()) -> dict[int, float]:
@@ -68,29 +68,17 @@ class Influence:
     ) -> list[tuple[int, Tensor]]:
         """Walk through the blocks not in `without`, `see` what each is fed and returns, batch by batch, and add up what that gives."""
         walk, found = self.walk, []
-        with room_for(walk.shape, walk.dtype, walk.source.device) as hidden:
-            with self.ranks.together():
-                walk.start(hidden)
-            for block in walk.source.anatomy.blocks:
-                if block.index in without:
-                    continue
-                module = walk.source.load_block(block.index)
-                walk.source.prefetch(block.index + 1)
-                sums = torch.zeros(2, dtype=torch.float64)
-                with self.ranks.together():
-                    for position, batch in enumerate(walk.batches):
-                        before = walk.hidden[batch]
-                        after = walk.run_batch(block.index, module, position, before)
-                        sums += see(block.index, before.to(after.device), after, walk.windows[batch].keep).cpu()
-                        walk.hidden[batch] = after
-                walk.hidden.turn()
-                self.ranks.sum_up([sums])
-                found.append((block.index, sums))
-                walk.source.free_block(block.index)
-                return_memory()
-                self.step()
-            walk.release()
-        walk.prepare()
+        for block, module in dense_blocks(walk, self.ranks, self.seconds, self.step, without):
+            sums = torch.zeros(2, dtype=torch.float64)
+            with self.seconds.timed("forward"), self.ranks.together():
+                for position, batch in enumerate(walk.batches):
+                    before = walk.hidden[batch]
+                    after = walk.run_batch(block.index, module, position, before)
+                    sums += see(block.index, before.to(after.device), after, walk.windows[batch].keep).cpu()
+                    walk.hidden[batch] = after
+            walk.hidden.turn()
+            self.ranks.sum_up([sums])
+            found.append((block.index, sums))
         return found
 
 

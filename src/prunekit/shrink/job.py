@@ -11,7 +11,7 @@ from ..distributed import Ranks
 from ..errors import InputError
 from ..model.source import StreamedModel, refuse_sliced
 from ..model.stream import Walk
-from ..recipe import Recipe
+from ..recipe import Recipe, refuse_choices
 from .budget import Counts, blocks_to_remove, no_scores, plan_of
 from .gradients import gradient_bytes
 from .plan import Structures
@@ -37,10 +37,8 @@ class Shrinking:
         """Raises `InputError` for what the method or its budget cannot do with this model."""
         shrinker = Shrinker.of(find_method(recipe.method), recipe.parts, recipe.seed)
         calibration = recipe.calibration
-        if calibration.choices > 1 and not shrinker.gradients:
-            raise InputError(
-                f"calibration.choices={calibration.choices} is for scores that read gradients: '{recipe.method}' has none"
-            )
+        if not shrinker.gradients:
+            refuse_choices(recipe)
         if 1 < calibration.choices >= calibration.samples:
             raise InputError(
                 f"calibration.choices={calibration.choices} shares out the windows, with a last share to judge by: "
@@ -50,6 +48,11 @@ class Shrinking:
             raise InputError(
                 f"tune '{shrinker.tune.part.name}' goes from block to cut block: leave out "
                 + ("--set calibration.mode=dense" if shrinker.depth is None else "the tuning, whole blocks are not cut")
+            )
+        if shrinker.follows and calibration.mode == "dense":
+            raise InputError(
+                "compensate.target=dense follows the dense model beside the cut one, and in calibration.mode=dense there is no other: "
+                "leave one of them out"
             )
         refuse_sliced(source, "take heads and channels out of the original")
         structures = find_structures(source.module, source.anatomy)
@@ -86,12 +89,18 @@ class Shrinking:
         widths = [[each.consumer.in_features for each in block] for block in self.structures]
         matrices = 2 if "half_gram" in needs else 1
         sums = matrices * max(sum(width**2 * 4 for width in block) for block in widths) if gram else 0
+        if self.shrinker.follows:
+            sums += matrices * max(sum(each.consumer.count * 4 for each in block) for block in self.structures)
         widest = max(max(block, default=0) for block in widths)
         largest = max(linear.count for linear in self.source.anatomy.linears())
         gradients = self.shrinker.gradients
         ahead = gradient_bytes(self.source, windows, length, gradients) if gradients else 0
         return Appetite(
-            sums, 3 * largest * 4 + (3 * widest**2 * 8 if gram else 0), self.shrinker.tune is not None, ahead=ahead
+            sums,
+            3 * largest * 4 + (3 * widest**2 * 8 if gram else 0),
+            self.shrinker.tune is not None,
+            ahead=ahead,
+            streams=2 if self.shrinker.follows else 1,
         )
 
     def work(

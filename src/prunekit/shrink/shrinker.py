@@ -13,6 +13,7 @@ from ..binding import Bound, bind, named_generator
 from ..bits import all_finite
 from ..catalogue import Method
 from ..errors import InputError, PrunekitError
+from ..statistics import TARGET_SUMS
 from .budget import UnitBudget
 from .view import BlockView
 
@@ -72,6 +73,11 @@ class Shrinker:
     def refits(self) -> frozenset[str]:
         """Statistics its compensation reads."""
         return frozenset() if self.compensate is None else self.compensate.part.needed(self.compensate.options)
+
+    @property
+    def follows(self) -> bool:
+        """Whether the compensation aims at what linears give in the dense model, whose hidden states then go beside ours."""
+        return bool(self.refits & TARGET_SUMS)
 
     @property
     def plans_first(self) -> bool:

@@ -32,7 +32,7 @@ from ..model.hidden import HiddenStates, InMemory, Place
 from ..model.resizing import add_shortcuts, widened
 from ..model.source import StreamedModel
 from ..model.stream import Walk
-from ..recipe import Recipe
+from ..recipe import Recipe, refuse_choices
 from ..statistics import Sums
 from .residual import Branch, bare_copy, find_layouts
 from .turning import Turned, principal, refuse_foreign, turn_branch, turn_rows
@@ -66,6 +66,7 @@ class Slicing:
         """Raises `InputError` for models that do not compute the same with their stream turned, and ratios that leave nothing."""
         name = recipe.method
         bound = bound_width(find_method(name), recipe.parts)
+        refuse_choices(recipe)
         if recipe.calibration.mode == "dense":
             raise InputError(
                 f"'{name}' finds each basis behind all that is sliced before it: use --set calibration.mode=sequential"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..model.anatomy import Anatomy, Block, Linear
-from ..model.source import evaluating, exchanged, untouched
+from ..model.source import evaluating, exchanged, hollow, untouched
 from ..model.stream import Call, Recorder
 
 _TOKENS = 8
@@ -277,24 +277,14 @@ class Tracer:
     ) -> Iterator[dict[str, Tensor]]:
         """Let the linears return `outputs`, and other parameters be `rest`; yields what every linear is fed."""
         inputs: dict[str, Tensor] = {}
-        own: dict[str, Any] = {}
-        modules = {linear.name: module.get_submodule(linear.name) for linear in block.linears}
         buffers = {
             name: torch.zeros_like(buffer, device=self.device)
             for name, buffer in module.named_buffers()
             if buffer.device.type == "meta"
         }
-        for name, child in modules.items():
-            own[name] = child.__dict__.get("forward")
-            child.forward = partial(_answer, inputs, outputs, name)
-        try:
-            with exchanged(module, {**rest, **buffers}):
-                yield inputs
-        finally:
-            for name, child in modules.items():
-                del child.forward
-                if own[name] is not None:
-                    child.forward = own[name]
+        answer = partial(_answer, inputs, outputs)
+        with hollow(module, block.linears, answer), exchanged(module, {**rest, **buffers}):
+            yield inputs
 
     def _random(self, *shape: int) -> Tensor:
         # positive, where no activation is flat
@@ -361,7 +351,7 @@ class _Recorder(Recorder):
         if type(block) not in self._forms:
             with self._stubs():
                 output = block(*args, **kwargs)
-            self._forms[type(block)] = len(output) - 1 if isinstance(output, tuple) else None
+            self.learn(output)
         return super().forward(*args, **kwargs)
 
 

@@ -12,25 +12,26 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..bits import all_finite, count_zeros
-from ..blockwalk import BlockWalk, LinearReport, Rehearsal, Stored, block_parameters
+from ..blockwalk import BlockWalk, LinearReport, Rehearsal, Stored, block_parameters, dense_blocks
 from ..checkpoint.shard import Piece
 from ..checkpoint.writer import PLAN_NAME
 from ..errors import InputError, PrunekitWarning, VerificationError
-from ..machine import return_memory
 from ..model.anatomy import Block, weight_of
-from ..model.hidden import HiddenStates, room_for
+from ..model.hidden import HiddenStates, Place, room_for
 from ..model.source import StreamedModel
 from ..model.stream import Windows
 from ..recipe import Recipe
 from ..statistics import Statistics
 from ..verify import TOLERANCE, relative_difference
-from .budget import Counts, blocks_to_remove, plan_of, top_units
+from .budget import Counts, Scores, blocks_to_remove, plan_of, top_units
 from .choosing import choose_calibration
 from .gradients import measure_gradients
 from .influence import Influence
@@ -39,7 +40,7 @@ from .saving import Form, choose_form
 from .shrinker import Shrinker
 from .slicing import Slicer, cut
 from .units import Structure
-from .view import BlockView, Gradients
+from .view import BlockView
 from .writing import block_tensors, outer_pieces
 
 Kept = Mapping[str, tuple[int, ...]]
@@ -60,6 +61,7 @@ class ShrinkWalk(BlockWalk):
         kept: what stays of the blocks that are done.
         biases: consumers that were given a bias they did not have, by full name.
         added: how many parameters those are in every block that is done.
+        beside: hidden states of the dense model, where a compensation aims at what linears give there.
     """
 
     shrinker: Shrinker
@@ -71,6 +73,8 @@ class ShrinkWalk(BlockWalk):
     kept: dict[int, Kept] = field(default_factory=dict, kw_only=True)
     biases: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
     added: dict[int, int] = field(default_factory=dict, kw_only=True)
+
+    beside: HiddenStates | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._parameters = block_parameters(self.walk.source)
@@ -113,9 +117,7 @@ class ShrinkWalk(BlockWalk):
             scores = [
                 {each.name: torch.rand(each.count, generator=generator) for each in block} for block in self.structures
             ]
-            counts = self.counts or self.shrinker.budget.counts(
-                self.structures, self._parameters, self.recipe.target.fraction, scores
-            )
+            counts = self._counts(scores)
             plan = plan_of(self.structures, counts, scores)
             if self.shrinker.gradients:  # which no block alone has
                 self.plan, passes = plan, _PASSES_FOR_GRADIENTS
@@ -149,9 +151,8 @@ class ShrinkWalk(BlockWalk):
             return self._planned(self._gradient_scores(self.walk.windows, stored, step))
         if self.shrinker.depth is None:
             return self._planned(self._dense_scores(stored, step))
-        with self.seconds.timed("forward"):
-            count = self._blocks_to_remove
-            gone = self.shrinker.depth(Influence(self.walk, self.ranks, step), count) if count else []
+        count = self._blocks_to_remove
+        gone = self.shrinker.depth(Influence(self.walk, self.ranks, self.seconds, step), count) if count else []
         return self._without(gone)
 
     @property
@@ -163,9 +164,11 @@ class ShrinkWalk(BlockWalk):
         return Plan(tuple(None if index in gone else kept for index, kept in enumerate(whole)))
 
     def _planned(self, scores: list[dict[str, Tensor]]) -> Plan:
+        return plan_of(self.structures, self._counts(scores), scores)
+
+    def _counts(self, scores: Scores) -> Counts:
         ratio = self.recipe.target.fraction
-        counts = self.shrinker.budget.counts(self.structures, self._parameters, ratio, scores)
-        return plan_of(self.structures, counts, scores)
+        return self.counts or self.shrinker.budget.counts(self.structures, self._parameters, ratio, scores)
 
     def _chosen_plan(self, stored: Stored, step: Callable[[], None]) -> Plan:
         """Of several calibrations the plan that moves predictions least, on windows that none of them has seen."""
@@ -206,37 +209,61 @@ class ShrinkWalk(BlockWalk):
 
     @torch.inference_mode()
     def _dense_scores(self, stored: Stored, step: Callable[[], None]) -> list[dict[str, Tensor]]:
-        """Scores of all units in the dense model: a walk of its own."""
-        walk, found = self.walk, []
-        with room_for(walk.shape, walk.dtype, walk.source.device) as hidden:
-            with self.seconds.timed("forward"), self.ranks.together():
-                walk.start(hidden)
-            for block in walk.source.anatomy.blocks:
-                with self.seconds.timed("read"):
-                    module = walk.source.load_block(block.index)
-                walk.source.prefetch(block.index + 1)
-                consumers = self._consumers(block, module)
-                collector = self._collect(block, module, consumers, self.shrinker.measured, walk.hidden)
-                with self.seconds.timed("prune"), self.ranks.together():
-                    found.append(self._scores(block, stored, collector.statistics(self.ranks.sum_up)))
-                walk.source.free_block(block.index)
-                return_memory()
-                step()
-            walk.release()
-        walk.prepare()
+        """Scores of all units in the dense model."""
+        found = []
+        for block, module in dense_blocks(self.walk, self.ranks, self.seconds, step):
+            consumers = self._consumers(block, module)
+            collector = self._collect(block, module, consumers, self.shrinker.measured, self.walk.hidden)
+            with self.seconds.timed("prune"), self.ranks.together():
+                found.append(self._scores(block, stored, collector.statistics(self.ranks.sum_up)))
         return found
 
-    def _scores(
-        self,
-        block: Block,
-        stored: Stored,
-        statistics: Mapping[str, Statistics],
-        gradients: Mapping[str, Gradients] | None = None,
-    ) -> dict[str, Tensor]:
+    def _scores(self, block: Block, stored: Stored, statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:
         weights = {linear.name: linear.matrix(stored(linear)[0]) for linear in block.linears}
-        return self.shrinker.scores(
-            BlockView(weights, statistics, gradients or {}, tuple(self.structures[block.index]))
-        )
+        return self.shrinker.scores(BlockView(weights, statistics, {}, tuple(self.structures[block.index])))
+
+    def start(self, hidden: HiddenStates | None = None, *, keep: bool = True) -> None:
+        """Run the model around its blocks; the dense model's first hidden states are the same as ours."""
+        super().start(hidden, keep=keep)
+        if not self.shrinker.follows:
+            return
+        self.beside = self.walk.hidden.beside(self._behind)
+        if keep:
+            for batch in self.walk.batches:
+                self.beside[batch] = self.walk.hidden[batch]
+            self.beside.turn()
+
+    def _follow(self, block: Block, module: nn.Module, position: int) -> None:
+        """Send a batch of the dense model's hidden states through a block that is still whole."""
+        assert self.beside is not None
+        batch = self.walk.batches[position]
+        self.beside[batch] = self.walk.run_batch(block.index, module, position, self.beside[batch])
+
+    @property
+    def _behind(self) -> int:
+        """In files the dense model's windows lie behind all of ours."""
+        return self.first + (len(self.walk.windows) if self.total is None else self.total)
+
+    @property
+    def measures_in_place(self) -> bool:
+        """Whether measuring a block overwrites hidden states: it does those of the dense model."""
+        return super().measures_in_place or self.shrinker.follows
+
+    @property
+    def hidden_bytes(self) -> int:
+        """What the hidden states take, those of the dense model too where it is followed."""
+        return super().hidden_bytes * (2 if self.shrinker.follows else 1)
+
+    def states(self, folder: Path) -> list[tuple[HiddenStates, Place]]:
+        """The hidden states, and those of the dense model as if they were more windows."""
+        more = [] if self.beside is None else [(self.beside, Place(folder, self._behind))]
+        return [*super().states(folder), *more]
+
+    def release(self) -> None:
+        """Give all hidden states back."""
+        super().release()
+        if self.beside is not None:
+            self.beside.close()
 
     def _consumers(self, block: Block, module: nn.Module) -> dict[str, nn.Module]:
         return {each.name: module.get_submodule(each.name) for each in self.structures[block.index]}
@@ -251,7 +278,10 @@ class ShrinkWalk(BlockWalk):
                 outputs = stack.enter_context(room_for(walk.shape, walk.dtype, walk.source.device))
             settled = None if self.plan is None else self.plan.blocks[block.index]
             needs = self.shrinker.refits | (frozenset() if settled is not None else self.shrinker.measured)
-            collector = self._collect(block, module, self._consumers(block, module), needs, outputs)
+            follow = None if self.beside is None else partial(self._follow, block, module)
+            collector = self._collect(block, module, self._consumers(block, module), needs, outputs, follow)
+            if self.beside is not None:
+                self.beside.turn()
             begun = time.perf_counter()
             with self.seconds.timed("prune"), self.ranks.together():
                 statistics = collector.statistics(self.ranks.sum_up)
@@ -337,8 +367,8 @@ class ShrinkWalk(BlockWalk):
         part = self.shrinker.tune
         assert part is not None
         names = {f"{linear.name}.weight": linear for linear in block.linears}
-        config, slicer = self.walk.source.module.config.get_text_config(), self._slicer(block)
-        with cut(module, config, self.structures[block.index], self._plan_of(block), slicer):
+        slicer = self._slicer(block)
+        with self._cut_block(block, module, slicer):
             tuned = self._descend(part, block, module, names, wanted)
         for name, (value, _) in tuned.items():
             linear = names[name]
@@ -371,18 +401,22 @@ class ShrinkWalk(BlockWalk):
     def pass_on(self, index: int, module: nn.Module) -> None:
         """Send the windows through the block as it will be, cut; then take biases off it that its class does not have."""
         block = self.walk.source.anatomy.blocks[index]
-        config = self.walk.source.module.config.get_text_config()
-        plan, slicer = self._plan_of(block), self._slicer(block)
+        slicer = self._slicer(block)
         with ExitStack() as stack:
             if slicer.index:
-                self._compare(block, module, lambda: cut(module, config, self.structures[index], plan, slicer))
-                stack.enter_context(cut(module, config, self.structures[index], plan, slicer))
+                self._compare(block, module, slicer)
+                stack.enter_context(self._cut_block(block, module, slicer))
             super().pass_on(index, module)
         for each in self.structures[index]:
             if each.consumer.full_name in self.biases:
                 module.get_submodule(each.name).register_parameter("bias", None)
 
-    def _compare(self, block: Block, module: nn.Module, smaller: Callable[[], AbstractContextManager[None]]) -> None:
+    def _cut_block(self, block: Block, module: nn.Module, slicer: Slicer) -> AbstractContextManager[None]:
+        """The block without what goes, for the time being."""
+        config = self.walk.source.module.config.get_text_config()
+        return cut(module, config, self.structures[block.index], self._plan_of(block), slicer)
+
+    def _compare(self, block: Block, module: nn.Module, slicer: Slicer) -> None:
         """Raise `VerificationError` where the cut block does not compute what the whole one does with zeros for what is gone.
 
         The reload check compares what is loaded with cut blocks; this compares those, one by one, with what was measured and refitted.
@@ -393,7 +427,7 @@ class ShrinkWalk(BlockWalk):
                 self.check[:] if self.dense and self.check is not None else self.walk.hidden[self.walk.batches[last]]
             )
             zeroed = self.walk.replay(block.index, module, last, inputs)
-            with smaller():
+            with self._cut_block(block, module, slicer):
                 found = self.walk.replay(block.index, module, last, inputs)
             difference = relative_difference(found, zeroed)
             if not difference <= TOLERANCE[self.walk.source.dtype]:
@@ -456,6 +490,11 @@ class ShrinkWalk(BlockWalk):
         """The dense block with what was written of it, consumers without what is gone."""
         source, names = self._streamed, self._form.names
         module = source.load_block(block.index)
+        if self.beside is not None:
+            with self.seconds.timed("forward"):
+                for position in range(len(self.walk.batches)):
+                    self._follow(block, module, position)
+                self.beside.turn()
         stored = source.stored[block.index]
         self.skip(block, noted)
         slicer = self._slicer(block)
@@ -509,6 +548,6 @@ def form_of(source: StreamedModel, structures: Structures, plan: Plan, shrinker:
 
 def _biased(structures: Structures, plan: Plan, shrinker: Shrinker) -> list[Structure]:
     """Those whose consumers are given a bias, or another one, for what they lose."""
-    if shrinker.compensate is None or shrinker.compensate.part.name != "bias":
+    if shrinker.compensate is None or not shrinker.compensate.part.shifts:
         return []
     return [each for index in plan.kept_blocks for each in structures[index] if len(plan.kept(each)) < each.count]

@@ -8,13 +8,13 @@ of one, so that queries and keys do not reach what attention returns for it, and
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from ..model.anatomy import Block, Linear
+from ..model.source import hollow
 
 # A probed output is in the lower range or, changed, in the upper one. Both are positive, where no activation is flat, and far enough
 # apart to be told from each other in bfloat16 behind one.
@@ -26,25 +26,19 @@ class Stubs:
     """A block whose linears, while it is entered, return made-up outputs and note their inputs."""
 
     def __init__(self, block: Block, module: nn.Module, run: Callable[[nn.Module], Tensor]) -> None:
-        self._modules = {linear.name: module.get_submodule(linear.name) for linear in block.linears}
         self._linears = block.linears
         self._module = module
         self._run = run
-        self._own: dict[str, Any] = {}  # a `forward` of its own that a linear had
+        self._hollow = ExitStack()
         self._outputs: Mapping[str, Tensor] = {}
         self._inputs: dict[str, Tensor] = {}
         self._tokens = 0
 
     def __enter__(self) -> Stubs:
-        for name, module in self._modules.items():
-            if "forward" in module.__dict__:
-                self._own[name] = module.__dict__["forward"]
-            module.forward = partial(self._answer, name)
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(hollow(self._module, self._linears, self._answer))
             self._begin()
-        except BaseException:
-            self.__exit__()
-            raise
+            self._hollow = stack.pop_all()
         return self
 
     def _begin(self) -> None:
@@ -56,10 +50,7 @@ class Stubs:
         self._base = self.inputs(self._low)
 
     def __exit__(self, *_: object) -> None:
-        for name, module in self._modules.items():
-            del module.forward
-            if name in self._own:
-                module.forward = self._own[name]
+        self._hollow.close()
 
     def _answer(self, name: str, inputs: Tensor) -> Tensor:
         self._inputs[name] = inputs.reshape(-1, inputs.shape[-1]).clone()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bits import apply_mask, count_zeros, removed_part
-from ..blockwalk import Appetite, BlockWalk, LinearReport, Stored
+from ..blockwalk import Appetite, BlockWalk, LinearReport, Stored, dense_blocks
 from ..catalogue import find_method
 from ..distributed import Ranks
 from ..errors import InputError
@@ -25,7 +25,7 @@ from ..model.anatomy import Anatomy, Block, Linear, weight_of
 from ..model.hidden import HiddenStates, room_for
 from ..model.source import StreamedModel
 from ..model.stream import Walk
-from ..recipe import Pattern, Recipe
+from ..recipe import Pattern, Recipe, refuse_choices
 from ..statistics import Collector, Statistics
 from .budget import Budget
 from .folding import find_spaces, fold, in_module, permute_statistics
@@ -50,10 +50,7 @@ class Sparsification:
         method = find_method(recipe.method)
         budget = Budget.of(method, recipe.parts.get("budget"))
         sparsifier = Sparsifier.of(method, recipe.parts, recipe.seed)
-        if recipe.calibration.choices > 1:
-            raise InputError(
-                f"calibration.choices={recipe.calibration.choices} is for scores that read gradients: '{recipe.method}' has none"
-            )
+        refuse_choices(recipe)
         if sparsifier.tune is not None and recipe.calibration.mode == "dense":
             raise InputError(
                 f"tune '{sparsifier.tune.part.name}' goes from block to pruned block: leave out --set calibration.mode=dense"
@@ -291,25 +288,15 @@ class SparsifyWalk(BlockWalk):
 
     @torch.inference_mode()
     def _profile(self, stored: Stored, step: Callable[[], None]) -> list[float]:
-        """What a budget wants to know of every block of the dense model: a walk of its own, before the one that prunes."""
-        walk, found = self.walk, []
-        with room_for(walk.shape, walk.dtype, walk.source.device) as hidden:
-            with self.seconds.timed("forward"), self.ranks.together():
-                walk.start(hidden)
-            for block in walk.source.anatomy.blocks:
-                with self.seconds.timed("read"):
-                    module = walk.source.load_block(block.index)
-                walk.source.prefetch(block.index + 1)
-                collector = self._measure(block, module, self.budget.part.needs, walk.hidden)
-                with self.seconds.timed("prune"):
-                    measured = collector.statistics(self.ranks.sum_up)
-                    weights = [linear.matrix(stored(linear)[0]) for linear in block.linears]
-                    stats = [measured[linear.name].to(torch.float32) for linear in block.linears]
-                    found.append(self.budget.measure(weights, stats))
-                walk.source.free_block(block.index)
-                step()
-            walk.release()
-        walk.prepare()
+        """What a budget wants to know of every block of the dense model."""
+        found = []
+        for block, module in dense_blocks(self.walk, self.ranks, self.seconds, step):
+            collector = self._measure(block, module, self.budget.part.needs, self.walk.hidden)
+            with self.seconds.timed("prune"):
+                measured = collector.statistics(self.ranks.sum_up)
+                weights = [linear.matrix(stored(linear)[0]) for linear in block.linears]
+                stats = [measured[linear.name].to(torch.float32) for linear in block.linears]
+                found.append(self.budget.measure(weights, stats))
         return found
 
     def _measure(

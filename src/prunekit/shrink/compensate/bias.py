@@ -9,7 +9,7 @@ from ...parts import compensate
 from ...statistics import Statistics
 
 
-@compensate(needs={"input_sum"}, paper="https://arxiv.org/abs/2312.11983")
+@compensate(needs={"input_sum"}, paper="https://arxiv.org/abs/2312.11983", shifts=True)
 def bias(weight: Tensor, keep: Tensor, stats: Statistics) -> tuple[Tensor, Tensor | None]:
     """Kept columns stay as they are, and the mean of what the removed ones gave is added to the output.
 

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import warnings
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from ...errors import InputError, PrunekitWarning
+from ...normal import factor
 from ...parts import Limits, compensate
 from ...statistics import Statistics
-
-_RETRIES = 3
-
 
 _TRIED = (0.03, 0.1, 0.3, 1.0)
 
 
-def _reads(damping: float | str) -> set[str]:
-    return {"gram", "half_gram"} if damping == "auto" else {"gram"}
+Target = Literal["own", "dense"]
 
 
-@compensate(needs={"gram", "half_gram"}, paper="https://arxiv.org/abs/2412.12441", reads=_reads)
+def _reads(damping: float | str, target: Target) -> set[str]:
+    whole = {"gram", "target"} if target == "dense" else {"gram"}
+    return whole | {f"half_{name}" for name in whole} if damping == "auto" else whole
+
+
+@compensate(
+    needs={"gram", "half_gram", "target", "half_target"}, paper="https://arxiv.org/abs/2412.12441", reads=_reads
+)
 def least_squares(
     weight: Tensor,
     keep: Tensor,
     stats: Statistics,
     *,
     damping: Annotated[float, Limits(at_least=0)] | Literal["auto"] = "auto",
+    target: Target = "own",
 ) -> tuple[Tensor, Tensor | None]:
     """V = W_K + W_P G_PK (G_KK + λI)⁻¹, which minimises ‖X Wᵀ − X_K Vᵀ‖² + λ‖V − W_K‖².
 
@@ -37,59 +41,50 @@ def least_squares(
     is tried in float64, with a warning. Papers take 0.01, which fits the calibration tokens too closely where they are not many times
     as many as the inputs. `auto` fits the first halves of the windows with 0.03 to 1 and takes what loses least on the second halves.
 
-    Shapes: weight [out, in], keep [kept], stats.gram and stats.half_gram [in, in] -> [out, kept], None.
+    With `target` dense, what is aimed at is not X Wᵀ but what the linear gives in the dense model, so that it also makes up for what
+    was removed before it: V = W_K + (T_K − W_K G_KK)(G_KK + λI)⁻¹ with T = Σ y xᵀ. The dense model's hidden states go along: one more
+    pass, and as many bytes again.
+
+    Shapes: weight [out, in], keep [kept], gram and half_gram [in, in], target and half_target [out, in] -> [out, kept], None.
     Source: theorem 3 of Numerical Pruning (2024), and the fixed point of the reformation of Search for Efficient LLMs (2024); `auto`
     is ours.
     """
-    gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-    gone[keep] = False
-    if not bool(gone.any()):
+    if len(keep) == weight.shape[1]:
         return weight, None
-    wanted = damping if not isinstance(damping, str) else _chosen(weight, keep, gone, stats)
-    update = _update(weight, keep, gone, stats.gram, wanted)
-    return weight[:, keep] + update.to(weight), None
+    whole = _System.of(weight, keep, stats.gram, stats.target if target == "dense" else None)
+    wanted = damping if not isinstance(damping, str) else _chosen(weight, keep, stats, target, whole)
+    return weight[:, keep] + whole.update(wanted).to(weight), None
 
 
-def _update(weight: Tensor, keep: Tensor, gone: Tensor, gram: Tensor, damping: float) -> Tensor:
-    """What refitting adds to the kept columns, [out, kept] float64."""
-    rows = gram[keep].double()
-    return _solved(rows[:, keep], rows[:, gone] @ weight[:, gone].double().t(), damping).t()
+@dataclass(frozen=True)
+class _System:
+    """What refitting minimises over updates U: tr(U G_KK Uᵀ) − 2 tr(U Rᵀ), R = (T − W_K G_K)_K. Shapes: [kept, kept], [out, kept]."""
+
+    gram: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, keep: Tensor, gram: Tensor, target: Tensor | None) -> _System:
+        """With what a linear gives on the same tokens as target where no other is given."""
+        rows = gram[keep].double()
+        if target is None:
+            gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+            gone[keep] = False
+            return cls(rows[:, keep], weight[:, gone].double() @ rows[:, gone].t())
+        return cls(rows[:, keep], target[:, keep].double() - weight[:, keep].double() @ rows[:, keep])
+
+    def update(self, damping: float) -> Tensor:
+        """What is added to the kept columns, [out, kept] float64."""
+        return torch.cholesky_solve(self.right.t(), factor(self.gram, damping, "compensate.damping")).t()
+
+    def loss(self, update: Tensor) -> float:
+        """How much the squared error changes with an update."""
+        return float(((update @ self.gram - 2 * self.right) * update).sum())
 
 
-def _chosen(weight: Tensor, keep: Tensor, gone: Tensor, stats: Statistics) -> float:
+def _chosen(weight: Tensor, keep: Tensor, stats: Statistics, target: Target, whole: _System) -> float:
     """The damping whose fit to the first halves of the windows loses least of the output on the second halves."""
-    first = stats.half_gram
-    second = (stats.gram.double() - first.double()).to(weight)
-    change = torch.zeros_like(weight)
-    change[:, gone] = -weight[:, gone]
-    lost = {}
-    for damping in _TRIED:
-        change[:, keep] = _update(weight, keep, gone, first, damping).to(weight)
-        lost[damping] = float(((change @ second) * change).sum(dtype=torch.float64))
+    first = _System.of(weight, keep, stats.half_gram, stats.half_target if target == "dense" else None)
+    second = _System(whole.gram - first.gram, whole.right - first.right)
+    lost = {damping: second.loss(first.update(damping)) for damping in _TRIED}
     return min(lost, key=lost.__getitem__)
-
-
-def _solved(gram: Tensor, right: Tensor, damping: float) -> Tensor:
-    """(G + λI)⁻¹ R. Shapes: gram [kept, kept], right [kept, out]."""
-    mean = float(gram.diagonal().mean())
-    tried = damping
-    for attempt in range(_RETRIES + 1):
-        matrix = gram.clone()
-        diagonal = matrix.diagonal()
-        dead = diagonal == 0
-        diagonal += tried * mean
-        diagonal[dead] += 1.0
-        lower, failed = torch.linalg.cholesky_ex(matrix)
-        if not int(failed) and bool(torch.isfinite(lower).all()):
-            if attempt:
-                warnings.warn(
-                    f"gram matrix of kept inputs is not positive definite with damping {damping:g}: took {tried:g}",
-                    PrunekitWarning,
-                    stacklevel=2,
-                )
-            return torch.cholesky_solve(right, lower)
-        tried = tried * 10 if tried > 0 else 1e-4
-    raise InputError(
-        "the gram matrix of a linear's kept inputs is not positive definite: its inputs hold NaN or huge values; try --dtype float32, "
-        f"or more damping than --set compensate.damping={damping:g}"
-    )

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from torch import Tensor
 
+from ...normal import inverse_factor
 from ...parts import Limits, unit_score
-from ...sparsify.reconstruct._normal import inverse_factor
 from ..units import Structure
 from ..view import BlockView
 
@@ -16,12 +16,13 @@ from ..view import BlockView
 def obs(view: BlockView, structure: Structure, *, damping: Annotated[float, Limits(at_least=0)] = 0.01) -> Tensor:
     """Squared norm of an input's column over its entry on the diagonal of the inverse gram matrix, summed over a unit.
 
-    Σ_i W_ij² / (H⁻¹)_jj is the output error that is left when input j is removed and least squares refits the others.
+    Σ_i W_ij² / (H⁻¹)_jj is the output error that is left when input j is removed and least squares refits the others. Of an input that
+    was never fed that is 0.
 
     Shapes: -> [units]. Source: equations 1 to 3 of Search for Efficient Large Language Models (2024), of which this takes the
     consumer's columns.
     """
     weight = view.weight(structure.name)
-    factor = inverse_factor(view.statistics[structure.name].gram, damping)
-    inverse = factor.double().square().sum(0)
-    return structure.by_unit(weight.double().square().sum(0) / inverse)
+    gram = view.statistics[structure.name].gram
+    inverse = inverse_factor(gram, damping, "score.damping").double().square().sum(0)
+    return structure.by_unit(weight.double().square().sum(0) / inverse * (gram.diagonal() > 0))

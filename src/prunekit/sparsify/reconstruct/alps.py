@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ...normal import damped, indefinite
 from ...parts import reconstruct
 from ...statistics import Statistics
 from ..patterns import Selection
-from ._normal import INDEFINITE, damped
 from .least_squares import conjugate_gradients
 
 _PERIOD = 3  # iterations between two looks at how much of the mask still moves
@@ -40,7 +40,7 @@ def alps(
         raise InputError(
             f"reconstruct.steps={steps} and reconstruct.rho={rho}: ADMM takes 1 step or more and rho above 0"
         )
-    matrix = damped(stats.gram, damping).to(weight.dtype)
+    matrix = damped(stats.gram, damping, "reconstruct.damping").to(weight.dtype)
     root = matrix.diagonal().sqrt()
     matrix = matrix / root / root[:, None]
     scaled = weight * root
@@ -81,5 +81,5 @@ def _inverse(matrix: Tensor, rho: float) -> Tensor:
     shifted.diagonal().add_(rho)
     lower, failed = torch.linalg.cholesky_ex(shifted)
     if int(failed):
-        raise InputError(INDEFINITE)
+        raise InputError(indefinite("reconstruct.damping"))
     return torch.cholesky_inverse(lower)

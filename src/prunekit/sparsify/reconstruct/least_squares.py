@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ...normal import damped
 from ...parts import reconstruct
 from ...statistics import Statistics
 from ..patterns import Selection
-from ._normal import damped
 
 
 @reconstruct(needs={"gram"}, paper="https://arxiv.org/abs/2406.07831", rowwise=True)
@@ -33,7 +33,7 @@ def least_squares(
     Shapes: weight and keep [out, in], stats.gram [in, in] -> weight and keep-mask [out, in].
     Source: Meng et al. 2024 (ALPS), section 3.3. Raises `InputError` where a system cannot be solved.
     """
-    matrix = damped(stats.gram, damping).to(weight.dtype)
+    matrix = damped(stats.gram, damping, "reconstruct.damping").to(weight.dtype)
     if solver == "exact":
         return _exact(weight, keep, matrix), keep
     return conjugate_gradients(weight, weight * keep, keep, matrix, steps), keep

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ...normal import inverse_factor
 from ...parts import reconstruct
 from ...statistics import Statistics
 from ..patterns import Selection, keep_groups, keep_largest
-from ._normal import inverse_factor
 
 
 @reconstruct(needs={"gram"}, paper="https://arxiv.org/abs/2301.00774", rowwise=True, chooses=True)
@@ -40,7 +40,7 @@ def sparsegpt(
         block = max(groups[1], block // groups[1] * groups[1])
     gram = stats.gram
     dead = gram.diagonal() == 0
-    factor = inverse_factor(gram, damping).to(weight.dtype)
+    factor = inverse_factor(gram, damping, "reconstruct.damping").to(weight.dtype)
     scale = factor.diagonal()
     work = weight.t().clone(memory_format=torch.contiguous_format)  # [in, out]: a column is then contiguous
     kept = (
