@@ -11,12 +11,14 @@ SmolLM2-135M at 50 %, and a Llama of 1.1B parameters with random weights at 60 %
 attention, norms, the head) is the same on both sides; it is timed, too.
 
 All sides take turns in one process with the same threads; ratios are taken round by round, and the median is given with the lowest and
-the highest. `--threads 1 --clock processor` counts processor time, for machines that do something else meanwhile (not `models`).
+the highest. `--rounds 0` only writes models. `--threads 1 --clock processor` counts processor time, for machines that do something else
+meanwhile (not for `models`).
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -55,7 +57,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall")
-    parser.add_argument("--work", type=Path, help="where models are written (7 GB); a temporary folder by default")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="where models are written and stay (5 GB), for more runs; a temporary folder by default",
+    )
     parser.add_argument("--keep", type=Path, help="write the figures to this JSON file")
     asked = parser.parse_args()
     if asked.clock == "processor":
@@ -84,8 +90,9 @@ def main() -> None:
         if "switch" in asked.parts:
             figures["switch"] = [row for shapes in WEIGHTS.values() for row in switch(shapes[-1], asked.rounds)]
     if "models" in asked.parts:
-        with tempfile.TemporaryDirectory(dir=asked.work) as work:
-            figures["models"] = models(Path(work), asked.rounds)
+        with tempfile.TemporaryDirectory() as temporary:
+            folders = write_models(asked.work or Path(temporary))
+            figures["models"] = [whole_model(*one, asked.rounds) for one in folders if asked.rounds]
     if asked.keep:
         keep(asked.keep, figures)
 
@@ -177,17 +184,24 @@ def switch(shape: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
     return found
 
 
-def models(work: Path, rounds: int) -> list[dict[str, Any]]:
-    """Both whole models, pruned by magnitude here."""
-    prunekit.prune("smollm2-135m", method="magnitude", sparsity=0.5, out=work / "135m", dtype="bfloat16")
-    found = [whole_model("smollm2-135m", work / "135m", 0.5, rounds)]
-    write_model(SHAPES["1b"], work / "dense")
-    prunekit.prune(work / "dense", method="magnitude", sparsity=0.6, out=work / "1b", dtype="bfloat16")
-    return [*found, whole_model("random Llama, 1.1B", work / "1b", 0.6, rounds)]
+def write_models(work: Path) -> list[tuple[str, Path, float]]:
+    """Both whole models, pruned by magnitude: name, folder, sparsity. Those that are in `work` already are taken as they are."""
+    work.mkdir(parents=True, exist_ok=True)
+    small, large = work / "smollm2-135m-0.5", work / "llama-1.1b-0.6"
+    calibration = {"samples": 1, "length": 64}  # magnitude looks at no text
+    if not small.exists():
+        prunekit.prune("smollm2-135m", method="magnitude", sparsity=0.5, out=small, calibration=calibration)
+    if not large.exists():
+        dense = work / SHAPES["1b"].folder_name
+        write_model(SHAPES["1b"], dense)
+        prunekit.prune(dense, method="magnitude", sparsity=0.6, out=large, calibration=calibration)
+        shutil.rmtree(dense)
+    return [("smollm2-135m", small, 0.5), ("random Llama, 1.1B", large, 0.6)]
 
 
 def whole_model(name: str, folder: Path, sparsity: float, rounds: int) -> dict[str, Any]:
     """Decoding, prefill and memory, packed next to dense."""
+    print(name, flush=True)
     bench = prunekit.bench(
         folder,
         runtime="sparse",

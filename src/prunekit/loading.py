@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from . import machine
-from .checkpoint.bitmask import pack_mask, pack_values, packed_bytes
+from .checkpoint.bitmask import packed_bytes
 from .errors import InputError, PrunekitWarning, nearest
 from .inspection import pattern_holds
 from .model.anatomy import Block, Linear, read_anatomy
@@ -25,7 +25,7 @@ from .progress import no_bar
 from .recipe import Pattern
 from .runtime.kernels import warn_without_library
 from .runtime.linear import PackedLinear
-from .runtime.packed import Packed
+from .runtime.packed import Packed, pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,8 +115,14 @@ def _packed_model(folder: Path, source: StreamedModel) -> PreTrainedModel:
             stacklevel=4,
         )
     source.load_outer(torch.arange(model.get_input_embeddings().weight.shape[0]), "whole")
+    model.get_output_embeddings().register_forward_pre_hook(_in_one_piece)
     model.save_pretrained = _refuse_saving
     return model
+
+
+def _in_one_piece(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """The head is fed a slice of the hidden states; to multiply that, torch copies a whole weight where it wants no gradients."""
+    return (inputs[0].clone(memory_format=torch.contiguous_format),)
 
 
 def _pack_block(folder: Path, source: StreamedModel, block: Block) -> int:
@@ -147,9 +153,8 @@ def _pack(source: StreamedModel, key: str, linear: Linear) -> Packed | None:
     if stored is not None:
         mask, values = stored
     else:
-        weight = linear.matrix(source.reader.read([key])[key]).contiguous()
-        mask, values = pack_mask(weight), pack_values(weight)
-        if packed_bytes(len(weight), linear.in_features, len(values), entry.dtype.itemsize) >= entry.bytes:
+        mask, values = pack(linear.matrix(source.reader.read([key])[key]))
+        if packed_bytes(linear.out_features, linear.in_features, len(values), entry.dtype.itemsize) >= entry.bytes:
             return None
     refuse_not_finite(values, key, f"block {linear.index}")
     # values of 16 bits serve a computation in float32 as they are: widened, they would only take more memory

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import warnings
 from functools import cache, partial
 from typing import Any, Protocol
@@ -139,7 +140,7 @@ def linear(packed: Packed, x: Tensor, bias: Tensor | None, kernels: Kernels | No
 def through_tiles(kernels: Kernels, packed: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
     """The same by torch's product with one dense tile of the weight after the other, so that memory stays packed; x is [n, columns]."""
     step = min(packed.rows, max(1, _TILE_BYTES // max(1, packed.columns * packed.values.itemsize)))
-    tile = torch.empty((step, packed.columns), dtype=packed.values.dtype)
+    tile = _tile(step, packed)
     if step == packed.rows:
         kernels.expand(packed, 0, tile)
         return nn.functional.linear(x, tile.to(x.dtype), bias)
@@ -150,6 +151,19 @@ def through_tiles(kernels: Kernels, packed: Packed, x: Tensor, bias: Tensor | No
         kernels.expand(packed, begin, rows)
         y[:, part] = nn.functional.linear(x, rows.to(x.dtype), None if bias is None else bias[part])
     return y
+
+
+_memory = threading.local()
+
+
+def _tile(rows: int, packed: Packed) -> Tensor:
+    """Memory for a tile, each thread its own: made anew for every product, the system would have to clear its pages first."""
+    size = rows * packed.columns * packed.values.itemsize
+    if getattr(_memory, "tile", None) is None or len(_memory.tile) < size:
+        with torch.inference_mode(False):  # it outlives whatever mode it is made in
+            _memory.tile = torch.empty(max(size, _TILE_BYTES), dtype=torch.uint8)
+    found: Tensor = _memory.tile[:size].view(packed.values.dtype).view(rows, packed.columns)
+    return found
 
 
 def unpacked(packed: Packed, kernels: Kernels | None = None) -> Tensor:

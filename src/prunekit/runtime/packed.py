@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..bits import any_bit
+from ..bits import row_chunks
 from ..checkpoint.bitmask import pack_mask, pack_values
 from ..errors import InputError
 
@@ -35,8 +35,7 @@ class Packed(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor) -> Packed:
         """Pack a weight [rows, columns]; bit for bit, a -0 included."""
-        weight = weight.contiguous()
-        return cls.of_parts(pack_mask(weight), pack_values(weight), weight.shape[1], "a weight in memory")
+        return cls.of_parts(*pack(weight), weight.shape[1], "a weight in memory")
 
     @classmethod
     def of_parts(cls, mask: Tensor, values: Tensor, columns: int, name: str) -> Packed:
@@ -78,9 +77,14 @@ def words_of(columns: int) -> int:
     return -(-columns // WORD)
 
 
-def kept_of(weight: Tensor) -> int:
-    """How many entries of a weight are kept: those with any bit set."""
-    return int(torch.count_nonzero(any_bit(weight)))
+def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Mask [rows, ⌈columns / 8⌉] and values [kept] of a weight [rows, columns].
+
+    Some rows at a time: while it picks values torch takes 16 bytes for each.
+    """
+    weight = weight.contiguous()
+    parts = [weight[rows] for rows in row_chunks(*weight.shape)]
+    return torch.cat([pack_mask(part) for part in parts]), torch.cat([pack_values(part) for part in parts])
 
 
 def _refuse(name: str, reason: str) -> NoReturn:
