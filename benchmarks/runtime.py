@@ -6,9 +6,9 @@
 `kernels`: one product of one row, packed, next to torch's own bfloat16 linear with the same zeros, for the shapes of models of 135M,
 1.1B and 7B parameters. Every shape goes through more copies than caches hold, because that is how a model decodes.
 `switch`: the kernel for few rows next to dense tiles, by rows; where they cross is what `prunekit.runtime.kernels` has as a constant.
-`models`: tokens a second and memory of whole models, `prunekit bench --runtime sparse` next to the dense run of the same folder:
-SmolLM2-135M at 50 %, and a Llama of 1.1B parameters with random weights at 60 %. What is not products with the blocks' weights (Python,
-attention, norms, the head) is the same on both sides; it is timed, too.
+`models`: tokens a second and bytes of weights of whole models, the sparse runtime next to the dense run of the same folder:
+SmolLM2-135M at 50 %, and a Llama of 1.1B parameters with random weights at 60 %. Products with the blocks' weights and the head are
+timed by themselves, too: what is left of a token's time is Python, attention and norms, the same on both sides.
 
 All sides take turns in one process with the same threads; ratios are taken round by round, and the median is given with the lowest and
 the highest. `--rounds 0` only writes models. `--threads 1 --clock processor` counts processor time, for machines that do something else
@@ -30,10 +30,11 @@ import torch
 from big import SHAPES, write_model
 from common import keep
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import prunekit
-from prunekit.evaluation.speed import Spread
+from prunekit.evaluation.speed import Spread, draw_prompt, measure
 from prunekit.loading import load_model
 from prunekit.runtime.kernels import chosen, linear, through_tiles
 from prunekit.runtime.linear import PackedLinear
@@ -202,51 +203,42 @@ def write_models(work: Path) -> list[tuple[str, Path, float]]:
 def whole_model(name: str, folder: Path, sparsity: float, rounds: int) -> dict[str, Any]:
     """Decoding, prefill and memory, packed next to dense."""
     print(name, flush=True)
-    bench = prunekit.bench(
-        folder,
-        runtime="sparse",
-        against=folder,
-        prompt=128,
-        tokens=32,
-        repetitions=rounds,
-        dtype="bfloat16",
-        device="cpu",
-    )
-    packed, dense = bench.measured
-    weights = {way: weight_bytes(folder, way) for way in ("sparse", "dense")}
+    loaded = {way: load(folder, way) for way in ("sparse", "dense")}
+    both = [model for model, _ in loaded.values()]
+    ids = draw_prompt(both[0].config.vocab_size, 128)
+    packed, dense = measure(both, ids, tokens=16, repetitions=rounds, warmup=1)
     figures = {
         "model": name,
         "sparsity": sparsity,
-        "decode": asdict(bench.ratio("decode")),
-        "prefill": asdict(bench.ratio("prefill")),
-        "decode_tokens_per_second": {"sparse": packed.spread("decode").median, "dense": dense.spread("decode").median},
-        "memory_peak_bytes": {"sparse": packed.memory.peak, "dense": dense.memory.peak},
-        "memory_before_bytes": packed.memory.before,
-        "weights_bytes": weights,
-        "weights_ratio": weights["sparse"] / weights["dense"],
-        "products_seconds": products(folder, rounds),
+        "decode": ratio([one.decode for one in packed], [one.decode for one in dense]),
+        "prefill": ratio([one.prefill for one in packed], [one.prefill for one in dense]),
+        "decode_tokens_per_second": {
+            "sparse": Spread.of([one.decode for one in packed]).median,
+            "dense": Spread.of([one.decode for one in dense]).median,
+        },
+        "weights_bytes": {way: weights for way, (_, weights) in loaded.items()},
+        "products_seconds": products(both, rounds),
     }
-    for line in (f"{key}: {value}" for key, value in figures.items()):
+    for line in (f"  {key}: {value}" for key, value in figures.items()):
         print(line, flush=True)
     return figures
 
 
-def weight_bytes(folder: Path, runtime: str) -> int:
-    """What a model's tensors take in memory."""
+def load(folder: Path, runtime: str) -> tuple[PreTrainedModel, int]:
+    """A model, and the bytes of its tensors."""
     model = load_model(folder, dtype="bfloat16", device="cpu", runtime=runtime)
-    return sum(tensor.numel() * tensor.itemsize for tensor in (*model.parameters(), *model.buffers()))
+    return model, sum(tensor.numel() * tensor.itemsize for tensor in (*model.parameters(), *model.buffers()))
 
 
 @torch.inference_mode()
-def products(folder: Path, rounds: int) -> dict[str, float]:
+def products(models: list[PreTrainedModel], rounds: int) -> dict[str, float]:
     """Seconds a token spends in the products of the blocks, one after the other with nothing between them; and in the head's."""
     sides: dict[str, Callable[[], object]] = {}
-    for way in ("sparse", "dense"):
-        model = load_model(folder, dtype="bfloat16", device="cpu", runtime=way)
+    for way, model in zip(("sparse", "dense"), models, strict=True):
         layers = [m for m in model.base_model.modules() if isinstance(m, (nn.Linear, PackedLinear))]
         inputs = {size: torch.randn(1, 1, size).bfloat16() for size in {layer.in_features for layer in layers}}
         sides[way] = lambda layers=layers, inputs=inputs: [layer(inputs[layer.in_features]) for layer in layers]
-    head, x = model.get_output_embeddings(), torch.randn(1, 1, model.config.hidden_size).bfloat16()
+    head, x = models[0].get_output_embeddings(), torch.randn(1, 1, models[0].config.hidden_size).bfloat16()
     sides["head"] = lambda: head(x)
     return {name: Spread.of(seconds).median for name, seconds in in_turn(sides, rounds).items()}
 

@@ -104,6 +104,7 @@ def _packed_model(folder: Path, source: StreamedModel) -> PreTrainedModel:
     for block in source.anatomy.blocks:
         dense += _pack_block(folder, source, block)
         total += len(block.linears)
+        machine.return_memory()  # what packing took lies between what stays
     if dense == total:
         raise InputError(
             f"runtime '{SPARSE}' needs weights with zeros, and '{folder}' has so few that packed it would be larger: load it without"

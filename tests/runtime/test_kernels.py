@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -75,3 +76,18 @@ def test_large_weights_go_in_parts_and_tiles(name: str) -> None:
         x = torch.randn(rows, 2100).bfloat16()
         bias = torch.randn(1100).bfloat16()
         close(linear(packed, x, bias, kernels), weight, x, bias)
+
+
+def test_several_callers_at_a_time() -> None:
+    """As in a server: every one of them has tiles of its own."""
+    torch.manual_seed(0)
+    problems = [(weight_of(90, 130, 0.5, False, torch.float32), torch.randn(200, 130)) for _ in range(4)]
+    packed = [Packed.of(weight) for weight, _ in problems]
+
+    def solve(number: int) -> None:
+        place = number % len(problems)
+        weight, x = problems[place]
+        close(linear(packed[place], x, None), weight, x, None)
+
+    with ThreadPoolExecutor(4) as callers:
+        list(callers.map(solve, range(80)))

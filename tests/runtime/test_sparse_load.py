@@ -87,6 +87,17 @@ def test_shapes_that_no_stock_config_has(tmp_path: Path) -> None:
     )
 
 
+def test_the_head_is_fed_in_one_piece(folders: Path) -> None:
+    """Or torch copies its weight for every prompt."""
+    model = prunekit.load(folders / "plain", dtype="bfloat16", **SPARSE)
+    seen: list[tuple[int, ...]] = []
+    model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].stride()))
+    with torch.inference_mode():
+        last = model(IDS[:1], logits_to_keep=1).logits
+    assert seen == [(32, 32, 1)]
+    torch.testing.assert_close(last[0, 0].float(), logits(model, IDS[:1])[0, -1], atol=0.1, rtol=0.05)
+
+
 # memory
 
 

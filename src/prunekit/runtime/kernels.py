@@ -27,7 +27,7 @@ _INTERFACE = 1
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 # both measured by benchmarks/runtime.py --parts switch; nothing is known of neon but that its vectors are half as wide as those of avx2
-_MOST_ROWS = {"avx512-bf16": 48, "avx512": 48, "avx2": 12, "neon": 12, "portable": 2}
+_MOST_ROWS = {"avx512-bf16": 64, "avx512": 48, "avx2": 12, "neon": 12, "portable": 2}
 _TILE_BYTES = 4 << 20
 
 
