@@ -91,7 +91,7 @@ def _asked(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
             return f"{100 * float(target.fraction):g} % of the {of}; {left}"
         gone = f"{100 * float(target.fraction):g} % of the block parameters"
         if "depth" in parts:
-            return f"{gone}, in whole blocks"
+            return f"{gone}, in whole {'sublayers' if 'what' in parts['depth'] else 'blocks'}"
         gone = "Given widths" if recipe.sized else gone
         widths = (
             "every block as wide as the next" if parts["budget"]["shape"] == "uniform" else "blocks of their own widths"
