@@ -42,8 +42,8 @@ class Method:
     `layer` (the linear). A `K:G` pattern compares within its groups of G, whatever the method. `score` is None where the
     reconstruction chooses what to keep while it solves. `options` are defaults that differ from the parts' own.
     Of the `kind` shrink, a method removes structures: its score ranks units, its `budget` says how many stay, `compensate` refits the
-    linears that lose inputs, `tune` the whole block; or `depth` says which whole blocks or sublayers go, or `width` how narrow the residual
-    stream becomes.
+    linears that lose inputs, `tune` the whole block; or `depth` says which whole blocks or sublayers go, or `width` how narrow the
+    residual stream becomes.
     `calibration` is what the paper draws, where that is another order of magnitude than our default.
     """
 

@@ -17,7 +17,7 @@ from ..checkpoint.reader import Reader, bytes_of
 from ..checkpoint.shard import Piece
 from ..errors import InputError
 from ..model.anatomy import read_anatomy
-from ..model.resizing import SHAPES
+from ..model.resizing import REMOVED, SHAPES
 from ..model.source import StreamedModel, build_skeleton, refuse_sliced
 from .plan import Plan, Structures
 from .saving import Form, FormChooser
@@ -52,6 +52,11 @@ def padded(source: StreamedModel) -> tuple[Form, list[Sheet]]:
     if SHAPES not in reader.config:
         raise InputError(
             f"'{reader.folder}' has no blocks of different widths: transformers loads it as it is, without --pad"
+        )
+    if REMOVED in reader.config[SHAPES]:
+        raise InputError(
+            f"'{reader.folder}' has blocks without attention or perceptron, which no width makes stock: load it with prunekit.load or "
+            "trust_remote_code=True"
         )
     base = build_skeleton(reader, source.dtype, source.device, noted=False)
     anatomy = read_anatomy(base)

@@ -77,17 +77,12 @@ def plan_without(
     Raises `InputError` where no sublayer would go, or all of them would have to.
     """
     target = round(ratio * sum(parameters))
-    blocks: list[dict[str, tuple[int, ...]] | None] = [{} for _ in structures]
-    gone: set[tuple[int, str]] = set()
     plan, removed = Plan.whole(structures), 0
     for number, each in enumerate(order):
-        gone.add((each.block, each.name))
-        units = {
-            other.name: () if (each.block, other.name) in gone else tuple(range(other.count))
-            for other in structures[each.block]
-        }
-        blocks[each.block] = units if any(units.values()) else None
-        more = Plan(tuple({} if kept is not None and not kept else kept for kept in blocks))
+        blocks = list(plan.blocks)
+        kept = {**(blocks[each.block] or {}), each.name: ()}
+        blocks[each.block] = kept if any(kept.values()) else None
+        more = Plan(tuple(blocks))
         reached = more.removed(structures, parameters)
         if reached - target >= target - removed:
             if target and not removed:

@@ -327,6 +327,7 @@ class ShrinkWalk(BlockWalk):
         slicer, reports = self._slicer(block), []
         for linear in block.linears:
             if slicer.lost(f"{linear.name}.weight"):
+                reports.append(LinearReport(linear.full_name, (0, 0), None, 0, 0, None, 0.0, removed=linear.count))
                 continue
             matrix = linear.matrix(slicer(f"{linear.name}.weight", stored(linear)[0]))
             reports.append(
