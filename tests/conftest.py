@@ -66,6 +66,15 @@ def llama_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama that writes ASCII, with a chat template; for reading only."""
+    folder = tmp_path_factory.mktemp("talker") / "talker"
+    tiny.readable(tiny.make_model("llama")).save_pretrained(folder)
+    tiny.make_chat_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a tiny Llama pruned to 2:4, its middle block left dense; for reading only."""
     folder = tmp_path_factory.mktemp("finished")

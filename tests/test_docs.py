@@ -57,9 +57,12 @@ SHORT = {
     "--samples": "3",
     "--length": "32",
     "--text-samples": "2",
+    "--test-samples": "2",
+    "--trials": "3",
     "--limit": "2",
     "--prompt": "8",
     "--tokens": "2",
+    "--max-tokens": "2",
     "--repetitions": "1",
     "--warmup": "0",
 }
@@ -67,7 +70,7 @@ TINY = {"num_hidden_layers": 2, "max_position_embeddings": 32}
 # options that all budgets of methods that remove structures have
 SHAPES = ("shape", "align", "skip_first", "skip_last")
 # verbs that go on in the folder they are given
-CONTINUING = ("sweep", "study")
+CONTINUING = ("sweep", "study", "tune")
 
 
 @dataclass(frozen=True)
@@ -288,6 +291,7 @@ def place(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     monkeypatch.setattr(Grid, "read", lambda path: shortened(read_grid(path)))
     monkeypatch.setattr(studies, "read_study", short_study)
     monkeypatch.setattr("prunekit.on_ray.ray_executor", lambda *_, **__: None)  # then runs are carried out here
+    monkeypatch.setattr("prunekit.on_ray.ray_workers", lambda *_, **__: None)
     monkeypatch.setattr(
         benching, "_memory_in_child", benching._memory
     )  # not in a process of its own, which takes seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,10 @@ FREE = {"budget": {"shape": "free", "align": 1, "skip_first": 0, "skip_last": 0}
 def test_methods_that_remove_structures_are_planned_as_they_run(
     method: str, llama_folder: Path, tmp_path: Path
 ) -> None:
-    options: dict[str, object] = {"method": method, "ratio": 0.3, "parts": FREE if METHODS[method].score else {}}
+    parts: dict[str, Any] = FREE if METHODS[method].score else {}
+    if METHODS[method].search is not None:
+        parts = {**parts, "search": {"trials": 3, "samples": 3}}
+    options: dict[str, object] = {"method": method, "ratio": 0.3, "parts": parts}
     made = make(llama_folder, **options)
     text = tmp_path / "text.txt"
     text.write_text(tiny.make_text(600), encoding="utf-8")

@@ -94,6 +94,27 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def make_chat_tokenizer() -> PreTrainedTokenizerFast:
+    """The same with a chat template, which wants a system message first or nowhere."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message.role == 'system' and not loop.first %}"
+        "{{ raise_exception('system comes first') }}{% endif %}"
+        "{{ bos_token + message.role + '\n' + message.content + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ bos_token + 'assistant\n' }}{% endif %}"
+    )
+    return tokenizer
+
+
+def readable(model: PreTrainedModel) -> PreTrainedModel:
+    """A Llama that, greedy, writes printable ASCII alone: no other token has a logit above 0."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    others = [token for token in range(VOCABULARY) if token >= 256 or not " " < alphabet[token] <= "~"]
+    with torch.no_grad():
+        model.lm_head.weight[others] = 0
+    return model
+
+
 def save_model(folder: Path, family: str = "llama", *, shard: str = "5GB", **options: Any) -> PreTrainedModel:
     """Save a tiny model and its tokenizer into `folder`; returns the model."""
     model = make_model(family, **options)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         draw_weight,
         evaluate,
         export,
+        generate,
         inspect,
         load,
         methods,
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
         prune_,
         push,
         recover,
+        serve,
         study,
         sweep,
+        tune,
         write_report,
     )
     from .benching import Bench
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from .errors import InputError, PrunekitError, StorageError, VerificationError
     from .evaluating import Evaluation
     from .exporting import Export
+    from .generation.engine import Generation
     from .model.stream import Windows
     from .pruning import Result
     from .recipe import Recipe
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     from .reporting import Report
     from .studying import Findings
     from .sweeping import Sweep
+    from .tuning import Tuned
 
 __version__ = "0.1.0"
 
@@ -50,6 +55,7 @@ _HOMES = {
     "Evaluation": "evaluating",
     "Export": "exporting",
     "Findings": "studying",
+    "Generation": "generation.engine",
     "InputError": "errors",
     "Inspection": "api",
     "Plan": "api",
@@ -60,6 +66,7 @@ _HOMES = {
     "Result": "pruning",
     "StorageError": "errors",
     "Sweep": "sweeping",
+    "Tuned": "tuning",
     "VerificationError": "errors",
     "Windows": "model.stream",
     "bench": "api",
@@ -67,6 +74,7 @@ _HOMES = {
     "draw_weight": "api",
     "evaluate": "api",
     "export": "api",
+    "generate": "api",
     "inspect": "api",
     "load": "api",
     "methods": "api",
@@ -75,8 +83,10 @@ _HOMES = {
     "prune_": "api",
     "push": "api",
     "recover": "api",
+    "serve": "api",
     "study": "api",
     "sweep": "api",
+    "tune": "api",
     "write_report": "api",
 }
 
@@ -86,6 +96,7 @@ __all__ = [
     "Evaluation",
     "Export",
     "Findings",
+    "Generation",
     "InputError",
     "Inspection",
     "Plan",
@@ -96,6 +107,7 @@ __all__ = [
     "Result",
     "StorageError",
     "Sweep",
+    "Tuned",
     "VerificationError",
     "Windows",
     "bench",
@@ -103,6 +115,7 @@ __all__ = [
     "draw_weight",
     "evaluate",
     "export",
+    "generate",
     "inspect",
     "load",
     "methods",
@@ -111,8 +124,10 @@ __all__ = [
     "prune_",
     "push",
     "recover",
+    "serve",
     "study",
     "sweep",
+    "tune",
     "write_report",
 ]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .catalogue import PARTS, Method
+from .catalogue import PARTS, UNIT_PARTS, Method
 from .errors import InputError
 from .parts import Part, find_part
 
@@ -37,7 +37,7 @@ def bind(kind: str, method: Method, options: Mapping[str, Mapping[str, Any]]) ->
     name = given.pop("name", own)
     if name is None or name == "none":
         if given:
-            known = ", ".join(part for part, its in PARTS.items() if its == kind)
+            known = ", ".join({part: its for part, its in [*PARTS.items(), *UNIT_PARTS.items()] if its == kind})
             raise InputError(
                 f"'{word}.{next(iter(given))}' is an option of a {word} and method '{method.name}' has none: "
                 f"name one with --set {word}.name=... ({known})"

@@ -27,6 +27,7 @@ from .model.hidden import HiddenStates, InMemory, Place, room_for
 from .model.resizing import SHAPES
 from .model.source import Source, StreamedModel, exchanged, resizing_code
 from .model.stream import Walk
+from .progress import Step
 from .statistics import Collector
 
 # activations a block holds at a time, in vectors a token: of the widest linear's width, and of the hidden states' width
@@ -101,7 +102,7 @@ class Appetite:
 
     Attributes:
         sums: of a block's statistics, at most.
-        written: bytes of the model that is written beyond those of the one that is read.
+        written: bytes of the model that is written beyond those of the one that is read; negative where it has less.
         choosing: while it works on a linear.
         tunes: whether it runs blocks with gradients, towards the outputs of the dense ones.
         ahead: all told, while gradients of the dense model are measured before the first block is changed.
@@ -157,6 +158,7 @@ class BlockWalk(ABC):
         first, total: number of the first of our windows, and how many there are in all.
         check: hidden states of the last batch of all, computed by the pruned model; what a reload is compared with. In dense mode
             they go along from the start; in sequential mode they are there after the last block. None in every process but the last.
+        scratch: the folder in which `look_ahead` may keep what it has found so far, until the run is done.
     """
 
     walk: Walk
@@ -166,6 +168,16 @@ class BlockWalk(ABC):
     total: int | None = field(default=None, kw_only=True)
     seconds: Seconds = field(default_factory=Seconds, kw_only=True)
     check: InMemory | None = field(init=False, default=None)
+    scratch: Path | None = field(init=False, default=None)
+
+    def prepare(self) -> None:
+        """Have everything refused that can be refused before the output folder exists. Raises `InputError`."""
+        self.walk.prepare()
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the manifest says besides what it says of every run."""
+        return {}
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -179,7 +191,7 @@ class BlockWalk(ABC):
         `stored(linear)` is weight and bias as the checkpoint holds them: they are what methods see and change along with the module's.
         """
 
-    def look_ahead(self, known: Any, stored: Stored, step: Callable[[], None]) -> Any:
+    def look_ahead(self, known: Any, stored: Stored, step: Step) -> Any:
         """What has to be known of the whole model before its first block is changed, as JSON for the journal: None for nothing.
 
         It may take a walk of its own; `known` is what an interrupted run found, or None. `walk` is prepared, and is so again behind it.
@@ -193,7 +205,7 @@ class BlockWalk(ABC):
 
     @property
     def steps_ahead(self) -> int:
-        """Through how many blocks `look_ahead` sends the windows, there and back: how often it calls its `step`."""
+        """How often `look_ahead` calls its `step`: for a block the windows go through, there and back, or for what is tried."""
         return 0
 
     def rehearse(self) -> Rehearsal:

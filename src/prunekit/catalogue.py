@@ -31,6 +31,7 @@ UNIT_PARTS: dict[str, str] = {
     "global-cost": "budget",
     "global-types": "budget",
     "blockwise": "tune",
+    "evolution": "search",
 }
 
 
@@ -43,7 +44,7 @@ class Method:
     reconstruction chooses what to keep while it solves. `options` are defaults that differ from the parts' own.
     Of the `kind` shrink, a method removes structures: its score ranks units, its `budget` says how many stay, `compensate` refits the
     linears that lose inputs, `tune` the whole block; or `depth` says which whole blocks or sublayers go, or `width` how narrow the
-    residual stream becomes.
+    residual stream becomes. A `search` tries many plans and takes the best.
     `calibration` is what the paper draws, where that is another order of magnitude than our default.
     """
 
@@ -60,6 +61,7 @@ class Method:
     compensate: str | None = None
     depth: str | None = None
     width: str | None = None
+    search: str | None = None
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
 
@@ -303,6 +305,28 @@ METHODS: dict[str, Method] = {
             options={"budget": {"align": 8}},
             calibration={"samples": 32, "length": 128},
             paper="Ai et al. 2025, https://arxiv.org/abs/2509.14230",
+        ),
+        Method(
+            name="search-llm",
+            kind="shrink",
+            summary="Let evolution find how wide every block stays, try plans on text, then refit what stays with what is left out.",
+            score="obs-coupled",
+            group="unit",
+            compensate="least-squares",
+            search="evolution",
+            options={"budget": {"shape": "free"}},
+            paper="Shen et al. 2024, https://arxiv.org/abs/2409.17372",
+        ),
+        Method(
+            name="adapruner",
+            kind="shrink",
+            summary="LLM-Pruner whose calibration and measure of importance are searched for together.",
+            score="taylor",
+            group="unit",
+            search="tpe",
+            options={"budget": {"shape": "free", "skip_first": 4, "skip_last": 2}},
+            calibration={"samples": 10, "length": 64},
+            paper="AdaPruner, 2025, https://arxiv.org/abs/2503.06184",
         ),
         Method(
             name="shortgpt",

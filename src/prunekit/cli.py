@@ -42,6 +42,12 @@ Budget = Annotated[
     str | None,
     typer.Option(help="What hidden states, then the reload check, may take, like 4GB. Default: half of what is free."),
 ]
+Runtime = Annotated[
+    str,
+    typer.Option(
+        help="dense; sparse: weights stay packed and a processor multiplies them so; 2:4: on CUDA, sparse tensor cores."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")]
 
 
@@ -627,6 +633,120 @@ def _print_bench(found: Any) -> None:
         typer.echo(f"{measured.model}: {measured.advice}")
 
 
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+Model = Annotated[str, typer.Argument(help="Folder, plain or packed; hub id; or smollm2-135m.", metavar="DIR")]
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[
+        str,
+        typer.Option(help="The text to go on with; - reads it from stdin, less its last line end.", show_default=False),
+    ],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is what a user says, put into the model's chat template.")
+    ] = False,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens at most. Default: 256, or what the model's positions leave.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token every time; above, it is drawn.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the likeliest tokens that have this probability together.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End before this text comes. Repeatable.")
+    ] = None,
+    runtime: Runtime = "dense",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Write what comes behind a prompt, as it comes; then say how fast."""
+    _quiet()
+    from .api import generate as generate_text
+    from .progress import for_terminal
+
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop or ()}
+    opening: dict[str, Any] = {"runtime": runtime, "dtype": dtype, "device": device, "revision": revision}
+    made = generate_text(
+        model,
+        _from_stdin() if prompt == "-" else prompt,
+        chat=chat,
+        max_tokens=max_tokens,
+        **sampling,
+        **opening,
+        trust_remote_code=trust_remote_code,
+        progress=for_terminal(),
+    )
+    for piece in made:
+        if not as_json:
+            typer.echo(piece, nl=False)
+    _emit(as_json, made.summary(), "")
+    decode = "" if made.decode is None else f", {made.decode:,.1f} tokens/s behind it"
+    typer.echo(
+        f"  prompt      {made.prompt_tokens} tokens, {made.prefill:,.1f} tokens/s\n"
+        f"  generated   {made.tokens} tokens ({made.finish}), the first after {made.first_token_seconds:.3f} s{decode}",
+        err=True,
+    )
+
+
+def _from_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as problem:
+        raise InputError(f"the prompt on stdin is no UTF-8 at byte {problem.start}") from None
+
+
+@app.command()
+def serve(
+    model: Model,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one this machine has.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model. Default: the folder's name, or the hub id.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="PRUNEKIT_API_KEY", help="Ask clients for this bearer token.", show_default=False),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens that one request may generate at most.")] = 1024,
+    max_request_bytes: Annotated[int, typer.Option(help="Bytes that a request's body may have.")] = 1_000_000,
+    queue: Annotated[int, typer.Option(help="Requests that may wait while one is answered; more get status 429.")] = 16,
+    grace: Annotated[
+        float,
+        typer.Option(help="Seconds a running answer has left behind Ctrl-C or SIGTERM; a second one cuts it off."),
+    ] = 10.0,
+    runtime: Runtime = "dense",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Answer OpenAI's /v1/completions and /v1/chat/completions with a model, on this machine."""
+    _quiet()
+    from .api import serve as serve_model
+    from .progress import for_terminal
+
+    listening: dict[str, Any] = {"host": host, "port": port, "name": name, "api_key": api_key}
+    limits: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "max_request_bytes": max_request_bytes,
+        "queue": queue,
+        "grace": grace,
+    }
+    opening: dict[str, Any] = {"runtime": runtime, "dtype": dtype, "device": device, "revision": revision}
+    serve_model(model, **listening, **limits, **opening, trust_remote_code=trust_remote_code, progress=for_terminal())
+
+
 @app.command()
 def export(
     folder: Annotated[str, typer.Argument(help="Folder, plain or packed; hub id; or smollm2-135m.", metavar="DIR")],
@@ -869,6 +989,87 @@ def study(
     _emit(as_json, found.summary(), page + "".join(f"\nwritten     {path}" for path in found.files))
     if found.sweep.failed:
         raise typer.Exit(1)
+
+
+def _tune(
+    recipe: Any,
+    out: Annotated[Path, typer.Option(help="Folder of the search.", show_default=False)],
+    target_sparsity: Annotated[
+        float | None, typer.Option(help="Fraction of zeros in every linear. Default: 0.5.")
+    ] = None,
+    trials: Annotated[int, typer.Option(help="Recipes to try.")] = 50,
+    space: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="full, scores, or a file with a section [space].")
+    ] = "full",
+    presets: Annotated[
+        str | None, typer.Option(help="Methods tried as they are first, like wanda,auto. Default: all of the space.")
+    ] = None,
+    text: Annotated[
+        str, typer.Option(metavar="SRC", help="Text recipes are chosen by. Default: the calibration text, other parts.")
+    ] = "",
+    text_samples: Annotated[int, typer.Option(help="Windows of it.")] = 16,
+    test: Annotated[
+        str, typer.Option(metavar="SRC", help="Text the best and the presets are compared on in the end.")
+    ] = "builtin:eval",
+    test_samples: Annotated[int, typer.Option(help="Windows of it.")] = 16,
+    workers: Annotated[int, typer.Option(help="Processes that share the search; with --ray tasks.")] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Try as Ray tasks: local, auto or host:port. Default: in this process."),
+    ] = None,
+    cpus_per_run: Annotated[
+        int | None, typer.Option(help="With --ray: processors of each task. Default: as many as torch uses.")
+    ] = None,
+    gpus_per_run: Annotated[float | None, typer.Option(help="With --ray: accelerators of each task.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Search for the recipe whose zeros cost least; the same command goes on with what was begun."""
+    from .api import tune as search
+    from .progress import for_terminal
+
+    values = recipe.model_dump(exclude={"method", "ratio", "sparsity"}, exclude_unset=True)
+    elsewhere: dict[str, Any] = {"ray": ray, "cpus_per_run": cpus_per_run, "gpus_per_run": gpus_per_run}
+    texts: dict[str, Any] = {"text": text, "text_samples": text_samples, "test": test, "test_samples": test_samples}
+    names = None if presets is None else [name.strip() for name in presets.split(",") if name.strip()]
+    asked: dict[str, Any] = {"target_sparsity": target_sparsity, "trials": trials, "space": space, "presets": names}
+    progress = for_terminal()
+    try:
+        found = search(**values, **asked, **texts, **elsewhere, out=out, workers=workers, progress=progress)
+    finally:
+        progress.stop()
+    if as_json:
+        _emit(True, found.summary(), "")
+    else:
+        _print_tuned(found)
+
+
+app.command("tune")(_takes_recipe(_tune, without=("method", "sparsity", "ratio", "shape", "align")))
+
+
+def _print_tuned(found: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("recipe", "perplexity", "on the test text", "seconds", "sparsity")
+    for name, trial in [("best", found.best), *[(trial.preset, trial) for trial in found.presets]]:
+        figures = [
+            f"{trial.perplexity:.4f}",
+            f"{trial.test_perplexity:.4f}",
+            f"{trial.seconds:.1f}",
+            f"{trial.sparsity:.4f}",
+        ]
+        table.add_row(name, *(figures if trial.refused is None else ["refused", "", "", ""]))
+    Console(width=None if sys.stdout.isatty() else 120).print(table, markup=False)
+    typer.echo(f"dense       {found.dense[0]:.4f}, {found.dense[1]:.4f} on the test text")
+    typer.echo(
+        "best        " + ", ".join(f"{name}={value}" for name, value in found.best.point.items() if value != "none")
+    )
+    if found.importance:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in list(found.importance.items())[:5])
+        typer.echo(f"importance  {shares}")
+    refused = sum(trial.refused is not None for trial in found.trials)
+    typer.echo(f"trials      {len(found.trials)}, {refused} refused; {found.seconds:.0f} s")
+    typer.echo(f"written     {found.out}/recipe.toml, tune.md, trials.jsonl, history.svg, front.svg")
 
 
 @app.command()

@@ -22,6 +22,10 @@ class InputError(PrunekitError):
     exit_code = 2
 
 
+class HistoryError(InputError):
+    """What a search wrote is damaged or another's; whoever meets it leaves everything as it is, because it may be worth mending."""
+
+
 class StorageError(PrunekitError):
     """The machine could not store the result (disk full, read-only, ...); what is written so far can be resumed."""
 

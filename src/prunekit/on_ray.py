@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -30,6 +30,7 @@ from .sweeping import Executor, Record, Run, carry_out, failure
 _OBJECT_STORE = 100 * 1024**2  # what goes through it is a few kilobytes a run
 _CONNECT_SECONDS = 10
 _CANCEL_SECONDS = 15
+_POLL_SECONDS = 1.0
 
 
 def ray_executor(
@@ -47,14 +48,7 @@ def ray_executor(
     Raises:
         InputError: Ray is not installed, or the values cannot be used. That no Ray answers is found out when the runs begin.
     """
-    if find_spec("ray") is None:
-        raise InputError("--ray needs Ray, which is not installed: pip install 'prunekit[ray]'")
-    if address not in ("auto", "local") and "://" not in address and not address.rpartition(":")[2].isdecimal():
-        raise InputError(f"Ray address '{address}' is none: it is auto, local or host:port")
-    if cpus is not None and cpus < 1:
-        raise InputError(f"{cpus} processors per run are too few: give 1 or more")
-    if gpus is not None and gpus < 0:
-        raise InputError(f"{gpus} accelerators per run are too few: give 0 or more")
+    check_ray(address, cpus, gpus)
 
     def execute(runs: list[Run]) -> Generator[tuple[Run, Record], None, None]:
         if not runs:
@@ -63,6 +57,18 @@ def ray_executor(
             yield from _execute(ray, runs, cpus, gpus, address == "local", progress or Silent())
 
     return execute
+
+
+def check_ray(address: str, cpus: int | None, gpus: float | None) -> None:
+    """Raise `InputError` where Ray is not installed, or the values cannot be used."""
+    if find_spec("ray") is None:
+        raise InputError("--ray needs Ray, which is not installed: pip install 'prunekit[ray]'")
+    if address not in ("auto", "local") and "://" not in address and not address.rpartition(":")[2].isdecimal():
+        raise InputError(f"Ray address '{address}' is none: it is auto, local or host:port")
+    if cpus is not None and cpus < 1:
+        raise InputError(f"{cpus} processors per run are too few: give 1 or more")
+    if gpus is not None and gpus < 0:
+        raise InputError(f"{gpus} accelerators per run are too few: give 0 or more")
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,60 @@ class _Job:
             threads=threads,
             paths=[path for path in named if Path(path).expanduser().exists()],
         )
+
+
+def ray_workers(
+    address: str,
+    out: Path,
+    *,
+    workers: int | None = None,
+    cpus: int | None = None,
+    gpus: float | None = None,
+    progress: Progress | None = None,
+) -> Callable[[Callable[[], bool]], None]:
+    """What lets Ray tasks work on the study in `out`, which all nodes must see, until it is done.
+
+    `workers` are as many as the cluster has processors for by default; the other arguments are those of `ray_executor`.
+    """
+    check_ray(address, cpus, gpus)
+
+    def run(done: Callable[[], bool]) -> None:
+        with _session(address) as ray:
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            threads = cpus or max(1, min(torch.get_num_threads(), int(max(node.get("CPU", 0) for node in nodes))))
+            need = {"num_cpus": threads, "num_gpus": gpus or 0}
+            if address == "local" and not _fitting(nodes, need):
+                raise InputError(f"this Ray has no {threads} processors: ask for less with --cpus-per-run")
+            fit = max(1, sum(int(node.get("CPU", 0)) // threads for node in nodes))
+            task = ray.remote(_help).options(**need, max_retries=0, name="tune")
+            waiting = [task.remote(str(Path.cwd()), str(out.resolve()), threads) for _ in range(workers or fit)]
+            try:
+                while waiting:
+                    ended, waiting = ray.wait(waiting, num_returns=1, timeout=_POLL_SECONDS)
+                    done()
+                    for reference in ended:
+                        try:
+                            ray.get(reference)
+                        except Exception as problem:  # whatever ends a task: what it left undone is done here
+                            said = (
+                                str(getattr(problem, "cause", None) or problem).strip() or type(problem).__name__
+                            ).splitlines()
+                            (progress or Silent()).say(f"a task of the search ended: {said[-1]}")
+            finally:
+                _cancel(ray, waiting)
+
+    return run
+
+
+def _help(folder: str, out: str, threads: int) -> None:
+    """Work on a study, in a worker of Ray."""
+    from .tuning import help_with
+
+    if Path(folder).is_dir():
+        os.chdir(folder)
+    if not Path(out).is_dir():
+        raise InputError(f"node '{socket.gethostname()}' does not see '{out}': put it on storage that all nodes share")
+    help_with(Path(out), threads)
 
 
 def _execute(

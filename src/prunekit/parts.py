@@ -31,6 +31,7 @@ _HOMES = {
     "compensate": "prunekit.shrink.compensate",
     "depth": "prunekit.shrink.depth",
     "width": "prunekit.shrink.width",
+    "search": "prunekit.shrink.search",
 }
 _REGISTERED: dict[str, dict[str, Part]] = {kind: {} for kind in _HOMES}
 
@@ -71,7 +72,7 @@ class Part:
 
     Attributes:
         kind: `score`, `refine`, `reconstruct`, `tune` or `budget`; of methods that remove structures `unit-score`, `unit-budget`,
-            `compensate`, `depth` or `width`.
+            `compensate`, `depth`, `width` or `search`.
         needs: names of the `Statistics` sums it reads; nothing else is measured.
         rowwise: the result for some rows depends on those rows alone (and on `Statistics`, which know the norms of the whole weight's
             columns), so they may be computed in chunks.
@@ -82,6 +83,8 @@ class Part:
         objective: of what the gradients are that it reads; empty where it reads none.
         reads: which of `needs` it reads with the options at hand, where that depends on them.
         steps: of one that measures on walks of its own, through how many blocks these go, of how many there are and remove how many.
+        coupled: of a score of units: it reads statistics of the linears that produce them, too.
+        draws: of a search: the texts it wants.
         shifts: of a compensation, that it adds to the linear's output, which needs a bias for that.
         candidates: of a depth that removes sublayers, which of them may go.
         given: of a budget of units, that its options say how many stay, and no ratio does.
@@ -102,6 +105,8 @@ class Part:
     objective: str = ""
     reads: Callable[..., set[str]] | None = None
     steps: Callable[..., int] | None = None
+    coupled: bool = False
+    draws: Callable[..., Any] | None = None
     shifts: bool = False
     given: bool = False
     candidates: Callable[..., Sequence[Any]] | None = None
@@ -185,13 +190,17 @@ def unit_score(
     random: bool = False,
     reads: Callable[..., set[str]] | None = None,
     note: str = "",
+    coupled: bool = False,
 ) -> Callable[[Function], Function]:
     """Register `function(view, structure, *, options...) -> importance` of the units of a structure, [units]; larger is kept.
 
     `view` shows the structure's block, see `shrink/view.py`. `needs` may name sums of gradients (`gradient_abs`, ...; see
-    `shrink/gradients.py`) of an `objective`, and `reads(**options)` say which of all these the options at hand ask for.
+    `shrink/gradients.py`) of an `objective`, and `reads(**options)` say which of all these the options at hand ask for. One that
+    is `coupled` reads statistics of the linears that produce units as well as of the one that consumes them.
     """
-    return _register("unit-score", needs, paper, objective=objective, random=random, reads=reads, note=note)
+    return _register(
+        "unit-score", needs, paper, objective=objective, random=random, reads=reads, note=note, coupled=coupled
+    )
 
 
 def unit_budget(*, paper: str = "", scored: bool = False, given: bool = False) -> Callable[[Function], Function]:
@@ -222,6 +231,23 @@ def width(*, paper: str = "") -> Callable[[Function], Function]:
     return _register("width", {"gram"}, paper)
 
 
+def search(
+    *,
+    paper: str,
+    draws: Callable[..., Any],
+    steps: Callable[..., int],
+    needs: set[str] | None = None,
+    reads: Callable[..., set[str]] | None = None,
+) -> Callable[[Function], Function]:
+    """Register `function(ground, *, options...) -> Answer`, which makes a plan by trying many; see `shrink/searching.py`.
+
+    `draws(drawing, **options)` gives its texts, and `steps(blocks, **options)` how often it says that a step is done. `needs` are sums
+    of gradients it looks at, `reads(**options)` those that the options at hand ask for. It has options called `trials`, `samples`,
+    `length` and `text`.
+    """
+    return _register("search", needs or set(), paper, reads=reads, steps=steps, draws=draws)
+
+
 def compensate(
     *, needs: set[str], paper: str, reads: Callable[..., set[str]] | None = None, shifts: bool = False
 ) -> Callable[[Function], Function]:
@@ -246,6 +272,8 @@ def _register(
     objective: str = "",
     reads: Callable[..., set[str]] | None = None,
     steps: Callable[..., int] | None = None,
+    coupled: bool = False,
+    draws: Callable[..., Any] | None = None,
     shifts: bool = False,
     given: bool = False,
     candidates: Callable[..., Sequence[Any]] | None = None,
@@ -274,6 +302,8 @@ def _register(
             objective,
             reads,
             steps,
+            coupled,
+            draws,
             shifts,
             given,
             candidates,

@@ -28,6 +28,13 @@ class Progress(Protocol):
         """The piece of work ended, or failed."""
 
 
+class Step(Protocol):
+    """Told that one step is done, perhaps with a word about it."""
+
+    def __call__(self, note: str = "") -> None:
+        """One step is done."""
+
+
 class Silent:
     """Prints nothing; the default of the Python API."""
 

@@ -205,7 +205,7 @@ def run(
             progress.say(f"{out} is finished already")
             return finished
         with ranks.together():
-            prepared.work.walk.prepare()
+            prepared.work.prepare()
         machine.return_memory()
         ranks.share(lambda: take_output(folder, out, held, resume=resume, overwrite=overwrite))
         journal = ranks.share(lambda: _journal(out, prepared, resume=resume, overwrite=overwrite))
@@ -351,6 +351,7 @@ def _said(recipe: Recipe) -> dict[str, float | None]:
 def _journal(out: Path, run_: _Run, *, resume: bool, overwrite: bool) -> Journal:
     """The journal of a run that begins or goes on, its torn shards forgotten."""
     journal = Journal.read(out) if resume else None
+    begun = journal is not None
     if journal is None:
         journal = Journal.fresh(out, run_.identity)
     else:
@@ -364,7 +365,7 @@ def _journal(out: Path, run_: _Run, *, resume: bool, overwrite: bool) -> Journal
     refuse_disk(out, disk["peak"] - finished, weights=disk["weights"], hidden=disk["hidden"], replaced=replaced)
     journal.save()  # before anything is removed or written, so that a run killed at any moment is known for what it is
     if not journal.shards:  # also where an earlier --overwrite was killed before all of the old was gone
-        clear(out, keep=journal.path)
+        clear(out, keep=journal.path, keep_search=begun)
     return journal
 
 
@@ -433,6 +434,7 @@ def _look_ahead(run_: _Run, journal: Journal) -> None:
     known = run_.ranks.share(lambda: journal.profile)
     if known is None:
         run_.progress.start(f"{work.looks_ahead} looks ahead", work.steps_ahead)
+    work.scratch = journal.path.parent
     found = work.look_ahead(known, partial(stored_place, run_.source), run_.progress.step)
     if known is None:
         journal.profile = found
@@ -623,6 +625,7 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
         | {shard["file"]: shard["sha256"] for shard in journal.shards},
         "linears": [asdict(linear) for linear in linears],
         "blocks": run_.blocks,
+        **run_.work.told,
     }
     writer.write_manifest(manifest, model_card(manifest, source.reader.folder), run_page(manifest))
     return result

@@ -42,7 +42,7 @@ DEFAULT_LENGTH = 2048
 # the parts a method may have, by what it does
 KINDS = {
     "sparsify": ("score", "pattern", "refine", "reconstruct", "tune", "budget"),
-    "shrink": ("score", "budget", "compensate", "tune", "depth", "width"),
+    "shrink": ("score", "budget", "compensate", "tune", "depth", "width", "search"),
 }
 DEFAULT_RATIO = 0.2
 
@@ -249,6 +249,15 @@ class Recipe(_Section):
                     words += ["--set", f"{part}.{name}={text}"]
         return shlex.join([*words, "--out", out])
 
+    def to_toml(self) -> str:
+        """The recipe as a file for `--recipe`: what was said, without the defaults."""
+        values = self.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+        sections = {name: value for name, value in values.items() if isinstance(value, dict)}
+        lines = [f"{name} = {_toml(value)}" for name, value in values.items() if name not in sections]
+        for name, section in _tables(sections):
+            lines += ["", f"[{name}]", *(f"{_quoted(key)} = {_toml(value)}" for key, value in section.items())]
+        return "\n".join(lines) + "\n"
+
     @classmethod
     def build(cls, values: dict[str, Any]) -> Recipe:
         """Validate `values` into a Recipe. Raises `InputError` with the first thing that is wrong."""
@@ -277,6 +286,27 @@ class Recipe(_Section):
         if not isinstance(values, dict):
             raise InputError(f"recipe '{path}' must hold names and values, like `method = \"wanda\"`")
         return values
+
+
+def _tables(sections: dict[str, Any], prefix: str = "") -> list[tuple[str, dict[str, Any]]]:
+    """Dotted names of nested sections, and what each holds besides further ones."""
+    found = []
+    for name, section in sections.items():
+        inner = {key: value for key, value in section.items() if isinstance(value, dict)}
+        plain = {key: value for key, value in section.items() if key not in inner}
+        path = f"{prefix}{_quoted(name)}"
+        found += ([(path, plain)] if plain else []) + _tables(inner, f"{path}.")
+    return found
+
+
+def _quoted(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)  # texts, numbers and truth are written alike in both
 
 
 def refuse_choices(recipe: Recipe) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..model.anatomy import longest_context
 from ..model.stream import Windows
 from ..progress import Progress
 from ..recipe import DEFAULT_LENGTH
@@ -31,11 +32,11 @@ def window_length(config: Any, asked: int | None, progress: Progress) -> int:
     """Tokens per window: as asked, or the default cut to the model's maximum. Raises `InputError` beyond that maximum."""
     if asked is not None and asked < 2:
         raise InputError(f"length {asked} is too short: a window needs 2 tokens or more")
-    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = longest_context(config)
     if asked is None:
         if longest is not None and longest < DEFAULT_LENGTH:
             progress.say(f"window length is {longest}, the model's maximum")
-            return int(longest)
+            return longest
         return DEFAULT_LENGTH
     if longest is not None and asked > longest:
         raise InputError(

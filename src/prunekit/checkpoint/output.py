@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import machine
-from ..errors import InputError, StorageError, VerificationError
+from ..errors import HistoryError, InputError, StorageError, VerificationError
 from ..progress import Progress
 from .lock import locked, refuse_locked
 from .manifest import read_manifest
@@ -108,6 +108,9 @@ def orderly_end(
     """
     try:
         yield
+    except HistoryError:
+        progress.stop()
+        raise
     except InputError:  # weights, activations or losses that are not finite would only be met again
         progress.stop()
         if settle is not None:

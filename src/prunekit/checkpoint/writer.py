@@ -30,6 +30,7 @@ MODELING_NAME = "modeling_prunekit.py"
 HIDDEN_PREFIX = ".prunekit-hidden-"
 PLAN_NAME = "prune_plan.json"
 STATE_PREFIX = ".prunekit-recovery-"
+SEARCH_PREFIX = ".prunekit-search-"
 PAGES = (
     CARD_NAME,
     PAGE_NAME,
@@ -259,8 +260,10 @@ def drop_leftovers(folder: Path) -> None:
         remove(path)
 
 
-def clear(folder: Path, *, keep: Path | None = None) -> None:
-    """Remove from `folder` what a model folder consists of, save `keep`; other files stay. Raises `StorageError`.
+def clear(folder: Path, *, keep: Path | None = None, keep_search: bool = False) -> None:
+    """Remove from `folder` what a model folder consists of, save `keep` and what a search has found; other files stay.
+
+    Raises `StorageError`.
 
     The manifest goes first, so that half a folder is never taken for a finished run; the journal goes last, so that it is known
     for ours as long as anything is left.
@@ -269,7 +272,7 @@ def clear(folder: Path, *, keep: Path | None = None) -> None:
         return
     last = {MANIFEST_NAME: 0, JOURNAL_NAME: 2}
     for path in sorted(model_files(folder), key=lambda path: last.get(path.name, 1)):
-        if path != keep:
+        if path != keep and not (keep_search and path.name.startswith(SEARCH_PREFIX)):
             remove(path)
     if not any(folder.iterdir()):
         folder.rmdir()
@@ -299,8 +302,12 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether this is what a run keeps only while it runs: a half-written file, hidden states, adapters, its lock."""
-    return is_temporary(path) or path.name.startswith((HIDDEN_PREFIX, STATE_PREFIX)) or path.name == LOCK_NAME
+    """Whether this is what a run keeps only while it runs: a half-written file, hidden states, adapters, a search, its lock."""
+    return (
+        is_temporary(path)
+        or path.name.startswith((HIDDEN_PREFIX, STATE_PREFIX, SEARCH_PREFIX))
+        or path.name == LOCK_NAME
+    )
 
 
 def holds_model(folder: Path) -> bool:

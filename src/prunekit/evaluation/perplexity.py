@@ -7,7 +7,7 @@ dropped, mean negative log-likelihood of the `length − 1` predictions of every
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -78,14 +78,23 @@ def perplexity_of(losses: Tensor, predictions: int) -> float:
 @torch.inference_mode()
 def window_losses(walk: Walk, hidden: HiddenStates) -> Tensor:
     """Sum of the negative log-likelihoods of each window, in float64: [windows]. Raises `InputError` where one is not finite."""
-    source, windows = walk.source, walk.windows
-    source.load_outer(windows.ids, "whole")
-    losses = torch.zeros(len(windows), dtype=torch.float64)
-    for number, chunk in _chunks(walk):
-        losses[number] += negative_log_likelihood(*_predicted(walk, hidden, number, chunk))
-    source.free_outer()
+    (losses,) = losses_behind(walk, [hidden])
     _refuse_not_finite(losses, walk)
     return losses
+
+
+@torch.inference_mode()
+def losses_behind(walk: Walk, states: Sequence[HiddenStates]) -> list[Tensor]:
+    """The same of several hidden states behind the last block, whatever the losses are; the head is read once."""
+    walk.source.load_outer(walk.windows.ids, "whole")
+    found = []
+    for hidden in states:
+        losses = torch.zeros(len(walk.windows), dtype=torch.float64)
+        for number, chunk in _chunks(walk):
+            losses[number] += negative_log_likelihood(*_predicted(walk, hidden, number, chunk))
+        found.append(losses)
+    walk.source.free_outer()
+    return found
 
 
 @dataclass(frozen=True)

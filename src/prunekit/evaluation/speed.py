@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..model.anatomy import longest_context, only_last_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -58,7 +58,7 @@ def prompt_length(config: PreTrainedConfig, asked: int | None, tokens: int) -> i
     """Tokens of the prompt: as asked, or 512, or what the model's positions leave. Raises `InputError`."""
     if tokens < 1:
         raise InputError(f"tokens {tokens} is no number of tokens to decode: give 1 or more")
-    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = longest_context(config)
     length = (
         min(DEFAULT_PROMPT, longest - tokens if longest is not None else DEFAULT_PROMPT) if asked is None else asked
     )
@@ -115,7 +115,7 @@ def measure(
 def one_round(model: PreTrainedModel, prompt: Tensor, tokens: int) -> Round:
     """One prefill of `prompt` [1, length], and `tokens` tokens behind the first."""
     ids = prompt.to(model.device)
-    only_last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    only_last = only_last_logits(model)
     begun = _now(model.device)
     output = model(input_ids=ids, use_cache=True, **only_last)
     filled = _now(model.device)

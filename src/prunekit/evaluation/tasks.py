@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
+from ..model.anatomy import longest_context
 from ..progress import Progress
 from ..recipe import DEFAULT_LENGTH
 from .interval import Values, standard_error
@@ -160,7 +161,7 @@ def score_items(
     name: str, items: Sequence[Item], model: PreTrainedModel, tokenizer: Any, *, progress: Progress
 ) -> Scored:
     """`acc` and `acc_norm` of a model on the questions of a task. Raises `InputError`."""
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or DEFAULT_LENGTH
+    longest = longest_context(model.config) or DEFAULT_LENGTH
     encoded = [encode(item, tokenizer, longest) for item in items]
     progress.start(name, sum(len(item.pairs) for item in items))
     scores = log_likelihoods(model, encoded, step=progress.step)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from inspect import signature
 from typing import Any
 
 import torch
@@ -175,6 +176,17 @@ def _refuse_strange(blocks_name: str, container: nn.ModuleList) -> None:
         f"{what}: in every such block there are parts that are neither norms nor plain linears; in block {place}: "
         f"{', '.join(shown)}"
     )
+
+
+def longest_context(config: Any) -> int | None:
+    """Tokens a model's positions reach, or None where nothing says so (a bias that grows with distance reaches any)."""
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return None if longest is None else int(longest)
+
+
+def only_last_logits(model: nn.Module) -> dict[str, int]:
+    """What a forward pass is called with for the logits of the last position alone, where the model can leave out the others."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:

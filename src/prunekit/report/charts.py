@@ -159,6 +159,24 @@ def recovery_chart(losses: Sequence[float], curve: Mapping[int, float]) -> Chart
     return _drawn("recovery", (520, 260), draw)
 
 
+def search_chart(course: Sequence[tuple[int, float]]) -> Chart:
+    """Perplexity of every candidate that was judged on all windows, by its place among those proposed, and the least so far."""
+
+    def draw(axes: Axes) -> list[tuple[float, float, str]]:
+        places, values = [place for place, _ in course], [value for _, value in course]
+        least = [min(values[: number + 1]) for number in range(len(values))]
+        axes.plot(places, values, ".", color=_MUTED, markersize=6, alpha=0.7, markeredgewidth=0)
+        axes.step(places, least, where="post", color=_ACCENT, linewidth=1.8)
+        axes.set(xlabel="candidate", ylabel="perplexity")
+        _whole_ticks(axes)
+        return [
+            (place, value, f"Candidate {place}: {value:.2f}, best so far {best:.2f}")
+            for (place, value), best in zip(course, least, strict=True)
+        ]
+
+    return _drawn("search", (520, 260), draw)
+
+
 def front_chart(name: str, runs: Sequence[Candidate], dense: float | None, kind: str) -> Chart:
     """Perplexity against what is gone, a mark a run, with the Pareto front as a line.
 

@@ -19,7 +19,7 @@ from ..evaluation.record import EvaluationRecord
 from ..model.anatomy import place_of
 from ..recipe import Recipe
 from ..recovery.options import RecoveryOptions
-from .charts import Chart, Error, Moment, error_chart, memory_chart, recovery_chart
+from .charts import Chart, Error, Moment, error_chart, memory_chart, recovery_chart, search_chart
 from .findings import spelt
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def run_page(manifest: Mapping[str, Any], evaluation: EvaluationRecord | None = 
         headlines=_headlines(manifest, evaluation),
         evaluation=evaluation,
         recovery=_recovered(manifest),
+        search=_searched(manifest),
         heat=_heat(linears, run.get("dropped_blocks", ()), removed=bool(run.get("removed"))),
         errors=errors,
         error_chart=error_chart(errors) if errors else None,
@@ -119,6 +120,21 @@ def _recovered(manifest: Mapping[str, Any]) -> _Recovered | None:
     curve = dict(result["curve"])
     chart = recovery_chart(result["losses"], curve)
     return _Recovered(options, result, curve, chart, options.command("OUT", "RECOVERED"))
+
+
+@dataclass(frozen=True)
+class _Searched:
+    result: Mapping[str, Any]
+    course: list[tuple[int, float]]
+    chart: Chart
+
+
+def _searched(manifest: Mapping[str, Any]) -> _Searched | None:
+    search = manifest.get("search")
+    if search is None:
+        return None
+    course = [(place, value) for place, value in search["course"]]
+    return _Searched(search, course, search_chart(course))
 
 
 @cache

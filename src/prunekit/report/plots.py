@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -109,6 +109,45 @@ def draw_comparison(found: Mapping[str, Any], path: Path) -> None:
         for axes in (left, right):
             axes.tick_params(labelsize=8)
         figure.suptitle(f"{found['model']} at {found['pattern']}", fontsize=10)
+
+
+def draw_search(course: Sequence[tuple[int, float]], dense: float, path: Path, *, title: str) -> None:
+    """Draw a search: perplexity of every trial by its place, and the least so far. Raises `InputError`, `StorageError`."""
+    with _figure(path, (7.0, 3.6)) as figure:
+        axes = figure.subplots()
+        places, values = zip(*course, strict=True)
+        least = [min(values[: place + 1]) for place in range(len(values))]
+        axes.plot(places, values, ".", color=_GREY, alpha=0.6, label="a trial")
+        axes.step(places, least, where="post", color=_COLOURS[0], linewidth=1.6, label="best so far")
+        axes.axhline(dense, color=_GREY, linestyle="--", linewidth=1, label=f"dense ({spelt(dense)})")
+        axes.set_yscale("log")
+        plain_ticks(axes.yaxis)
+        axes.set(xlabel="trial", ylabel="perplexity")
+        axes.legend(frameon=False, fontsize=8)
+        axes.set_title(title, loc="left", fontsize=10)
+
+
+def draw_front(trials: Sequence[tuple[float, float, bool]], dense: float, path: Path) -> None:
+    """Draw (seconds, perplexity, whether none is better in both) of trials. Raises `InputError`, `StorageError`."""
+    with _figure(path, (7.0, 3.6)) as figure:
+        axes = figure.subplots()
+        front = sorted((seconds, value) for seconds, value, best in trials if best)
+        rest = [(seconds, value) for seconds, value, best in trials if not best]
+        if rest:
+            axes.plot(*zip(*rest, strict=True), ".", color=_GREY, alpha=0.6, label="a trial")
+        axes.step(
+            *zip(*front, strict=True),
+            "o-",
+            where="post",
+            color=_COLOURS[0],
+            markersize=5,
+            label="none is better in both",
+        )
+        axes.axhline(dense, color=_GREY, linestyle="--", linewidth=1, label=f"dense ({spelt(dense)})")
+        axes.set_yscale("log")
+        plain_ticks(axes.yaxis)
+        axes.set(xlabel="seconds to prune", ylabel="perplexity")
+        axes.legend(frameon=False, fontsize=8)
 
 
 def _bars(axes: Axes, study: Study, cells: Mapping[tuple[str, str], Cell], dense: float) -> None:

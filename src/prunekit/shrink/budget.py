@@ -108,7 +108,7 @@ def global_cost(
     Source: the cost-aware cut of FLAP (AL-AM) and Numerical Pruning, in whole parameters.
     """
     scores = [
-        {each.name: _normalised(demand.scores[each.block][each.name], normalise) for each in block}
+        {each.name: normalised(demand.scores[each.block][each.name], normalise) for each in block}
         for block in demand.structures
     ]
     for block, found in zip(demand.structures, scores, strict=True):
@@ -157,7 +157,8 @@ def widths(demand: Demand, *, attention: int | None = None, mlp: int | None = No
     return [{each.name: given[each.kind] or each.count for each in block} for block in demand.structures]
 
 
-def _normalised(scores: Tensor, how: str) -> Tensor:
+def normalised(scores: Tensor, how: str) -> Tensor:
+    """Scores of a structure divided by their `sum`, or as `zscore`; shapes: [units] -> [units] float64."""
     scores = scores.double()
     if how == "sum":
         total = float(scores.sum())

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 
 from ..evaluation.perplexity import paired_losses
-from ..machine import return_memory
-from ..model.hidden import room_for
 from ..model.source import Source
-from ..model.stream import Walk, Windows
-from .masking import masked_inputs
+from ..model.stream import Windows
 from .plan import Plan, Structures
+from .trying import tried
 
 
 @dataclass(frozen=True)
@@ -64,35 +61,10 @@ def divergences(
     *,
     step: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """KL(dense ‖ masked) of each plan, in nats, the mean over the predictions of unpadded windows: one walk for all plans.
+    """KL(dense ‖ pruned) of each plan, in nats, the mean over the predictions of unpadded windows: one walk for all plans.
 
     `step` is called after each block. Raises `InputError` where activations are not finite.
     """
-    walk = Walk(source, windows)
-    walk.prepare()
-    with ExitStack() as stack:
-        dense = stack.enter_context(room_for(walk.shape, walk.dtype, source.device))
-        pruned = [stack.enter_context(room_for(walk.shape, walk.dtype, source.device)) for _ in plans]
-        walk.start(dense)
-        for states in pruned:
-            for batch in walk.batches:
-                states[batch] = dense[batch]
-            states.turn()
-        for block in source.anatomy.blocks:
-            module = source.load_block(block.index)
-            source.prefetch(block.index + 1)
-            for plan, states in zip(plans, pruned, strict=True):
-                if plan.blocks[block.index] is None:
-                    continue
-                with ExitStack() as masks:
-                    for structure in structures[block.index]:
-                        masks.enter_context(masked_inputs(module, structure, plan.kept(structure)))
-                    for position, batch in enumerate(walk.batches):
-                        states[batch] = walk.run_batch(block.index, module, position, states[batch])
-                states.turn()
-            walk.run(block.index, module)
-            source.free_block(block.index)
-            return_memory()
-            step()
+    with tried(source, structures, [Plan.whole(structures), *plans], windows, step=step) as (walk, (dense, *pruned)):
         predictions = len(windows) * (windows.length - 1)
         return [float(paired_losses(walk, states, walk, dense).divergence.sum()) / predictions for states in pruned]

@@ -16,10 +16,13 @@ from .budget import Counts, blocks_to_remove, no_scores, plan_of
 from .gradients import gradient_bytes
 from .plan import Structures
 from .saving import Form
+from .searching import trial_bytes
 from .shrinker import Shrinker
 from .sublayers import find_sublayers, plan_without
 from .units import find_structures
 from .walk import ShrinkWalk, form_of
+
+_SPARED = 0.8  # of the weights that are to go
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Shrinking:
                 f"tune '{shrinker.tune.part.name}' goes from block to cut block: leave out "
                 + ("--set calibration.mode=dense" if shrinker.depth is None else "the tuning, whole blocks are not cut")
             )
+        if shrinker.search is not None:
+            _refuse_search(recipe, shrinker)
         if shrinker.follows and calibration.mode == "dense":
             raise InputError(
                 "compensate.target=dense follows the dense model beside the cut one, and in calibration.mode=dense there is no other: "
@@ -98,17 +103,33 @@ class Shrinking:
         sums = matrices * max(sum(width**2 * 4 for width in block) for block in widths) if gram else 0
         if self.shrinker.follows:
             sums += matrices * max(sum(each.consumer.count * 4 for each in block) for block in self.structures)
+        if gram and self.shrinker.coupled:
+            sums += matrices * 4 * int(self.source.module.config.get_text_config().hidden_size) ** 2
         widest = max(max(block, default=0) for block in widths)
         largest = max(linear.count for linear in self.source.anatomy.linears())
         gradients = self.shrinker.gradients
         ahead = gradient_bytes(self.source, windows, length, gradients) if gradients else 0
+        if self.shrinker.search is not None:
+            samples, judged = (self.shrinker.search.options[name] for name in ("samples", "length"))
+            ahead = max(ahead, trial_bytes(self.source, samples, judged or 2 * length))
         return Appetite(
             sums,
             3 * largest * 4 + (3 * widest**2 * 8 if gram else 0),
             self.shrinker.tune is not None,
             ahead=ahead,
+            written=-self._spared,
             streams=2 if self.shrinker.follows else 1,
         )
+
+    @property
+    def _spared(self) -> int:
+        """Bytes of weights that are not written, a little less than will be: what a budget takes differs from what was asked for."""
+        if self.shrinker.depth is None and self.shrinker.budget.part.given:
+            return 0
+        parameters = sum(block_parameters(self.source)) * min(
+            entry.dtype.itemsize for entry in self.source.reader.entries.values()
+        )
+        return int(_SPARED * float(self.recipe.target.fraction) * parameters)
 
     def work(
         self, walk: Walk, *, dense: bool, ranks: Ranks | None = None, first: int = 0, total: int | None = None
@@ -119,6 +140,8 @@ class Shrinking:
             raise InputError(
                 f"'{self.shrinker.score.part.name}' wants gradients, which one process computes: start it without torchrun"
             )
+        if self.shrinker.search is not None and ranks is not None and ranks.size > 1:
+            raise InputError(f"'{self.recipe.method}' searches, and one process does that: start it without torchrun")
         return ShrinkWalk(
             walk,
             self.shrinker,
@@ -130,4 +153,29 @@ class Shrinking:
             ranks=Ranks() if ranks is None else ranks,
             first=first,
             total=total,
+        )
+
+
+def _refuse_search(recipe: Recipe, shrinker: Shrinker) -> None:
+    """What a search cannot do, or what it would take no notice of."""
+    if shrinker.budget.shape != "free" or shrinker.budget.part.name == "widths":
+        raise InputError(
+            f"the search of '{recipe.method}' gives every block widths of its own: add --shape free, and name no widths"
+        )
+    if recipe.calibration.choices > 1:
+        raise InputError(
+            f"calibration.choices={recipe.calibration.choices} and the search of '{recipe.method}' would both choose: leave out the "
+            "choices"
+        )
+    search, score = shrinker.search, shrinker.score
+    assert search is not None
+    assert score is not None
+    if search.part.name == "tpe" and (score.part.name != "taylor" or score.options != score.part.bind({})):
+        raise InputError(
+            f"the search of '{recipe.method}' chooses how 'taylor' computes importance: leave out the options of the score, and say "
+            "what may be chosen, like --set search.order=first,second"
+        )
+    if search.part.name == "evolution" and shrinker.budget.part.name != "uniform":
+        raise InputError(
+            f"the search of '{recipe.method}' finds itself how many units stay: leave out budget '{shrinker.budget.part.name}'"
         )

@@ -33,6 +33,7 @@ class Shrinker:
     compensate: Bound | None
     depth: Bound | None = None
     tune: Bound | None = None
+    search: Bound | None = None
     seed: int = 0
 
     @classmethod
@@ -56,7 +57,12 @@ class Shrinker:
                 f"compensate '{compensate.part.name}' changes linears that lose inputs; '{method.name}' removes whole sublayers, and "
                 "nothing is left of their linears: leave it out"
             )
-        return cls(score, budget, compensate, depth, tune, seed)
+        search = bind("search", method, options)
+        if search is not None and depth is not None:
+            raise InputError(
+                f"'{method.name}' removes whole blocks, and a search is about units of blocks: leave it out"
+            )
+        return cls(score, budget, compensate, depth, tune, search, seed)
 
     @property
     def sublayers(self) -> bool:
@@ -72,7 +78,7 @@ class Shrinker:
     @property
     def parts(self) -> list[Bound]:
         """The parts it has, its budget aside."""
-        return [part for part in (self.score, self.compensate, self.depth, self.tune) if part is not None]
+        return [part for part in (self.score, self.compensate, self.depth, self.tune, self.search) if part is not None]
 
     @property
     def measured(self) -> frozenset[str]:
@@ -86,7 +92,13 @@ class Shrinker:
 
     @property
     def _needs(self) -> frozenset[str]:
-        return frozenset() if self.score is None else self.score.part.needed(self.score.options)
+        searched = frozenset() if self.search is None else self.search.part.needed(self.search.options)
+        return searched or (frozenset() if self.score is None else self.score.part.needed(self.score.options))
+
+    @property
+    def coupled(self) -> bool:
+        """Whether its score reads statistics of the linears that produce units, too."""
+        return self.score is not None and self.score.part.coupled
 
     @property
     def refits(self) -> frozenset[str]:
@@ -100,8 +112,8 @@ class Shrinker:
 
     @property
     def plans_first(self) -> bool:
-        """Whether the whole plan is made before the first block is cut: from the scores of all, or from gradients."""
-        return self.budget.scored or bool(self.gradients) or self.depth is not None
+        """Whether the whole plan is made before the first block is cut: from the scores of all, from gradients, or by a search."""
+        return self.budget.scored or bool(self.gradients) or self.depth is not None or self.search is not None
 
     def resolved(self, options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """A recipe's part options with the names and defaults that hold today filled in."""

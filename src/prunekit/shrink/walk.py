@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..bits import all_finite, count_zeros
 from ..blockwalk import BlockWalk, LinearReport, Rehearsal, Stored, block_parameters, dense_blocks
+from ..calibration.windows import load_tokenizer, token_hash
 from ..checkpoint.shard import Piece
 from ..checkpoint.writer import PLAN_NAME
 from ..errors import InputError, PrunekitWarning, VerificationError
@@ -28,6 +29,7 @@ from ..model.anatomy import Block, weight_of
 from ..model.hidden import HiddenStates, Place, room_for
 from ..model.source import StreamedModel
 from ..model.stream import Windows
+from ..progress import Step
 from ..recipe import Recipe
 from ..statistics import Statistics
 from ..verify import TOLERANCE, relative_difference
@@ -37,11 +39,12 @@ from .gradients import measure_gradients
 from .influence import Influence
 from .plan import Plan, Structures
 from .saving import Form, choose_form
+from .searching import Answer, Drawing, Ground, Texts
 from .shrinker import Shrinker
 from .slicing import Slicer, cut
 from .sublayers import plan_without
 from .units import Structure
-from .view import BlockView
+from .view import BlockView, Gradients
 from .writing import block_tensors, outer_pieces
 
 Kept = Mapping[str, tuple[int, ...]]
@@ -62,6 +65,7 @@ class ShrinkWalk(BlockWalk):
         kept: what stays of the blocks that are done.
         biases: consumers that were given a bias they did not have, by full name.
         added: how many parameters those are in every block that is done.
+        texts: what candidates of a search are judged by; `searched` is what the manifest says of it.
         beside: hidden states of the dense model, where a compensation aims at what linears give there.
     """
 
@@ -74,11 +78,27 @@ class ShrinkWalk(BlockWalk):
     kept: dict[int, Kept] = field(default_factory=dict, kw_only=True)
     biases: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
     added: dict[int, int] = field(default_factory=dict, kw_only=True)
+    texts: Texts | None = field(default=None, init=False)
+    searched: dict[str, Any] | None = field(default=None, init=False)
 
     beside: HiddenStates | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._parameters = block_parameters(self.walk.source)
+
+    def prepare(self) -> None:
+        """Draw the texts of a search, too."""
+        super().prepare()
+        if self.shrinker.search is not None:
+            source, part = self._streamed, self.shrinker.search
+            tokenizer = load_tokenizer(source.reader.folder, trust_remote_code=self.recipe.trust_remote_code)
+            assert part.part.draws is not None
+            self.texts = part.part.draws(Drawing(self.recipe, source, tokenizer, self.walk.windows), **part.options)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a search came to."""
+        return {} if self.searched is None else {"search": self.searched}
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -89,7 +109,7 @@ class ShrinkWalk(BlockWalk):
     @property
     def looks_ahead(self) -> str:
         """The name of what ranks, where the plan is made before the first block is cut."""
-        ranks = self.shrinker.depth or self.shrinker.score
+        ranks = self.shrinker.search or self.shrinker.depth or self.shrinker.score
         return ranks.part.name if ranks is not None and self.shrinker.plans_first else ""
 
     @property
@@ -98,6 +118,10 @@ class ShrinkWalk(BlockWalk):
         blocks = len(self.structures)
         if not self.shrinker.plans_first:
             return 0
+        if self.shrinker.search is not None:
+            search = self.shrinker.search
+            assert search.part.steps is not None
+            return search.part.steps(blocks, **search.options)
         if self.shrinker.depth is None:
             choices = self.recipe.calibration.choices
             if self.shrinker.gradients and choices > 1:
@@ -123,7 +147,9 @@ class ShrinkWalk(BlockWalk):
             ]
             counts = self._counts(scores)
             plan = plan_of(self.structures, counts, scores)
-            if self.shrinker.gradients:  # which no block alone has
+            if self.shrinker.search is not None:
+                self.plan, passes = plan, self._passes_of_search
+            elif self.shrinker.gradients:  # which no block alone has
                 self.plan, passes = plan, _PASSES_FOR_GRADIENTS
             else:
                 self.counts = counts
@@ -138,31 +164,71 @@ class ShrinkWalk(BlockWalk):
         added = sum(each.consumer.out_features for each in new) + self._zeros
         return Rehearsal(plan.removed(self.structures, self._parameters) - added, passes)
 
-    def look_ahead(self, known: Any, stored: Stored, step: Callable[[], None]) -> Any:
-        """Make the plan from the scores of all blocks of the dense model, or take up the one that is `known`."""
+    @property
+    def _passes_of_search(self) -> float:
+        """What a search takes at most, in passes of the calibration windows."""
+        search = self.shrinker.search
+        assert search is not None
+        trials, samples, length = (search.options[name] for name in ("trials", "samples", "length"))
+        judged = trials * samples * (length or 2 * self.walk.windows.length)
+        passes = _PASSES_FOR_GRADIENTS if self.shrinker.gradients else 1.0
+        return float(passes + judged / self.recipe.calibration.samples / self.walk.windows.length)
+
+    def look_ahead(self, known: Any, stored: Stored, step: Step) -> Any:
+        """Make the plan from the scores of all blocks of the dense model, or by a search, or take up the one that is `known`."""
         if not self.shrinker.plans_first:
             return None
         if known is None:
-            known = self._make_plan(stored, step).to_json(self.structures)
+            if self.shrinker.search is None:
+                known = self._make_plan(stored, step).to_json(self.structures)
+            else:
+                answer = self._search(stored, step)
+                known = {**answer.plan.to_json(self.structures), "search": answer.summary}
+        self.searched = known.get("search")
         self.plan = Plan.from_json(known, self.structures)
         self.form = form_of(self._streamed, self.structures, self.plan, self.shrinker)
         return known
 
+    def _search(self, stored: Stored, step: Step) -> Answer:
+        assert self.shrinker.search is not None
+        assert self.texts is not None
+        ground = Ground(
+            self.recipe,
+            self.walk.source,
+            self.structures,
+            self._parameters,
+            self.shrinker.budget,
+            self.texts,
+            scores=lambda: self._scores_of_all(stored, step),
+            gradients=lambda windows: self._gradients(windows, stored, lambda: None),
+            scratch=self.scratch,
+            identity={
+                "recipe": self.recipe.model_dump(exclude={"model"}),
+                "calibration": token_hash(self.walk.windows),
+            },
+            step=step,
+        )
+        answer: Answer = self.shrinker.search(ground)
+        self.walk.prepare()
+        return answer
+
     def _make_plan(self, stored: Stored, step: Callable[[], None]) -> Plan:
         if self.shrinker.gradients and self.recipe.calibration.choices > 1:
             return self._chosen_plan(stored, step)
-        if self.shrinker.gradients:
-            return self._planned(self._gradient_scores(self.walk.windows, stored, step))
         if self.shrinker.depth is None:
-            return self._planned(self._dense_scores(stored, step))
+            return self._planned(self._scores_of_all(stored, step))
         influence = Influence(self.walk, self.ranks, self.seconds, step)
         if self.shrinker.sublayers:
-            return self._without_sublayers(
-                self.shrinker.depth(influence, self.structures) if self.recipe.target.fraction else []
-            )
+            wanted = bool(self.recipe.target.fraction)
+            return self._without_sublayers(self.shrinker.depth(influence, self.structures) if wanted else [])
         count = self._blocks_to_remove
         gone = self.shrinker.depth(influence, count) if count else []
         return self._without(gone)
+
+    def _scores_of_all(self, stored: Stored, step: Callable[[], None]) -> list[dict[str, Tensor]]:
+        if self.shrinker.gradients:
+            return self._gradient_scores(self.walk.windows, stored, step)
+        return self._dense_scores(stored, step)
 
     @property
     def _blocks_to_remove(self) -> int:
@@ -200,11 +266,20 @@ class ShrinkWalk(BlockWalk):
 
     def _gradient_scores(self, windows: Windows, stored: Stored, step: Callable[[], None]) -> list[dict[str, Tensor]]:
         """Scores of all units from gradients of the dense model."""
+        measured = self._gradients(windows, stored, step)
+        self.walk.prepare()
+        return [
+            self.shrinker.scores(BlockView({}, gradients=gradients, structures=tuple(block)))
+            for gradients, block in zip(measured, self.structures, strict=True)
+        ]
+
+    def _gradients(self, windows: Windows, stored: Stored, step: Callable[[], None]) -> list[dict[str, Gradients]]:
+        """The sums of gradients of the dense model that the score or the search reads."""
         score = self.shrinker.score
         assert score is not None
         source = self.walk.source
         with self.seconds.timed("forward"):
-            measured = measure_gradients(
+            return measure_gradients(
                 source,
                 windows,
                 self.structures,
@@ -213,19 +288,14 @@ class ShrinkWalk(BlockWalk):
                 lambda linear: stored(linear)[0],
                 step=step,
             )
-        self.walk.prepare()
-        return [
-            self.shrinker.scores(BlockView({}, gradients=gradients, structures=tuple(block)))
-            for gradients, block in zip(measured, self.structures, strict=True)
-        ]
 
     @torch.inference_mode()
     def _dense_scores(self, stored: Stored, step: Callable[[], None]) -> list[dict[str, Tensor]]:
         """Scores of all units in the dense model."""
         found = []
         for block, module in dense_blocks(self.walk, self.ranks, self.seconds, step):
-            consumers = self._consumers(block, module)
-            collector = self._collect(block, module, consumers, self.shrinker.measured, self.walk.hidden)
+            measured = self._measured(block, module)
+            collector = self._collect(block, module, measured, self.shrinker.measured, self.walk.hidden)
             with self.seconds.timed("prune"), self.ranks.together():
                 found.append(self._scores(block, stored, collector.statistics(self.ranks.sum_up)))
         return found
@@ -280,6 +350,15 @@ class ShrinkWalk(BlockWalk):
     def _consumers(self, block: Block, module: nn.Module) -> dict[str, nn.Module]:
         return {each.name: module.get_submodule(each.name) for each in self.structures[block.index]}
 
+    def _measured(self, block: Block, module: nn.Module) -> dict[str, nn.Module]:
+        """The linears whose inputs the score looks at: consumers of units, and of a score that is coupled their producers."""
+        consumers = self._consumers(block, module)
+        if not self.shrinker.coupled:
+            return consumers
+        sliced = {part.tensor for each in self.structures[block.index] for part in each.slices}
+        producers = [linear.name for linear in block.linears if f"{linear.name}.weight" in sliced]
+        return {**{name: module.get_submodule(name) for name in producers}, **consumers}
+
     @torch.inference_mode()
     def prune_block(self, block: Block, module: nn.Module, stored: Stored) -> list[LinearReport]:
         """Measure the block, choose what stays, and let its consumers, and perhaps all of it, do without the rest."""
@@ -290,8 +369,9 @@ class ShrinkWalk(BlockWalk):
                 outputs = stack.enter_context(room_for(walk.shape, walk.dtype, walk.source.device))
             settled = None if self.plan is None else self.plan.blocks[block.index]
             needs = self.shrinker.refits | (frozenset() if settled is not None else self.shrinker.measured)
+            linears = self._measured(block, module) if settled is None else self._consumers(block, module)
             follow = None if self.beside is None else partial(self._follow, block, module)
-            collector = self._collect(block, module, self._consumers(block, module), needs, outputs, follow)
+            collector = self._collect(block, module, linears, needs, outputs, follow)
             if self.beside is not None:
                 self.beside.turn()
             begun = time.perf_counter()

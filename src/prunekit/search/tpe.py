@@ -1,0 +1,145 @@
+"""Tree-structured Parzen estimators, by Optuna (the extra `search`), which is imported here and nowhere else.
+
+Optuna keeps its trials in a journal that several processes may share. A sampler's own state is in no storage, so for every trial there
+is a new one, seeded by how many trials are complete: what a killed search would have drawn next is what it draws when it goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.writer import difference
+from ..errors import HistoryError, InputError
+from .history import cut_torn_line
+from .loop import Proposals
+
+if TYPE_CHECKING:
+    import optuna
+
+_NAME = "prunekit"
+_IDENTITY = "identity"
+_CANDIDATE = "candidate"
+_STARTUP = 10  # trials that are drawn uniformly before any estimate is made
+
+
+def require_optuna() -> None:
+    """Raise `InputError` where Optuna is not installed."""
+    if find_spec("optuna") is None:
+        raise InputError("this search needs Optuna, which is not installed: pip install 'prunekit[search]'")
+
+
+def open_study(path: Path | None, identity: Mapping[str, Any], *, alone: bool = True) -> optuna.Study:
+    """The study in a journal file, or a new one; in memory without a path.
+
+    `alone` says that no other process uses the file now: what a killed one left half done is then put right.
+    Raises `HistoryError` for a file that is damaged or another study's, and leaves it as it is.
+    """
+    require_optuna()
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if path is None:
+        return optuna.create_study(study_name=_NAME)
+    plain = json.loads(json.dumps(identity))
+    try:
+        if alone and path.exists():
+            cut_torn_line(path)
+            for lock in path.parent.glob(f"{path.name}.lock*"):
+                lock.unlink(missing_ok=True)  # of a process that was killed while it wrote
+        storage = JournalStorage(JournalFileBackend(str(path)))
+        if storage.get_all_studies():  # asked first, because to create one is to write
+            study = optuna.load_study(storage=storage, study_name=_NAME)
+        else:
+            study = optuna.create_study(storage=storage, study_name=_NAME)
+            study.set_user_attr(_IDENTITY, plain)
+        theirs = study.user_attrs[_IDENTITY]
+    except Exception as problem:  # whatever Optuna stumbles over in a file that is not as it wrote it
+        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise HistoryError(
+            f"'{path}' cannot be read as a study of Optuna ({reason}): it was left as it is; begin again elsewhere, or remove it"
+        ) from None
+    differing = difference(theirs, plain)
+    if differing:
+        raise HistoryError(
+            f"'{path}' is the study of another search: {'; '.join(differing)}. It was left as it is; begin this one elsewhere"
+        )
+    return study
+
+
+def fail_running(study: optuna.Study, stale: Callable[[optuna.trial.FrozenTrial], bool] = lambda trial: True) -> None:
+    """Give up the trials that nobody works on any more."""
+    from optuna.trial import TrialState
+
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        if stale(trial):
+            study.tell(trial.number, state=TrialState.FAIL)
+
+
+def complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Trials that came to a value, in the order of their numbers."""
+    from optuna.trial import TrialState
+
+    return list(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
+
+
+def ask(study: optuna.Study, seed: int, drawn: int) -> optuna.Trial:
+    """A new trial, drawn as the one behind `drawn` others."""
+    from optuna.samplers import TPESampler
+
+    study.sampler = TPESampler(seed=(seed * 1_000_003 + drawn) % 2**32, n_startup_trials=_STARTUP)
+    return study.ask()
+
+
+def importances(study: optuna.Study, numbers: Collection[int]) -> dict[str, float]:
+    """The share each suggestion has in what sets the better trials of these numbers apart, largest first; none where they are few.
+
+    By PED-ANOVA, which knows what to make of suggestions that only some trials have.
+    """
+    import optuna
+
+    good = [trial for trial in complete(study) if trial.number in numbers]
+    if len(good) < _STARTUP or len({trial.value for trial in good}) < 2:
+        return {}
+    some = optuna.create_study()
+    some.add_trials(good)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that few trials say little is known
+        found = optuna.importance.get_param_importances(some, evaluator=optuna.importance.PedAnovaImportanceEvaluator())
+    return {name: float(share) for name, share in found.items() if math.isfinite(share)}
+
+
+def tpe(
+    study: optuna.Study,
+    define: Callable[[optuna.Trial], Any],
+    *,
+    trials: int,
+    seed: int,
+    start: Mapping[str, Any] | None = None,
+) -> Proposals:
+    """Propose what `define` makes of a trial's suggestions, one candidate at a time; trials of before come first, as they were.
+
+    `start` says what is suggested for the first trial.
+    """
+    from optuna.trial import TrialState
+
+    fail_running(study)
+    before = [trial.user_attrs[_CANDIDATE] for trial in complete(study)][:trials]
+    if start and not before and not study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
+        study.enqueue_trial(dict(start))
+    for candidate in before:
+        yield [candidate]
+    for number in range(len(before), trials):
+        trial = ask(study, seed, number)
+        candidate = define(trial)
+        trial.set_user_attr(_CANDIDATE, candidate)
+        (value,) = yield [candidate]
+        # what has no value is told as the worst there can be: as failed it would be drawn again for ever
+        study.tell(trial, min(value, 1e9) if not math.isnan(value) else 1e9, state=TrialState.COMPLETE)

@@ -1,0 +1,1 @@
+"""How a plan is searched for; one file a way."""
