@@ -204,7 +204,7 @@ def test_a_model_without_some_sublayers_is_shrunk_and_zeroed_again(tmp_path: Pat
     tiny.save_model(tmp_path / "model", "llama")
     drop(tmp_path / "model", tmp_path / "first", text, 0.3)
     drop(tmp_path / "first", tmp_path / "second", text, 0.3)
-    drop(tmp_path / "second", tmp_path / "third", text, 0.2, method="wanda-sp", shape="free")
+    drop(tmp_path / "second", tmp_path / "third", text, 0.2, method="wanda-sp", parts={"budget": {"shape": "free"}})
     calibration = {"source": str(text), "samples": 2, "length": 32}
     prunekit.prune(tmp_path / "third", out=tmp_path / "zeroed", sparsity=0.5, calibration=calibration)
     assert prunekit.inspect(tmp_path / "zeroed").sound
