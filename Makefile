@@ -15,7 +15,10 @@ DEMO_LENGTH ?= 1024
 
 .PHONY: demo test lint types docs floor peers big clean
 
-$(STAMP): pyproject.toml
+# what the kernels are compiled from: installing compiles them
+NATIVE = hatch_build.py $(wildcard src/prunekit/runtime/native/*) src/prunekit/runtime/build.py
+
+$(STAMP): pyproject.toml $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'

@@ -59,19 +59,20 @@ def test_two_models_by_repetition(
     assert [wanted["folder"] for wanted in no_child] == [str(tmp_path / "sparse"), str(llama_folder)]
 
 
-def test_only_the_model_is_accelerated(
+def test_the_runtime_is_that_of_the_model_alone(
     llama_folder: Path, no_child: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, asked = benching.load_model, []
 
-    def load(folder: Path, *, accelerate: str | None, **options: Any) -> Any:
-        asked.append(accelerate)
+    def load(folder: Path, *, runtime: str, **options: Any) -> Any:
+        asked.append(runtime)
         return real(folder, **options)
 
     monkeypatch.setattr(benching, "load_model", load)
-    prunekit.bench(llama_folder, against=llama_folder, accelerate="2:4", **SHORT)
-    assert asked == ["2:4", None]
-    assert [wanted["options"]["accelerate"] for wanted in no_child] == ["2:4", None]
+    monkeypatch.setattr(benching, "resolve_place", lambda device, runtime: device)
+    prunekit.bench(llama_folder, against=llama_folder, runtime="2:4", **SHORT)
+    assert asked == ["2:4", "dense"]
+    assert [wanted["options"]["runtime"] for wanted in no_child] == ["2:4", "dense"]
 
 
 def test_a_packed_folder_is_measured_like_any(tmp_path: Path, no_child: list[Any]) -> None:
@@ -96,7 +97,7 @@ def test_what_cannot_be_measured_is_refused(llama_folder: Path, tmp_path: Path, 
     for change, message in (
         ({"prompt": 200}, "do not fit the model's 128 positions"),
         ({"repetitions": 0}, "measure nothing"),
-        ({"accelerate": "2:4"}, "NVIDIA"),
+        ({"runtime": "2:4"}, "NVIDIA"),
         ({"against": tmp_path / "nowhere"}, "does not exist"),
     ):
         with pytest.raises(prunekit.InputError, match=message):

@@ -61,6 +61,7 @@ def test_every_registered_part_is_used_or_can_be_added() -> None:
     assert set(parts("score")) == {row.score for row in SPARSIFY if row.score is not None}
     assert set(parts("compensate")) == {name for name, its in UNIT_PARTS.items() if its == "compensate"}
     assert set(parts("unit-score")) == {row.score for row in SHRINK if row.score is not None}
+    assert set(parts("search")) == {row.search for row in SHRINK if row.search is not None}
     assert set(parts("depth")) == {row.depth for row in SHRINK if row.depth is not None}
     for row in SPARSIFY:
         sparsifier = Sparsifier.of(row, {})
@@ -71,7 +72,7 @@ def test_every_registered_part_is_used_or_can_be_added() -> None:
     for row in SHRINK:
         shrinker = Shrinker.of(row, {})
         assert [bound.part.word for bound in shrinker.parts] == [
-            kind for kind in ("score", "compensate", "depth") if getattr(row, kind) is not None
+            kind for kind in ("score", "compensate", "depth", "search") if getattr(row, kind) is not None
         ]
         assert shrinker.budget.part is find_part("unit-budget", row.budget)
     for row in SLICE:

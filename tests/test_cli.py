@@ -662,7 +662,7 @@ def test_bench_takes_every_option(llama_folder: Path, monkeypatch: pytest.Monkey
         "nonzero_flops",
         "advice",
     }
-    refused = call("bench", llama_folder, "--accelerate", "2:4", "--device", "cpu")
+    refused = call("bench", llama_folder, "--runtime", "2:4", "--device", "cpu")
     assert refused.code == 2
     assert "NVIDIA" in refused.err
     assert call("bench", llama_folder, "--trust-remote-code", "--tokens", "0").code == 2

@@ -39,6 +39,7 @@ from prunekit.checkpoint import embedded, locate
 from prunekit.grid import EvaluationOptions, Grid
 from prunekit.jobs import check_options
 from prunekit.recipe import KINDS, Calibration, Recipe, tomllib
+from prunekit.search.recipes import RecipeSpace
 from prunekit.studies import Study, read_study
 from test_cli import call
 
@@ -373,6 +374,8 @@ def check_recipe(block: Block) -> None:
         values = tomllib.loads(block.body)
     if "study" in values:
         read_study(Path(block.title))
+    elif "space" in values:
+        assert RecipeSpace.of(values["space"]).genes
     elif "grid" in values:
         assert Grid.build({"model": "MODEL", "method": "wanda", **values}).combinations()
     else:

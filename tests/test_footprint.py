@@ -76,10 +76,10 @@ def test_the_strictest_pattern_that_holds_is_named(tmp_path: Path) -> None:
         ("dense", "hardly any zeros"),
         (
             "unstructured",
-            "50 % zeros, at places that follow no rule: a dense runtime .* is not faster, .* --format bitmask",
+            "50 % zeros, at places that follow no rule: a dense runtime .* is not faster; .* --runtime sparse.* --format bitmask",
         ),
-        ("4:8", "four in every eight inputs: .* no common processor or GPU"),
-        ("2:4", r"two or more in every four inputs: .* sparse tensor cores .* accelerate='2:4'"),
+        ("4:8", r"four in every eight inputs: .* prunekit\.load\(\.\.\., runtime='sparse'\)"),
+        ("2:4", r"two or more in every four inputs: .* sparse tensor cores .* runtime='2:4'"),
         ("1:4", "two or more in every four inputs"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`load` gives the model transformers would, plain or packed; 2:4 weights are accelerated where they can be, or refused."""
+"""`load` gives the model transformers would, plain or packed; 2:4 weights are compressed where they can be, or refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import prunekit
 import tiny
 from prunekit.errors import PrunekitWarning
-from prunekit.loading import accelerate_linears
+from prunekit.loading import compress_linears
 
 IDS = torch.arange(20)[None]
 
@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_refused(llama_folder: Path, monkeypatch: pytest.Mo
         prunekit.load(llama_folder, dtype="float32", device="cpu")
 
 
-# accelerate
+# 2:4
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 def test_every_2_4_linear_is_converted(converted: list[tuple[int, ...]]) -> None:
     model = tiny.two_four(tiny.make_model("llama"))
     before = logits(model)
-    assert accelerate_linears(model) == len(converted) == 21
+    assert compress_linears(model) == len(converted) == 21
     assert converted[:3] == [(32, 32), (16, 32), (16, 32)]
     assert torch.equal(logits(model), before)
     assert not any(parameter.requires_grad for parameter in model.model.layers[0].self_attn.parameters())
@@ -90,35 +90,40 @@ def test_every_2_4_linear_is_converted(converted: list[tuple[int, ...]]) -> None
 def test_linears_that_are_not_2_4_stay_dense_with_a_warning(converted: list[tuple[int, ...]]) -> None:
     model = tiny.two_four(tiny.make_model("llama"), skip="down_proj")
     with pytest.warns(PrunekitWarning, match="3 of 21 linears are not 2:4 and stay dense"):
-        assert accelerate_linears(model) == len(converted) == 18
+        assert compress_linears(model) == len(converted) == 18
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_model_without_2_4_is_refused(family: str, converted: list[tuple[int, ...]]) -> None:
     model = tiny.make_model(family)
     with pytest.raises(prunekit.InputError, match=r"no linear of this model has them: prune it with --pattern 2:4"):
-        accelerate_linears(model)
+        compress_linears(model)
     assert converted == []
 
 
 def test_what_torch_cannot_convert_is_refused() -> None:
     # torch itself, without a GPU: device and shape are its to judge
     with pytest.raises(prunekit.InputError, match=r"torch cannot convert 'model\.layers\.0\.self_attn\.q_proj'"):
-        accelerate_linears(tiny.two_four(tiny.make_model("llama")))
+        compress_linears(tiny.two_four(tiny.make_model("llama")))
 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
-    [("2:4", "is for the sparse tensor cores of NVIDIA GPUs, and the device is cpu"), ("4:8", "is unknown")],
+    [
+        ("2:4", "is for the sparse tensor cores of NVIDIA GPUs, and the device is cpu"),
+        ("4:8", r"runtime '4:8' is unknown: .*Known: 2:4, dense, sparse"),
+    ],
 )
 def test_a_device_or_a_pattern_without_kernels_is_refused(asked: str, message: str, llama_folder: Path) -> None:
     with pytest.raises(prunekit.InputError, match=message):
-        prunekit.load(llama_folder, device="cpu", accelerate=asked)
+        prunekit.load(llama_folder, device="cpu", runtime=asked)
 
 
 def test_load_hands_a_cuda_model_to_the_converter(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("prunekit.loading._check_accelerate", lambda asked, device: seen.append((asked, device.type)))
-    monkeypatch.setattr("prunekit.loading.accelerate_linears", seen.append)
-    model = prunekit.load(llama_folder, device="cpu", accelerate="2:4")
-    assert seen == [("2:4", "cpu"), model]
+    monkeypatch.setattr(
+        "prunekit.loading.resolve_place", lambda device, asked: seen.append(asked) or torch.device("cpu")
+    )
+    monkeypatch.setattr("prunekit.loading.compress_linears", seen.append)
+    model = prunekit.load(llama_folder, device="cpu", runtime="2:4")
+    assert seen == ["2:4", model]

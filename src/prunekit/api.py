@@ -166,6 +166,7 @@ def evaluate(
     tokenizer: Any = None,
     dtype: str = "auto",
     device: str = "auto",
+    runtime: str = "dense",
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -183,6 +184,7 @@ def evaluate(
         limit: use only the first so many questions of each task.
         tokenizer: for a model in memory.
         dtype, device, revision, trust_remote_code: as for `prune`; a model in memory keeps its own dtype and device.
+        runtime: as for `load`; of `model`, not of the other. Any but `dense` has the whole model in memory for texts, too.
         progress: told what is going on; silent by default.
 
     Raises:
@@ -191,11 +193,11 @@ def evaluate(
     progress = progress or Silent()
     opening: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if isinstance(model, (str, Path)):
-        opened = Opened.folder_of(str(model), **opening, revision=revision, progress=progress)
+        opened = Opened.folder_of(str(model), **opening, runtime=runtime, revision=revision, progress=progress)
     elif tokenizer is None:
         raise InputError("a model in memory is evaluated with tokenizer=...: give the one that belongs to it")
     else:
-        opened = Opened(type(model).__name__, ResidentModel(model), tokenizer)
+        opened = Opened(type(model).__name__, ResidentModel(model, packed=True), tokenizer)
     base = None
     if against is not None:
         base = Opened.folder_of(str(against), **opening, revision=None, progress=progress)
@@ -516,7 +518,7 @@ def load(
     *,
     dtype: str = "auto",
     device: str = "auto",
-    accelerate: str | None = None,
+    runtime: str = "dense",
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -527,17 +529,18 @@ def load(
         folder: a folder, a hub id, or `smollm2-135m`.
         dtype: `auto` (bfloat16 where the hardware multiplies it, else float32), `float32`, `bfloat16` or `float16`.
         device: `auto`, `cpu`, `cuda`, ...
-        accelerate: `"2:4"` puts 2:4 weights on a CUDA device into the form its sparse tensor cores multiply.
+        runtime: `dense`; `sparse`, where the weights of the blocks stay packed in memory and a processor multiplies them so; or `2:4`,
+            which puts 2:4 weights on a CUDA device into the form its sparse tensor cores multiply. See docs/faster.md.
         revision, trust_remote_code: as for `prune`.
         progress: told what is going on; silent by default.
 
     Raises:
-        InputError: the folder is no whole model, does not fit into memory, or cannot be accelerated as asked.
+        InputError: the folder is no whole model, does not fit into memory, or is not for the runtime.
     """
     from .loading import load_model
 
     place = locate(str(folder), revision=revision, trust_remote_code=trust_remote_code, progress=progress)
-    return load_model(place, dtype=dtype, device=device, accelerate=accelerate, trust_remote_code=trust_remote_code)
+    return load_model(place, dtype=dtype, device=device, runtime=runtime, trust_remote_code=trust_remote_code)
 
 
 def generate(
@@ -747,7 +750,7 @@ def bench(
     warmup: int = 1,
     dtype: str = "auto",
     device: str = "auto",
-    accelerate: str | None = None,
+    runtime: str = "dense",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Bench:
@@ -761,7 +764,7 @@ def bench(
         repetitions: rounds that count.
         warmup: rounds before those.
         dtype, device, trust_remote_code: as for `load`.
-        accelerate: as for `load`; of `model`, not of the other.
+        runtime: as for `load`; of `model`, not of the other.
         progress: told what is going on; silent by default.
 
     Raises:
@@ -779,7 +782,7 @@ def bench(
         warmup=warmup,
         dtype=dtype,
         device=device,
-        accelerate=accelerate,
+        runtime=runtime,
         trust_remote_code=trust_remote_code,
         progress=progress,
     )

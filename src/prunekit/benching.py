@@ -19,7 +19,7 @@ from . import machine
 from .errors import PrunekitError
 from .evaluation.speed import Round, Spread, draw_prompt, measure, one_round, prompt_length
 from .footprint import Footprint, measure_footprint, runtime_advice
-from .loading import load_model
+from .loading import DENSE, load_model, resolve_place
 from .model.source import StreamedModel
 from .progress import Progress, Silent
 
@@ -75,7 +75,7 @@ class Bench:
         prompt, tokens: lengths of the prompt and of what was decoded behind its first token.
         warmup: rounds of each model that do not count.
         dtype, device, threads: of the computation.
-        accelerate: how the model (not the other) was accelerated, or None.
+        runtime: of the model (not of the other).
     """
 
     measured: list[Measured]
@@ -85,7 +85,7 @@ class Bench:
     dtype: str
     device: str
     threads: int
-    accelerate: str | None
+    runtime: str
 
     def ratio(self, figure: str) -> Spread:
         """The model's figure divided by the other's, of each repetition: median, lowest, highest."""
@@ -106,7 +106,7 @@ class Bench:
             "dtype": self.dtype,
             "device": self.device,
             "threads": self.threads,
-            "accelerate": self.accelerate,
+            "runtime": self.runtime,
         }
 
 
@@ -119,35 +119,35 @@ def bench_folders(
     warmup: int,
     dtype: str = "auto",
     device: str = "auto",
-    accelerate: str | None = None,
+    runtime: str = DENSE,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Bench:
     """Measure one folder, or two in turn.
 
     Args:
-        folders: what the user calls them, and where they are; the first is accelerated, if that is asked for.
+        folders: what the user calls them, and where they are; `runtime` is that of the first.
         prompt: tokens of the prompt; 512, or what the models' positions leave.
         tokens: to decode behind the first.
         repetitions, warmup: rounds of each model that count, and before those.
-        dtype, device, accelerate, trust_remote_code: as for `load`.
+        dtype, device, runtime, trust_remote_code: as for `load`.
         progress: told what is going on.
 
     Raises:
         InputError: something in the input is wrong.
     """
     progress = progress or Silent()
-    place = str(machine.resolve_device(device))
+    place = str(resolve_place(device, runtime))
     sources = [
         StreamedModel.open(folder, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
         for _, folder in folders
     ]
     length = min(prompt_length(source.module.config, prompt, tokens) for source in sources)
     ids = draw_prompt(min(source.module.get_input_embeddings().weight.shape[0] for source in sources), length)
-    ways = [accelerate, None][: len(folders)]
+    ways = [runtime, DENSE][: len(folders)]
 
-    def load(folder: Path, way: str | None) -> PreTrainedModel:
-        return load_model(folder, dtype=dtype, device=place, accelerate=way, trust_remote_code=trust_remote_code)
+    def load(folder: Path, way: str) -> PreTrainedModel:
+        return load_model(folder, dtype=dtype, device=place, runtime=way, trust_remote_code=trust_remote_code)
 
     models = [load(folder, way) for (_, folder), way in zip(folders, ways, strict=True)]
     progress.start("timing", len(models) * (warmup + repetitions))
@@ -158,7 +158,7 @@ def bench_folders(
     measured = []
     for (name, folder), source, way, taken in zip(folders, sources, ways, rounds, strict=True):
         progress.say(f"weighing {name}")
-        options = {"dtype": dtype, "device": place, "accelerate": way, "trust_remote_code": trust_remote_code}
+        options = {"dtype": dtype, "device": place, "runtime": way, "trust_remote_code": trust_remote_code}
         memory = _memory_in_child({"folder": str(folder), "prompt": ids.tolist(), "tokens": tokens, "options": options})
         footprint = measure_footprint(source)
         measured.append(Measured(name, footprint, memory, taken, runtime_advice(footprint)))
@@ -170,7 +170,7 @@ def bench_folders(
         dtype=str(sources[0].dtype).removeprefix("torch."),
         device=place,
         threads=torch.get_num_threads(),
-        accelerate=accelerate,
+        runtime=runtime,
     )
 
 

@@ -28,6 +28,7 @@ PARTS: dict[str, str] = {
 UNIT_PARTS: dict[str, str] = {
     "bias": "compensate",
     "least-squares": "compensate",
+    "admm": "compensate",
     "global-cost": "budget",
     "global-types": "budget",
     "blockwise": "tune",

@@ -240,6 +240,7 @@ def evaluate(
     ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    runtime: Runtime = "dense",
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -263,6 +264,7 @@ def evaluate(
             limit=limit,
             dtype=dtype,
             device=device,
+            runtime=runtime,
             revision=revision,
             trust_remote_code=trust_remote_code,
             progress=progress,
@@ -563,9 +565,7 @@ def bench(
     warmup: Annotated[int, typer.Option(help="Rounds before those.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    accelerate: Annotated[
-        str | None, typer.Option(metavar="2:4", help="On CUDA: multiply DIR's 2:4 weights on sparse tensor cores.")
-    ] = None,
+    runtime: Runtime = "dense",
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -576,7 +576,7 @@ def bench(
 
     progress = for_terminal()
     sizes: dict[str, Any] = {"prompt": prompt, "tokens": tokens, "repetitions": repetitions, "warmup": warmup}
-    computing: dict[str, Any] = {"dtype": dtype, "device": device, "accelerate": accelerate}
+    computing: dict[str, Any] = {"dtype": dtype, "device": device, "runtime": runtime}
     try:
         found = bench_model(
             model, against=against, **sizes, **computing, trust_remote_code=trust_remote_code, progress=progress
@@ -626,8 +626,9 @@ def _print_bench(found: Any) -> None:
     row("  zeros skipped", [footprint.nonzero_flops for footprint in prints], 1e6, ",.1f")
     Console(width=None if sys.stdout.isatty() else 160).print(table, markup=False)
     typer.echo(
-        f"measured    {found.dtype} on {found.device}, {found.threads} threads; a prompt of {found.prompt} tokens, {found.tokens} "
-        f"decoded; median of {len(found.measured[0].rounds)} rounds (lowest to highest), in turn, after {found.warmup} to warm up"
+        f"measured    {found.dtype} on {found.device}, {found.threads} threads, runtime {found.runtime}; a prompt of "
+        f"{found.prompt} tokens, {found.tokens} decoded; median of {len(found.measured[0].rounds)} rounds (lowest to highest), "
+        f"in turn, after {found.warmup} to warm up"
     )
     for measured in found.measured:
         typer.echo(f"{measured.model}: {measured.advice}")

@@ -27,7 +27,7 @@ from .evaluation.interval import difference_interval, ratio_interval
 from .evaluation.perplexity import paired_losses, perplexity_of, walked, window_losses
 from .evaluation.record import EvaluationRecord, TaskFigures, TextFigures
 from .evaluation.tasks import Item, Scored, file_tasks, read_task, score_items
-from .loading import load_model
+from .loading import DENSE, load_model
 from .model.source import ResidentModel, StreamedModel, evaluating
 from .model.stream import Walk, Windows
 from .progress import Progress
@@ -48,11 +48,24 @@ class Opened:
 
     @classmethod
     def folder_of(
-        cls, name: str, *, dtype: str, device: str, revision: str | None, trust_remote_code: bool, progress: Progress
+        cls,
+        name: str,
+        *,
+        dtype: str,
+        device: str,
+        revision: str | None,
+        trust_remote_code: bool,
+        progress: Progress,
+        runtime: str = DENSE,
     ) -> Opened:
         """A folder, a hub id, or `smollm2-135m`. Raises `InputError`."""
         folder = locate(name, revision=revision, trust_remote_code=trust_remote_code, progress=progress)
-        source = StreamedModel.open(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        source: StreamedModel | ResidentModel
+        if runtime == DENSE:
+            source = StreamedModel.open(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        else:
+            model = load_model(folder, dtype=dtype, device=device, runtime=runtime, trust_remote_code=trust_remote_code)
+            source = ResidentModel(model, packed=True)
         return cls(name, source, load_tokenizer(folder, trust_remote_code=trust_remote_code))
 
     def whole(self, trust_remote_code: bool) -> PreTrainedModel:

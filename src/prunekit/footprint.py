@@ -111,11 +111,11 @@ def runtime_advice(found: Footprint) -> str:
     if found.pattern in ("1:4", "2:4"):
         return (
             f"{share}, two or more in every four inputs: {dense}; sparse tensor cores (NVIDIA, compute capability 8.0 or more) skip "
-            "them: prunekit.load(..., accelerate='2:4'), or TensorRT with sparse weights"
+            "them: prunekit.load(..., runtime='2:4'), or TensorRT with sparse weights; on a processor --runtime sparse"
         )
     where = "four in every eight inputs" if found.pattern == "4:8" else "at places that follow no rule"
     return (
-        f"{share}, {where}: {dense}, and no common processor or GPU has instructions for this pattern; kernels that are made for it "
-        "(Flash-LLM and SpInfer on CUDA, DeepSparse on x86) read packed weights and gain where reading them is what takes the time; "
-        "smaller it is at once: prunekit export --format bitmask"
+        f"{share}, {where}: {dense}; on a processor --runtime sparse, prunekit.load(..., runtime='sparse'), keeps weights packed "
+        "and reads no zeros; on CUDA kernels that are made for it do (Flash-LLM, SpInfer); smaller on disk it is at once: "
+        "prunekit export --format bitmask"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from .calibration.windows import load_tokenizer
 from .checkpoint.locate import locate
-from .errors import InputError
 from .generation.engine import Engine, Generation, check_template
 from .generation.sampling import Sampling
 from .loading import load_model
@@ -30,9 +29,7 @@ def open_engine(
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     if chat:
         check_template(tokenizer)
-    if runtime != "dense":
-        raise InputError(f"runtime '{runtime}' is not in this version: leave it out, or give dense")
-    loaded = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    loaded = load_model(folder, dtype=dtype, device=device, runtime=runtime, trust_remote_code=trust_remote_code)
     return Engine(loaded, tokenizer)
 
 

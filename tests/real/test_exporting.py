@@ -44,3 +44,18 @@ def test_gguf_is_the_same_model(pruned: Path, tmp_path: Path) -> None:
         theirs = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)(ids).logits
         ours = prunekit.load(pruned, dtype="float32", device="cpu")(ids).logits
     assert torch.equal(theirs, ours)
+
+
+def test_the_sparse_runtime_is_as_near_to_exact_as_the_dense_one(pruned: Path) -> None:
+    ids = torch.randint(49152, (1, 60), generator=torch.Generator().manual_seed(0))
+    logits = {}
+    with torch.inference_mode():
+        for dtype in ("float32", "bfloat16"):
+            for runtime in ("dense", "sparse"):
+                model = prunekit.load(pruned, dtype=dtype, device="cpu", runtime=runtime)
+                few = torch.cat([model(ids[:, :5]).logits, model(ids[:, 5:6]).logits], 1)  # other kernels than many
+                logits[dtype, runtime] = torch.cat([model(ids).logits, few], 1)[0].double()
+    exact = logits["float32", "dense"]
+    gaps = {way: float((found - exact).norm() / exact.norm()) for way, found in logits.items()}
+    assert gaps["float32", "sparse"] < 1e-5
+    assert gaps["bfloat16", "sparse"] < 1.25 * gaps["bfloat16", "dense"]

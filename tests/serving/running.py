@@ -108,6 +108,11 @@ class Running:
         """Those that run or wait."""
         return self.server.worker.count
 
+    @property
+    def deserted(self) -> bool:
+        """Whether nobody waits for what runs or waits."""
+        return all(job.stopped() for job in self.server.worker._jobs)
+
     def stop(self, times: int = 1) -> None:
         for _ in range(times):
             self.server.stop()

@@ -50,6 +50,8 @@ BOTH = [
     ({"stop": ["a"] * 17}, "stop", "stop cannot be"),
     ({"stream": "yes"}, "stream", 'stream cannot be "yes"'),
     ({"stream_options": {"usage": True}}, "stream_options", "no parameter 'stream_options.usage'"),
+    ({"stream_options": "x", "stream": True}, "stream_options", "it is an object with names and values"),
+    ({"stream_options": {"include_usage": True}}, None, "send stream=true too"),
     ({"model": 5}, "model", "model cannot be 5"),
     ({"model": None}, "model", "'model' is missing"),
 ]
@@ -96,7 +98,7 @@ def test_a_wrong_completion_is_refused(values: dict[str, Any], param: str, words
         ({"messages": None}, "messages", "'messages' is missing"),
         ({"messages": []}, "messages", "messages cannot be []"),
         ({"messages": "hello"}, "messages", 'messages cannot be "hello"'),
-        ({"messages": ["hello"]}, "messages", 'messages.0 cannot be "hello"'),
+        ({"messages": ["hello"]}, "messages", 'messages.0 cannot be "hello": it is an object'),
         ({"messages": [{"role": "user"}]}, "messages", "'messages.0.content' is missing"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages", "'system', 'user' or 'assistant'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "a part that is no text"),
@@ -126,6 +128,8 @@ def test_only_json_is_read(served: Running) -> None:
         answer = served.send("POST", COMPLETIONS, b'{"model": "talker", "prompt": "a"}', **{"Content-Type": kind})
         assert answer.status == 415
         assert "Content-Type: application/json" in answer.error["message"]
+    answer = served.send("POST", COMPLETIONS, b"\x1f\x8b", **{"Content-Encoding": "gzip"})
+    assert (answer.status, "Content-Encoding" in answer.error["message"]) == (415, True)
     fine = {"Content-Type": "Application/JSON; charset=utf-8"}
     assert served.send("POST", COMPLETIONS, b'{"model": "talker", "prompt": "a"}', **fine).status == 200
 
@@ -194,7 +198,7 @@ def answered_early(running: Running, size: int) -> bytes:
 
 def test_a_key_is_asked_for_before_anything_else(serving: Callable[..., Running]) -> None:
     running = serving(api_key="secret", max_tokens=5)
-    answer = running.client.completions.create(model="talker", prompt="hello")
+    answer = running.client.completions.create(model="talker", prompt="hello", temperature=0)
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 5
     for wrong in ("secre", "secrets", "", "sécret"):

@@ -22,7 +22,9 @@ def complete(running: Running, tokens: int = 3, **options: Any) -> Any:
 
 def hang_up(running: Running, *, stream: bool, tokens: int = 100) -> Callable[[], None]:
     """A request whose answer is not read; returns what hangs up."""
-    body = json.dumps({"model": "talker", "prompt": PROMPT, "max_tokens": tokens, "stream": stream}).encode()
+    body = json.dumps(
+        {"model": "talker", "prompt": PROMPT, "max_tokens": tokens, "stream": stream, "temperature": 0}
+    ).encode()
     host, port = running.url.removeprefix("http://").split(":")
     head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     connection = socket.create_connection((host, int(port)), timeout=PATIENCE)
@@ -67,9 +69,10 @@ def test_who_hangs_up_is_not_generated_for(stream: bool, serving: Callable[..., 
     close = hang_up(running, stream=stream)
     running.waiting.wait(PATIENCE)
     running.allow(3)
-    until(lambda: running.requests == 1)
+    until(lambda: running.server.worker._jobs[0].generation.tokens == 3)
     close()
-    running.allow(2)  # what is being computed is, and at most one token more
+    until(lambda: running.deserted)
+    running.allow(1)  # what is being computed is, and no token more
     until(lambda: running.requests == 0)
     assert running.notes.lines[-1].endswith("cancelled")
 
@@ -93,7 +96,8 @@ def test_a_stream_that_is_closed_halfway_ends_the_generation(serving: Callable[.
     running.allow(2)
     with complete(running, 100, stream=True) as stream:
         assert next(iter(stream)).choices[0].text
-    running.allow(4)
+    until(lambda: running.deserted)
+    running.allow(1)
     until(lambda: running.requests == 0)
     assert running.notes.lines[-1].endswith("cancelled")
 
@@ -184,7 +188,7 @@ def test_a_second_signal_cuts_off_what_runs(stream: bool, serving: Callable[...,
         running.waiting.wait(PATIENCE)
         running.stop(2)
         until(lambda: running.server.worker.cut_off)
-        running.allow(2)
+        running.allow(1)
         with pytest.raises(openai.APIError, match="has cut this answer off"):
             answer.result()
     running.join()
@@ -197,7 +201,7 @@ def test_grace_does_not_last_for_ever(serving: Callable[..., Running]) -> None:
         running.waiting.wait(PATIENCE)
         running.stop()
         until(lambda: running.server.worker.cut_off)
-        running.allow(2)
+        running.allow(1)
         with pytest.raises(openai.InternalServerError, match="has cut this answer off"):
             answer.result()
     running.join()

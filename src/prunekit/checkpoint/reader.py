@@ -121,6 +121,19 @@ class Reader:
                     found[name] = _read_tensor(stream, self.entries[name], pinned=pinned)
         return found
 
+    def read_packed(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Mask [rows, ⌈columns / 8⌉] and values [kept] of a matrix as they are stored; None where it is stored plain."""
+        entry = self.entries[name]
+        if entry.mask is None:
+            return None
+        mask = torch.empty((entry.shape[0], -(-entry.shape[1] // 8)), dtype=torch.uint8)
+        values = torch.empty(entry.mask.kept, dtype=entry.dtype)
+        with _opened(self.folder / entry.file) as stream:
+            for offset, part in ((entry.mask.offset, mask), (entry.offset, values)):
+                stream.seek(offset)
+                _fill(stream, bytes_of(part), entry)
+        return mask, values
+
     def rows(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """A tensor a few rows at a time: (first row, [rows, ...]), in its stored dtype. What is too large to hold is read like this."""
         entry = self.entries[name]

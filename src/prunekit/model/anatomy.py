@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError
+from ..runtime.linear import PackedLinear
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,10 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def read_anatomy(model: nn.Module) -> Anatomy:
+def read_anatomy(model: nn.Module, *, packed: bool = False) -> Anatomy:
     """Find the blocks and linears of a causal language model; it may lie on the meta device.
+
+    Linears of `prunekit.load(..., runtime="sparse")` are refused unless `packed` is given: they have no weight to read or change.
 
     Raises `InputError` where the model is not a stack of blocks of dense linears, naming the modules.
     """
@@ -103,7 +106,14 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         block_name = f"{blocks_name}.{index}"
         linears = []
         for name, child in module.named_modules():
-            if is_linear(child):
+            if isinstance(child, PackedLinear):
+                if not packed:
+                    raise InputError(
+                        f"'{block_name}.{name}' is packed for the sparse runtime, which computes and changes nothing: load the model "
+                        "without runtime='sparse'"
+                    )
+                linears.append(Linear(name, block_name, index, child.out_features, child.in_features, False))
+            elif is_linear(child):
                 transposed = isinstance(child, Conv1D)
                 rows, columns = child.weight.shape if child.weight.ndim == 2 else (0, 0)
                 size = (columns, rows) if transposed else (rows, columns)
@@ -123,7 +133,9 @@ def _find_blocks(model: nn.Module) -> str:
     for name, module in _text_decoder(model):
         inside_found = any(name.startswith(found + ".") for found in weights)
         if isinstance(module, nn.ModuleList) and len(module) and not inside_found:
-            weights[name] = sum(parameter.numel() for parameter in module.parameters() if parameter.ndim >= 2)
+            weights[name] = sum(parameter.numel() for parameter in module.parameters() if parameter.ndim >= 2) + sum(
+                child.out_features * child.in_features for child in module.modules() if isinstance(child, PackedLinear)
+            )
     if not weights or max(weights.values()) == 0:
         raise InputError(f"{type(model).__name__} has no list of decoder blocks: prunekit prunes decoder-only models")
     return max(weights, key=lambda name: weights[name])

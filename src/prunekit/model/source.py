@@ -79,11 +79,11 @@ class Source(Protocol):
 
 
 class ResidentModel:
-    """A model that lies in memory as a whole; nothing is loaded or freed."""
+    """A model that lies in memory as a whole; nothing is loaded or freed. `packed`: its weights may be, because nobody reads them."""
 
-    def __init__(self, module: PreTrainedModel) -> None:
+    def __init__(self, module: PreTrainedModel, *, packed: bool = False) -> None:
         self.module = module
-        self.anatomy = read_anatomy(module)
+        self.anatomy = read_anatomy(module, packed=packed)
         first = next(module.parameters())
         self.device = first.device
         self.dtype = first.dtype
@@ -250,7 +250,7 @@ class StreamedModel:
                     self._place_nothing(name)
             else:
                 tensor = self.reader.read([key])[key]
-                _refuse_not_finite(tensor, key, "outside the blocks")
+                refuse_not_finite(tensor, key, "outside the blocks")
                 self._place(name, tensor)
         if head == "chunked" and output:
             key = next(self.key_of[name] for name in output if name in self.key_of)
@@ -284,17 +284,24 @@ class StreamedModel:
         used[ids.reshape(-1).cpu()] = True
         matrix = untouched(shape, self.dtype)
         for start, rows in self.reader.rows(key):
-            _refuse_not_finite(rows, key, "outside the blocks")
+            refuse_not_finite(rows, key, "outside the blocks")
             mine = used[start : start + len(rows)].nonzero().flatten()
             matrix[start + mine] = rows[mine].to(self.dtype)
         return matrix
+
+    def load_parameter(self, name: str, index: int) -> None:
+        """Read one parameter or buffer of a block. Raises `InputError` where it is not finite."""
+        key = self.key_of[name]
+        tensor = self.reader.read([key])[key]
+        refuse_not_finite(tensor, key, f"block {index}")
+        self._place(name, tensor)
 
     def load_block(self, index: int, tensors: dict[str, Tensor] | None = None) -> nn.Module:
         """Read a block where it is not in memory yet, or take `tensors` (stored name -> tensor) for it, and return its module."""
         if tensors is not None or index not in self.stored:
             stored = self._taken(index) if tensors is None else tensors
             for name in self.block_parameters(index):
-                _refuse_not_finite(stored[self.key_of[name]], self.key_of[name], f"block {index}")
+                refuse_not_finite(stored[self.key_of[name]], self.key_of[name], f"block {index}")
                 self._place(name, stored[self.key_of[name]])
             self.stored[index] = stored
         block: nn.Module = self.module.get_submodule(self.anatomy.blocks[index].name)
@@ -414,7 +421,7 @@ class _ChunkedHead:
     def __call__(self, hidden: Tensor) -> Tensor:
         output = hidden.new_empty((*hidden.shape[:-1], self._linear.out_features))
         for start, rows in self._reader.rows(self._key):
-            _refuse_not_finite(rows, self._key, "outside the blocks")
+            refuse_not_finite(rows, self._key, "outside the blocks")
             part = rows.to(hidden.device).to(hidden.dtype)
             output[..., start : start + len(part)] = nn.functional.linear(hidden, part)
         return output if self._linear.bias is None else output + self._linear.bias
@@ -503,7 +510,8 @@ def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     return found
 
 
-def _refuse_not_finite(tensor: Tensor, name: str, where: str) -> None:
+def refuse_not_finite(tensor: Tensor, name: str, where: str) -> None:
+    """Raise `InputError` where a tensor of a checkpoint holds NaN or infinite values."""
     if not all_finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
         raise InputError(f"tensor '{name}' ({where}) holds {bad} NaN or infinite values: the checkpoint is damaged")

@@ -106,6 +106,8 @@ class _Desk:
         """The request, checked as far as that can be done without the model. Raises `RequestError`."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RequestError(415, "the body must be JSON, sent with 'Content-Type: application/json'")
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise RequestError(415, "the body must be sent as it is, without 'Content-Encoding'")
         asked = parse(await self._body(request), kind)
         self._check_model(asked.model)
         if (asked.tokens or 0) > self._max_tokens:

@@ -130,6 +130,12 @@ class Asked(_Strict):
 
     default_tokens: ClassVar[int | None] = None  # None: as many as may be
 
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> Asked:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options are those of a stream: send stream=true too, or leave them out")
+        return self
+
     @property
     def tokens(self) -> int | None:
         """How many tokens are asked for."""
@@ -204,6 +210,8 @@ def _sentence(error: Any) -> str:
         return f"'{where}' is missing"
     if error["type"] == "extra_forbidden":
         return f"there is no parameter '{where}' here"
+    if error["type"] == "model_type":
+        return f"{where} cannot be {shown(error['input'])}: it is an object with names and values"
     return f"{where} cannot be {shown(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 

@@ -214,7 +214,7 @@ def trial_bytes(source: Source, samples: int, length: int) -> int:
     """Memory that trying candidates takes at most, from shapes: their hidden states, and the head, or two blocks."""
     width = int(source.module.config.get_text_config().hidden_size)
     hidden = samples * length * width * source.dtype.itemsize
-    head = source.module.get_output_embeddings().weight.numel() * source.dtype.itemsize
+    head = int(source.module.get_output_embeddings().weight.numel()) * source.dtype.itemsize
     return max(hidden, min(_TOGETHER * hidden, _HIDDEN_BYTES)) + max(
         head, 2 * max(block_parameters(source)) * source.dtype.itemsize
     )
