@@ -45,7 +45,8 @@ class Influence:
 
         The stream is what the block returns without the sublayers that have not added to it yet.
         """
-        walk, found = self.walk, {}
+        walk = self.walk
+        found: dict[tuple[int, str], float] = {}
         for block, module in dense_blocks(walk, self.ranks, self.seconds, self.step):
             sublayers = structures[block.index]
             sums = {each.name: torch.zeros(2, dtype=torch.float64) for each in sublayers}
@@ -53,7 +54,7 @@ class Influence:
                 for position, batch in enumerate(walk.batches):
                     before = walk.hidden[batch]
                     after = walk.run_batch(block.index, module, position, before)
-                    streams = {
+                    streams: dict[frozenset[str], Tensor] = {
                         frozenset(): before.to(after.device),
                         frozenset(each.name for each in sublayers): after,
                     }
@@ -64,7 +65,8 @@ class Influence:
                             if present not in streams:
                                 with left_out(module, [other for other in sublayers if other.name not in present]):
                                     streams[present] = walk.run_batch(block.index, module, position, before)
-                        sums[each.name] += _sums(*(streams[end] for end in ends), walk.windows[batch].keep).cpu()
+                        turned = _sums(streams[ends[0]], streams[ends[1]], walk.windows[batch].keep)
+                        sums[each.name] += turned.cpu()
                     walk.hidden[batch] = after
             walk.hidden.turn()
             self.ranks.sum_up(list(sums.values()))

@@ -25,8 +25,8 @@ from ..model.source import evaluating
 from .plan import Plan, Structures
 from .units import ATTENTION, MLP, TOKENS, Answer, Slices, Structure, Sublayer, Tracer, likeness, near, shared_path
 
-_ADDS_NOTHING = {"returns": None, "outputs": 0, "empty": None}
-_HANDS_ON = {"returns": 0, "outputs": 0, "empty": None}
+_ADDS_NOTHING: Mapping[str, Any] = {"returns": None, "outputs": 0, "empty": None}
+_HANDS_ON: Mapping[str, Any] = {"returns": 0, "outputs": 0, "empty": None}
 
 Modules = Mapping[str, Mapping[str, Any]]
 
@@ -244,7 +244,7 @@ class _Tried:
     ) -> Sublayer:
         name, index = consumer.linear.name, self._block.index
         norms = self._norms(modules)
-        stubs = {**modules, **dict.fromkeys(norms, _HANDS_ON)}
+        stubs: dict[str, Mapping[str, Any]] = {**modules, **dict.fromkeys(norms, _HANDS_ON)}
         if not near(self._output(stubs), self._output({}, silent=name)):
             raise _UnlikeError(f"block {index} computes something else without what ends in '{name}'")
         gone = {
