@@ -217,7 +217,9 @@ class _Tried:
             first = output[0] if isinstance(output, tuple) else output
             outputs = len(output) if isinstance(output, tuple) else 0
             # some blocks go on to add to it in place
-            calls.append(((*args, *kwargs.values()), first.clone() if isinstance(first, Tensor) else None, outputs))
+            calls.append(
+                ((*args, *kwargs.values()), first.detach().clone() if isinstance(first, Tensor) else None, outputs)
+            )
 
         handle = self._module.get_submodule(path).register_forward_hook(see, with_kwargs=True)
         try:
@@ -232,7 +234,7 @@ class _Tried:
             alike = (
                 place for place, value in enumerate(given) if isinstance(value, Tensor) and value.shape == first.shape
             )
-            returns = next((place for place in alike if near(given[place], first)), None)
+            returns = next((place for place in alike if near(given[place].detach(), first)), None)
             if returns is None:
                 raise _UnlikeError(
                     f"'{path}' of block {self._block.index} returns something when its last linear returns zeros"
