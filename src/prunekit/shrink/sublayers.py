@@ -169,7 +169,7 @@ class _Tried:
             sublayer = self._sublayer(each, modules[each.linear.name], ends)
             found.append(replace(own.get(each.linear.name) or _whole(each, self._block), sublayer=sublayer))
         everything = {name: answer for some in modules.values() for name, answer in some.items()}
-        if not near(self._output(everything), self._hidden.detach()):
+        if not near(self._output(everything), self._hidden):
             raise _UnlikeError(f"block {self._block.index} does something to its stream besides adding to it")
         return tuple(sorted(found, key=lambda structure: structure.kind != ATTENTION))
 
@@ -217,9 +217,7 @@ class _Tried:
             first = output[0] if isinstance(output, tuple) else output
             outputs = len(output) if isinstance(output, tuple) else 0
             # some blocks go on to add to it in place
-            calls.append(
-                ((*args, *kwargs.values()), first.detach().clone() if isinstance(first, Tensor) else None, outputs)
-            )
+            calls.append(((*args, *kwargs.values()), first.clone() if isinstance(first, Tensor) else None, outputs))
 
         handle = self._module.get_submodule(path).register_forward_hook(see, with_kwargs=True)
         try:
@@ -234,7 +232,7 @@ class _Tried:
             alike = (
                 place for place, value in enumerate(given) if isinstance(value, Tensor) and value.shape == first.shape
             )
-            returns = next((place for place in alike if near(given[place].detach(), first)), None)
+            returns = next((place for place in alike if near(given[place], first)), None)
             if returns is None:
                 raise _UnlikeError(
                     f"'{path}' of block {self._block.index} returns something when its last linear returns zeros"

@@ -501,6 +501,7 @@ def told_heads(config: Any, count: int) -> dict[str, int]:
 
 def near(found: Tensor, wanted: Tensor) -> bool:
     """Whether values are the same to rounding."""
+    found, wanted = found.detach(), wanted.detach()
     return float((found - wanted).abs().max()) <= _SAME * float(wanted.abs().max())
 
 
