@@ -104,6 +104,11 @@ def test_transformers_alone_refuses_such_a_folder(tmp_path: Path, llama_folder: 
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with pytest.raises(InputError, match="has blocks without attention or perceptron, which no width makes stock"):
         prunekit.export(tmp_path / "out", out=tmp_path / "padded", pad=True)
+    pytest.importorskip("gguf")
+    with pytest.raises(
+        InputError, match="has blocks without attention or perceptron, which a GGUF file has no place for"
+    ):
+        prunekit.export(tmp_path / "out", out=tmp_path / "model.gguf", format="gguf")
 
 
 # What is measured

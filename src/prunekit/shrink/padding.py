@@ -17,8 +17,8 @@ from ..checkpoint.reader import Reader, bytes_of
 from ..checkpoint.shard import Piece
 from ..errors import InputError
 from ..model.anatomy import read_anatomy
-from ..model.resizing import REMOVED, SHAPES
-from ..model.source import StreamedModel, build_skeleton, refuse_sliced
+from ..model.resizing import SHAPES
+from ..model.source import StreamedModel, build_skeleton, refuse_left_out, refuse_sliced
 from .plan import Plan, Structures
 from .saving import Form, FormChooser
 from .slicing import Slicer
@@ -53,11 +53,7 @@ def padded(source: StreamedModel) -> tuple[Form, list[Sheet]]:
         raise InputError(
             f"'{reader.folder}' has no blocks of different widths: transformers loads it as it is, without --pad"
         )
-    if REMOVED in reader.config[SHAPES]:
-        raise InputError(
-            f"'{reader.folder}' has blocks without attention or perceptron, which no width makes stock: load it with prunekit.load or "
-            "trust_remote_code=True"
-        )
+    refuse_left_out(source, "which no width makes stock: load it with prunekit.load or trust_remote_code=True")
     base = build_skeleton(reader, source.dtype, source.device, noted=False)
     anatomy = read_anatomy(base)
     structures = find_structures(base, anatomy)
