@@ -108,7 +108,7 @@ def test_bad_options_are_one_sentence(words: list[object], named: list[str], tal
 def test_folders_that_cannot_generate_are_one_sentence(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_refused(generate(tmp_path / "nowhere"), "nowhere")
+    assert_refused(generate(tmp_path / "nowhere"), "nowhere", "does not exist")
     with monkeypatch.context() as patch:
         patch.setattr(generating, "load_model", None)  # chat without a template is refused before anything is loaded
         assert_refused(generate(llama_folder, "--chat"), "no chat template")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .calibration.windows import load_tokenizer
 from .checkpoint.locate import locate
+from .checkpoint.reader import refuse_no_folder
 from .generation.engine import Engine, Generation, check_template
 from .generation.sampling import Sampling
 from .loading import load_model
@@ -26,6 +27,7 @@ def open_engine(
 ) -> Engine:
     """A folder's model and tokenizer, ready to generate; `chat` says that it must have a chat template. Raises `InputError`."""
     folder = locate(model, revision=revision, trust_remote_code=trust_remote_code, progress=progress)
+    refuse_no_folder(folder)  # a tokenizer is looked for first, and says less
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     if chat:
         check_template(tokenizer)

@@ -179,6 +179,15 @@ def test_the_command_line_says_which_runtime(folders: Path, text_file: Path) -> 
     assert "runtime 'fast' is unknown" in refused.err
 
 
+def test_generated_text_is_the_same(folders: Path) -> None:
+    asked: dict[str, Any] = {"max_tokens": 12, "dtype": "float32", "device": "cpu"}
+    dense, sparse = (
+        "".join(prunekit.generate(folders / "packed", "the quick", runtime=runtime, **asked))
+        for runtime in ("dense", "sparse")
+    )
+    assert dense == sparse
+
+
 def test_bench_next_to_the_dense_run(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benching, "_memory_in_child", benching._memory)  # a process takes seconds to start
     found = prunekit.bench(

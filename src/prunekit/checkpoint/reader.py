@@ -295,11 +295,16 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def refuse_no_folder(folder: Path) -> None:
+    """Raise `InputError` where a model's folder is none."""
     if not folder.exists():
         raise InputError(f"model folder '{folder}' does not exist")
     if not folder.is_dir():
         raise InputError(f"model '{folder}' is a file: name the folder that holds its config.json")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    refuse_no_folder(folder)
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"'{folder}' has no config.json: it is not a Hugging Face model folder")
