@@ -454,6 +454,19 @@ def test_methods_that_remove_structures_resume_to_the_same_bits(
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.parametrize("call", [2, 3])
+def test_a_model_without_some_sublayers_resumes_to_the_same_bits(
+    call: int, setting: Setting, out: Path, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {"method": "drop", "ratio": 0.27, "parts": {"depth": {"what": "attention"}}}
+    setting.run(tmp_path / "whole", **asked)
+    interrupt(setting, out, call, **asked)
+    setting.run(out, resume=True, **asked)
+    assert shards(out) == shards(tmp_path / "whole")
+    for name in ("prune_plan.json", "config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_a_model_of_fewer_blocks_resumes_to_the_same_bits(setting: Setting, out: Path, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"method": "shortgpt", "ratio": 0.3}
     setting.run(tmp_path / "whole", **asked)

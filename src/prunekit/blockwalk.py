@@ -45,7 +45,8 @@ class LinearReport:
     `output_error` is ‖X(W̃−W)‖_F / ‖XW‖_F over the last 256 tokens of the last window, X being what the linear was fed when it was
     measured; None where it was left dense. `seconds` is scoring, masking and that error. `permuted` says, where that was asked for,
     whether its inputs have a new order; those that nothing can hand over in another order (the residual stream) keep theirs.
-    `name` is its name in the dense model; `shape` and `weights` are those of what is stored; `removed` weights went with structures.
+    `name` is its name in the dense model; `shape` and `weights` are those of what is stored, 0 where its sublayer is gone;
+    `removed` weights went with structures.
     """
 
     name: str

@@ -44,8 +44,8 @@ class Method:
     `layer` (the linear). A `K:G` pattern compares within its groups of G, whatever the method. `score` is None where the
     reconstruction chooses what to keep while it solves. `options` are defaults that differ from the parts' own.
     Of the `kind` shrink, a method removes structures: its score ranks units, its `budget` says how many stay, `compensate` refits the
-    linears that lose inputs, `tune` the whole block; or `depth` says which whole blocks go, or `width` how narrow the residual stream
-    becomes. A `search` tries many plans and takes the best.
+    linears that lose inputs, `tune` the whole block; or `depth` says which whole blocks or sublayers go, or `width` how narrow the
+    residual stream becomes. A `search` tries many plans and takes the best.
     `calibration` is what the paper draws, where that is another order of magnitude than our default.
     """
 
@@ -337,6 +337,16 @@ METHODS: dict[str, Method] = {
             group="block",
             depth="shortgpt",
             paper="Men et al. 2024, https://arxiv.org/abs/2403.03853",
+        ),
+        Method(
+            name="drop",
+            kind="shrink",
+            summary="Remove single attention modules and perceptrons, those that turn the residual stream least.",
+            score=None,
+            group="sublayer",
+            depth="drop",
+            options={"budget": {"shape": "free"}},
+            paper="He et al. 2024, https://arxiv.org/abs/2406.15786",
         ),
         Method(
             name="slicegpt",

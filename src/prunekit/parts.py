@@ -12,7 +12,7 @@ import inspect
 import pkgutil
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -86,6 +86,7 @@ class Part:
         coupled: of a score of units: it reads statistics of the linears that produce them, too.
         draws: of a search: the texts it wants.
         shifts: of a compensation, that it adds to the linear's output, which needs a bias for that.
+        candidates: of a depth that removes sublayers, which of them may go.
         given: of a budget of units, that its options say how many stay, and no ratio does.
         options: its keyword-only parameters.
     """
@@ -108,6 +109,7 @@ class Part:
     draws: Callable[..., Any] | None = None
     shifts: bool = False
     given: bool = False
+    candidates: Callable[..., Sequence[Any]] | None = None
 
     @property
     def word(self) -> str:
@@ -209,12 +211,16 @@ def unit_budget(*, paper: str = "", scored: bool = False, given: bool = False) -
     return _register("unit-budget", {"scores"} if scored else set(), paper, given=given)
 
 
-def depth(*, paper: str, steps: Callable[..., int]) -> Callable[[Function], Function]:
+def depth(
+    *, paper: str, steps: Callable[..., int], candidates: Callable[..., Sequence[Any]] | None = None
+) -> Callable[[Function], Function]:
     """Register `function(influence, count, *, options...) -> the numbers of the blocks that go`; see `shrink/influence.py`.
 
-    `steps(blocks, count, **options)` says through how many blocks its measurements go.
+    `steps(blocks, count, **options)` says through how many blocks its measurements go. One with
+    `candidates(structures, **options)`, the sublayers that may go, is given the structures in the place of a count and returns
+    the candidates in the order in which they go.
     """
-    return _register("depth", set(), paper, steps=steps)
+    return _register("depth", set(), paper, steps=steps, candidates=candidates)
 
 
 def width(*, paper: str = "") -> Callable[[Function], Function]:
@@ -270,6 +276,7 @@ def _register(
     draws: Callable[..., Any] | None = None,
     shifts: bool = False,
     given: bool = False,
+    candidates: Callable[..., Sequence[Any]] | None = None,
 ) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
         name = function.__name__.replace("_", "-")
@@ -299,6 +306,7 @@ def _register(
             draws,
             shifts,
             given,
+            candidates,
         )
         return function
 

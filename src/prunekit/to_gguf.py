@@ -24,7 +24,7 @@ from .checkpoint.storage import replace_file
 from .errors import InputError, VerificationError
 from .exporting import Export
 from .model.resizing import SHAPES
-from .model.source import StreamedModel, refuse_sliced
+from .model.source import StreamedModel, refuse_left_out, refuse_sliced
 from .progress import Progress, Silent
 
 _ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2"}
@@ -102,6 +102,7 @@ class _Metadata:
         self.folder = folder
         self.config: Any = source.module.config
         refuse_sliced(source, "a GGUF file has no place for them")
+        refuse_left_out(source, "which a GGUF file has no place for")
         if SHAPES in source.reader.config:
             raise InputError(
                 f"'{folder}' has blocks of different widths, which a GGUF file has no place for: give them one width first, with "

@@ -212,7 +212,7 @@ def test_the_code_in_a_free_folder_needs_no_prunekit(free_folder: Path) -> None:
         "torch",
         "transformers",
     }
-    assert len(code.splitlines()) < 140
+    assert len(code.splitlines()) < 180
 
 
 def test_a_free_model_that_transformers_saves_again_is_the_same(free_folder: Path, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_every_method_leaves_a_model_that_is_really_smaller(
     result = shrink(tmp_path / "model", tmp_path / "out", text, method, parts=parts)
     model = prunekit.load(tmp_path / "out")
     assert sum(parameter.numel() for parameter in model.parameters()) == result.parameters - result.removed
-    assert result.ratio == pytest.approx(0.3, abs=0.03)
+    assert result.ratio == pytest.approx(0.3, abs=0.045 if METHODS[method].group == "sublayer" else 0.03)
     assert result.verification is not None
     assert result.verification.difference <= 1e-5
     assert result.summary()["parameters"] == {

@@ -1,5 +1,5 @@
-"""A transformers model whose tensors have the shapes that its config notes as `prunekit_shapes`: blocks of different widths, or a
-narrower stream between them.
+"""A transformers model whose tensors have the shapes that its config notes as `prunekit_shapes`: blocks of different widths, or without
+their attention or perceptron, or a narrower stream between them.
 
 prunekit writes this file, and two lines behind it that name the model's class, into folders that no stock config describes:
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` then loads them without prunekit.
@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 SHAPES = "prunekit_shapes"
 SHORTCUTS = "shortcuts"
+REMOVED = "removed"
 
 
 def resized(kind: Any) -> Any:
@@ -36,8 +39,12 @@ def resize(model: nn.Module, shapes: dict[str, dict[str, Any]]) -> None:
         model: as its class builds it; the meta device will do.
         shapes: `tensors`, name -> shape of every parameter that is to be smaller, or of a linear's bias that is to be there;
             `attributes`, name -> value of what a module keeps beside its tensors and must fit them, like its number of heads; and
-            perhaps `shortcuts`, name of a block -> its branches, see `add_shortcuts`.
+            perhaps `shortcuts`, name of a block -> its branches, see `add_shortcuts`, and `removed`, name of a module that is gone ->
+            how `Removed` answers in its place.
     """
+    for name, answer in shapes.get(REMOVED, {}).items():
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, Removed(model.get_submodule(name), **answer))
     for name, branches in shapes.get(SHORTCUTS, {}).items():
         add_shortcuts(model.get_submodule(name), branches)
     for name, shape in shapes["tensors"].items():
@@ -58,6 +65,44 @@ def resize(model: nn.Module, shapes: dict[str, dict[str, Any]]) -> None:
     for name, value in shapes["attributes"].items():
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, value)
+
+
+class Removed(nn.Module):
+    """What stands in the place of a module that is gone.
+
+    Where the module wrote keys and values into a cache, this still counts the tokens there, one number each: some models ask their
+    first layers how long the cache is.
+
+    Args:
+        before: the module.
+        returns: the place among its arguments of the one that is returned; None for zeros like the first.
+        outputs: how many it returns, all but the first None; 0 where it returns no tuple.
+        empty: name in it of a weight that stays, with no entry, so that code which does not know of this class stops at its shape.
+    """
+
+    def __init__(self, before: nn.Module, returns: int | None, outputs: int, empty: str | None) -> None:
+        super().__init__()
+        self.returns, self.outputs = returns, outputs
+        self.layer_idx = getattr(before, "layer_idx", None)
+        if empty is not None:
+            *path, leaf = empty.split(".")
+            owner: nn.Module = self
+            for name in path:
+                owner.add_module(name, nn.Module())
+                owner = owner.get_submodule(name)
+            weight = before.get_parameter(empty).detach()
+            owner.register_parameter(leaf, nn.Parameter(weight.new_empty(0), requires_grad=False))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Answer in the module's place; the cache may be anywhere among the arguments."""
+        given = (*args, *kwargs.values())
+        first = given[0]
+        output = torch.zeros_like(first) if self.returns is None else given[self.returns]
+        cache = next((each for each in given if isinstance(each, Cache)), None)
+        if cache is not None and self.layer_idx is not None:
+            counted = first.new_zeros(len(first), 1, first.shape[-2], 1)
+            cache.update(counted, counted, self.layer_idx)
+        return (output, *[None] * (self.outputs - 1)) if self.outputs else output
 
 
 class _NarrowEmbedding(nn.Embedding):

@@ -37,7 +37,7 @@ from ..errors import InputError
 from ..machine import resolve_device, resolve_dtype
 from . import resizing
 from .anatomy import Anatomy, Linear, read_anatomy, tied_names
-from .resizing import SHAPES, SHORTCUTS, resize
+from .resizing import REMOVED, SHAPES, SHORTCUTS, resize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -481,6 +481,12 @@ def refuse_sliced(source: StreamedModel, advice: str) -> None:
         raise InputError(
             f"the residual stream of '{source.reader.folder}' was sliced, and shortcuts are in its blocks: {advice}"
         )
+
+
+def refuse_left_out(source: StreamedModel, why: str) -> None:
+    """Raise `InputError` for a model some of whose blocks have lost a sublayer."""
+    if REMOVED in source.reader.config.get(SHAPES, {}):
+        raise InputError(f"'{source.reader.folder}' has blocks without attention or perceptron, {why}")
 
 
 def resizing_code(model: nn.Module) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 REMOVED = {
     "unit": "groups of heads and channels",
     "block": "whole blocks",
+    "sublayer": "whole attention modules and multilayer perceptrons",
     "channel": "channels of the residual stream",
 }
 
@@ -16,7 +17,7 @@ REMOVED = {
 def measured(row: Mapping[str, Any], quote: str = "") -> str:
     """What a method reads of the model it is given."""
     if row["depth"]:
-        return "what blocks are fed and return"
+        return f"what {row['group']}s are fed and return"
     return ", ".join(f"{quote}{need}{quote}" for need in row["needs"]) or "nothing"
 
 
@@ -30,7 +31,7 @@ def as_markdown(rows: Sequence[Mapping[str, Any]], parts: Sequence[Mapping[str, 
         "a **budget** says how much goes from where. Any option is set with `--set part.option=value`, a part is exchanged with",
         "`--set part.name=other`, and the parts of the last table are added to any method by name: `--method ria+dsnot+least-squares`.",
         "A method that removes structures has a score for units, a budget, and perhaps **compensate**, which refits what lost inputs;",
-        "or a **depth**, which says which whole blocks go. [Shrink](shrink.md) is about those.",
+        "or a **depth**, which says which whole blocks or sublayers go. [Shrink](shrink.md) is about those.",
         "",
     ]
     for row in rows:

@@ -92,7 +92,7 @@ def _asked(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
             return f"{100 * float(target.fraction):g} % of the {of}; {left}"
         gone = f"{100 * float(target.fraction):g} % of the block parameters"
         if "depth" in parts:
-            return f"{gone}, in whole blocks"
+            return f"{gone}, in whole {'sublayers' if 'what' in parts['depth'] else 'blocks'}"
         gone = "Given widths" if recipe.sized else gone
         widths = (
             "every block as wide as the next" if parts["budget"]["shape"] == "uniform" else "blocks of their own widths"
@@ -253,7 +253,8 @@ def _heat_cell(line: Mapping[str, Any], removed: bool) -> _HeatCell:
     error = "" if line["output_error"] is None else f", output error {line['output_error']:.3f}"
     gone, weights = _gone(line, removed)
     if removed:
-        said = f"{gone:,} of {weights:,} weights removed, {line['shape'][0]} x {line['shape'][1]} left"
+        left = f"{line['shape'][0]} x {line['shape'][1]} left" if line["weights"] else "as a whole"
+        said = f"{gone:,} of {weights:,} weights removed, {left}"
     else:
         asked = "left dense" if line["pattern"] is None else f"asked for {line['pattern']}"
         said = f"{gone:,} zeros of {weights:,} weights, {asked}"

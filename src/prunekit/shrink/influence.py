@@ -1,4 +1,4 @@
-"""How far blocks turn the hidden states that pass through them, measured on a walk through the dense model."""
+"""How far blocks, and sublayers in them, turn the hidden states that pass through, measured on a walk through the dense model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from ..blockwalk import Seconds, dense_blocks
 from ..distributed import Ranks
 from ..errors import InputError
 from ..model.stream import Walk
+from .plan import Structures
+from .sublayers import left_out
 
 _NO_DIRECTION = 0.5  # the cosine of a token without a direction, as in the official code
 
@@ -31,12 +33,44 @@ class Influence:
         found: dict[int, float] = {}
 
         def see(index: int, before: Tensor, after: Tensor, keep: Tensor | None) -> Tensor:
-            cosine = _cosines(before, after)
-            cosine = cosine.flatten() if keep is None else cosine[keep.to(cosine.device)]
-            return torch.stack([cosine.double().sum(), cosine.new_tensor(len(cosine), dtype=torch.float64)])
+            return _sums(before, after, keep)
 
         for index, sums in self._through(without, see):
             found[index] = 1 - float(sums[0] / sums[1])
+        return found
+
+    @torch.inference_mode()
+    def turned_by_sublayers(self, structures: Structures) -> dict[tuple[int, str], float]:
+        """1 − mean cosine between the stream before a sublayer and behind it, over all tokens, by block and name.
+
+        The stream is what the block returns without the sublayers that have not added to it yet.
+        """
+        walk = self.walk
+        found: dict[tuple[int, str], float] = {}
+        for block, module in dense_blocks(walk, self.ranks, self.seconds, self.step):
+            sublayers = structures[block.index]
+            sums = {each.name: torch.zeros(2, dtype=torch.float64) for each in sublayers}
+            with self.seconds.timed("forward"), self.ranks.together():
+                for position, batch in enumerate(walk.batches):
+                    before = walk.hidden[batch]
+                    after = walk.run_batch(block.index, module, position, before)
+                    streams: dict[frozenset[str], Tensor] = {
+                        frozenset(): before.to(after.device),
+                        frozenset(each.name for each in sublayers): after,
+                    }
+                    for each in sublayers:
+                        assert each.sublayer is not None
+                        ends = [each.sublayer.reads, each.sublayer.reads | {each.name}]
+                        for present in ends:
+                            if present not in streams:
+                                with left_out(module, [other for other in sublayers if other.name not in present]):
+                                    streams[present] = walk.run_batch(block.index, module, position, before)
+                        turned = _sums(streams[ends[0]], streams[ends[1]], walk.windows[batch].keep)
+                        sums[each.name] += turned.cpu()
+                    walk.hidden[batch] = after
+            walk.hidden.turn()
+            self.ranks.sum_up(list(sums.values()))
+            found.update({(block.index, name): 1 - float(total[0] / total[1]) for name, total in sums.items()})
         return found
 
     def angles(self, count: int) -> list[float]:
@@ -80,6 +114,13 @@ class Influence:
             self.ranks.sum_up([sums])
             found.append((block.index, sums))
         return found
+
+
+def _sums(before: Tensor, after: Tensor, keep: Tensor | None) -> Tensor:
+    """The sum of the cosines of all tokens that count, and how many those are. Shapes: [windows, length, hidden] twice -> [2]."""
+    cosine = _cosines(before, after)
+    cosine = cosine.flatten() if keep is None else cosine[keep.to(cosine.device)]
+    return torch.stack([cosine.double().sum(), cosine.new_tensor(len(cosine), dtype=torch.float64)])
 
 
 def _cosines(before: Tensor, after: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from .plan import Structures
 from .saving import Form
 from .searching import trial_bytes
 from .shrinker import Shrinker
+from .sublayers import find_sublayers, plan_without
 from .units import find_structures
 from .walk import ShrinkWalk, form_of
 
@@ -63,10 +64,16 @@ class Shrinking:
         structures = find_structures(source.module, source.anatomy)
         if not any(structures):
             raise InputError(f"{type(source.module).__name__} has no units that can be taken out")
+        if shrinker.sublayers:
+            structures = find_sublayers(source.module, source.anatomy, structures)
         parameters = block_parameters(source)
         # what the ratio or the alignment cannot be is refused before anything is measured
         chance = no_scores(structures)
         form: Form | None = None
+        if shrinker.sublayers:
+            plan = plan_without(structures, parameters, recipe.target.fraction, shrinker.candidates(structures))
+            form_of(source, structures, plan, shrinker)
+            return cls(shrinker, structures, None, recipe, source, None)
         if shrinker.depth is not None:
             blocks_to_remove(recipe.target.fraction, len(structures))
             return cls(shrinker, structures, None, recipe, source, None)

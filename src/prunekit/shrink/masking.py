@@ -29,6 +29,9 @@ def masked(model: nn.Module, anatomy: Anatomy, structures: Structures, plan: Pla
                 stack.enter_context(_passing(module))
                 continue
             for structure in found:
+                if plan.leaves_out(structure):
+                    stack.enter_context(_silent(module.get_submodule(structure.name)))
+                    continue
                 stack.enter_context(masked_inputs(module, structure, plan.kept(structure)))
         yield
 
@@ -47,6 +50,20 @@ def masked_inputs(module: nn.Module, structure: Structure, kept: Tensor) -> Iter
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _silent(consumer: nn.Module) -> Iterator[None]:
+    """Let a linear return zeros; its inputs are computed, so that a cache is filled."""
+    handle = consumer.register_forward_hook(_zeros)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _zeros(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return torch.zeros_like(output)
 
 
 def _mask(there: dict[torch.device, Tensor], mask: Tensor, module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:

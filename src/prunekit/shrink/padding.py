@@ -18,7 +18,7 @@ from ..checkpoint.shard import Piece
 from ..errors import InputError
 from ..model.anatomy import read_anatomy
 from ..model.resizing import SHAPES
-from ..model.source import StreamedModel, build_skeleton, refuse_sliced
+from ..model.source import StreamedModel, build_skeleton, refuse_left_out, refuse_sliced
 from .plan import Plan, Structures
 from .saving import Form, FormChooser
 from .slicing import Slicer
@@ -53,6 +53,7 @@ def padded(source: StreamedModel) -> tuple[Form, list[Sheet]]:
         raise InputError(
             f"'{reader.folder}' has no blocks of different widths: transformers loads it as it is, without --pad"
         )
+    refuse_left_out(source, "which no width makes stock: load it with prunekit.load or trust_remote_code=True")
     base = build_skeleton(reader, source.dtype, source.device, noted=False)
     anatomy = read_anatomy(base)
     structures = find_structures(base, anatomy)

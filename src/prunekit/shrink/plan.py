@@ -24,7 +24,7 @@ class Plan:
     """What is kept of every block of the original model, in its order.
 
     `blocks[i]` says for each structure of block i (by its consumer's name, like `mlp.down_proj`) which units stay, ascending; it is
-    None where the whole block goes. A structure that is not named stays whole.
+    None where the whole block goes. A structure that is not named stays whole; of one without units its sublayer goes.
     """
 
     blocks: tuple[Mapping[str, tuple[int, ...]] | None, ...]
@@ -46,12 +46,19 @@ class Plan:
             return torch.empty(0, dtype=torch.int64)
         return torch.tensor(block.get(structure.name, range(structure.count)), dtype=torch.int64)
 
+    def leaves_out(self, structure: Structure) -> bool:
+        """Whether a structure's sublayer goes and its block stays."""
+        return self.blocks[structure.block] is not None and not len(self.kept(structure))
+
     def removed(self, structures: Structures, block_parameters: Sequence[int]) -> int:
         """How many parameters go, `block_parameters` being those of every block."""
         total = 0
         for block, parameters in zip(structures, block_parameters, strict=True):
             for structure in block:
-                if self.blocks[structure.block] is not None:
+                if self.leaves_out(structure):
+                    assert structure.sublayer is not None
+                    total += structure.sublayer.parameters
+                elif self.blocks[structure.block] is not None:
                     total += structure.cost * (structure.count - len(self.kept(structure)))
             if block and self.blocks[block[0].block] is None:
                 total += parameters
@@ -117,7 +124,9 @@ def _block(index: int, entry: Any, structures: Sequence[Structure]) -> dict[str,
             raise InputError(f"'{name}' of block {index} has {count} units, the plan was made for {said}")
         if not all(type(unit) is int and 0 <= unit < count for unit in kept) or sorted(set(kept)) != kept:
             raise InputError(f"'{name}' of block {index}: kept units must be ascending numbers below {count}")
-        if not kept:
+        if not kept and known[name].sublayer is None:
             raise InputError(f"'{name}' of block {index} would be left empty: keep at least one unit")
         found[name] = tuple(kept)
+    if structures and not any(found.get(name, (0,)) for name in known):
+        raise InputError(f"block {index} would be left empty: write null in its place, or keep at least one unit")
     return found

@@ -24,10 +24,11 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 from ..checkpoint.writer import MODELING_NAME
 from ..errors import InputError
 from ..model.anatomy import Anatomy, is_linear
-from ..model.resizing import SHAPES, resize
+from ..model.resizing import REMOVED, SHAPES, resize
 from ..model.source import StreamedModel, resizing_code
 from .plan import Plan, Structures
 from .slicing import Slicer
+from .sublayers import within
 from .units import ATTENTION, HEADS, Structure
 
 # what configs call the width of the multilayer perceptron where they leave it to a default
@@ -128,11 +129,15 @@ class FormChooser:
         self._refuse_never()
         self._base = self._build({})
         self._biased = [f"{name}.bias" for name in biased if self._number(name) in self._renamed]
+        self._removed = self._left_out()
         self._wanted = self._shapes()
 
     def stock(self) -> Form | None:
         """The stock form, where the class can build what is left."""
         self._why = "its blocks have different widths"
+        if self._removed:
+            self._why = "some of its blocks have no attention or no perceptron"
+            return None
         if not self._plan.uniform(self._structures):
             return None
         depth = self._depth()
@@ -170,12 +175,18 @@ class FormChooser:
             )
         changes = self._depth()
         for structure in self._structures[self._plan.kept_blocks[0]]:
-            if structure.resizes == "together" and self._ratio(structure) != (1, 1):
+            stays = not self._plan.leaves_out(structure)
+            if stays and structure.resizes == "together" and self._ratio(structure) != (1, 1):
                 changes.update(next(self._widths(structure), {}))
         built = self._build(changes)
         found = _shapes_of(built)
-        tensors = {name: list(shape) for name, shape in self._wanted.items() if found.get(name) != shape}
-        shapes = {"tensors": tensors, "attributes": self._attributes(built)}
+        empty = {f"{name}.{answer['empty']}" for name, answer in self._removed.items() if answer["empty"]}
+        tensors = {
+            name: list(shape) for name, shape in self._wanted.items() if found.get(name) != shape and name not in empty
+        }
+        shapes: dict[str, Any] = {"tensors": tensors, "attributes": self._attributes(built)}
+        if self._removed:
+            shapes[REMOVED] = self._removed
         dropping = len(self._renamed) < len(self._anatomy.blocks)
         if tensors and not any(name in found for name in tensors):
             raise InputError(
@@ -185,7 +196,7 @@ class FormChooser:
         if all(name in found or name.endswith(".bias") for name in tensors):
             resize(built, shapes)
         difference = self._difference(built, ())
-        if difference is not None or _shapes_of(built) != self._wanted or not tensors:
+        if difference is not None or _shapes_of(built) != self._wanted or not (tensors or self._removed):
             raise InputError(
                 f"what the plan leaves cannot be saved as a {self._class}: {difference or 'its class builds other tensors'}; "
                 f"{'keep all blocks' if dropping else 'keep all units'}"
@@ -213,7 +224,7 @@ class FormChooser:
         for index in self._renamed:
             for structure in self._structures[index]:
                 kept = len(self._plan.kept(structure))
-                if kept == structure.count or structure.resizes == "alone":
+                if kept in (0, structure.count) or structure.resizes == "alone":
                     continue
                 if structure.resizes == "never":
                     raise InputError(
@@ -221,19 +232,37 @@ class FormChooser:
                         f"{structure.count} {structure.kind} units, which can only stay whole"
                     )
                 others = (each for other in self._renamed for each in self._structures[other])
-                counts = {len(self._plan.kept(each)) for each in others if each.name == structure.name}
+                counts = {len(self._plan.kept(each)) for each in others if each.name == structure.name} - {0}
                 if len(counts) > 1:
                     raise InputError(
                         f"'{structure.name}' of block {index}: {self._class} takes the sizes of {structure.kind} from its config, so "
                         f"every block must keep as many units, not {min(counts)} to {max(counts)}: use --shape uniform"
                     )
 
+    def _left_out(self) -> dict[str, dict[str, Any]]:
+        """Modules of the shrunk model that are gone, also those that were so before, and how a stub answers in the place of each."""
+        gone = {
+            name: dict(answer)
+            for name, answer in self._noted.get(REMOVED, {}).items()
+            if self._number(name) in self._renamed
+        }
+        for old in self._renamed:
+            for each in self._structures[old]:
+                if each.sublayer is not None and self._plan.leaves_out(each):
+                    gone |= {
+                        f"{self._blocks}{old}.{name}": dict(answer) for name, answer in each.sublayer.modules.items()
+                    }
+        return {self._renumbered(name): answer for name, answer in gone.items()}
+
     def _shapes(self) -> dict[str, tuple[int, ...]]:
+        self._gone: set[str] = set()
         wanted = {name: shape for name, shape in _shapes_of(self._module).items() if not name.startswith(self._blocks)}
         for old, new in self._renamed.items():
             shapes = _shapes_of(self._module.get_submodule(f"{self._blocks}{old}"))
             slicer = Slicer(self._structures[old], self._plan, shapes)
-            wanted |= {f"{self._blocks}{new}.{name}": slicer.shape(name, shape) for name, shape in shapes.items()}
+            kept = {name: slicer.shape(name, shape) for name, shape in shapes.items() if name not in slicer.gone}
+            wanted |= {f"{self._blocks}{new}.{name}": shape for name, shape in kept.items()}
+            self._gone |= {f"{self._blocks}{old}.{name}" for name in slicer.gone}
         outputs = {f"{linear.full_name}.bias": linear.out_features for linear in self._anatomy.linears()}
         for name in self._biased:
             wanted.setdefault(self._renumbered(name), (outputs[name],))
@@ -334,6 +363,8 @@ class FormChooser:
                 values[self._renumbered(name)] = value
         for old, new in self._renamed.items():
             for structure in self._structures[old]:
+                if self._plan.leaves_out(structure):
+                    continue
                 for attribute in structure.scaled:
                     path, _, leaf = attribute.rpartition(".")
                     value = getattr(self._module.get_submodule(f"{self._blocks}{old}.{path}".rstrip(".")), leaf)
@@ -348,6 +379,8 @@ class FormChooser:
         first = self._plan.kept_blocks[0]
         for name, module in built.named_modules():
             block = f"{self._blocks}{self._number(name)}" if name.startswith(self._blocks) else ""
+            if within(name, self._removed):
+                continue
             before = modules.get(numbers[block] + name.removeprefix(block) if block else name)
             if before is None or _role(before, self._module) != _role(module, built):
                 return f"'{name}' would be a {type(module).__name__}"
@@ -359,8 +392,9 @@ class FormChooser:
             if not block:  # may have something for a kind of blocks of which none is left
                 theirs = {key: value for key, value in theirs.items() if key in ours}
             index = int(numbers[block].removeprefix(self._blocks)) if block else first
-            ratios = [self._ratio(each) for each in self._structures[index]]
-            ratios += [(len(self._plan.kept(each)), each.count) for each in self._structures[index]]
+            stay = [each for each in self._structures[index] if not self._plan.leaves_out(each)]
+            ratios = [self._ratio(each) for each in stay]
+            ratios += [(len(self._plan.kept(each)), each.count) for each in stay]
             for key in (ours.keys() | theirs.keys()) - set(told):
                 new, old = ours.get(key), theirs.get(key)
                 scaled = type(new) is int and type(old) is int and any(old * a == new * b for a, b in ratios)
@@ -379,7 +413,9 @@ class FormChooser:
         names = {name: name for name in self._key_of if not name.startswith(self._blocks)}
         inside = [name for name in self._key_of if name.startswith(self._blocks)]
         return names | {
-            name: self._renumbered(name) for name in (*inside, *self._biased) if self._number(name) in self._renamed
+            name: self._renumbered(name)
+            for name in (*inside, *self._biased)
+            if self._number(name) in self._renamed and name not in self._gone
         }
 
     def _stored_names(self) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from ..catalogue import Method
 from ..errors import InputError, PrunekitError
 from ..statistics import TARGET_SUMS
 from .budget import UnitBudget
+from .plan import Structures
+from .units import Structure
 from .view import BlockView
 
 GRADIENTS = "gradient_"  # sums of gradients are needed under names that begin like this
@@ -44,17 +46,34 @@ class Shrinker:
             )
         if depth is not None and options.get("budget"):
             name = next(iter(options["budget"]))
+            what = "blocks" if depth.part.candidates is None else "sublayers"
             raise InputError(
-                f"'budget.{name}' is for methods that remove units of blocks; '{method.name}' removes whole blocks: leave it out"
+                f"'budget.{name}' is for methods that remove units of blocks; '{method.name}' removes whole {what}: leave it out"
             )
         budget = UnitBudget.of(method, options.get("budget"))
         compensate, tune = bind("compensate", method, options), bind("tune", method, options)
+        if depth is not None and depth.part.candidates is not None and compensate is not None:
+            raise InputError(
+                f"compensate '{compensate.part.name}' changes linears that lose inputs; '{method.name}' removes whole sublayers, and "
+                "nothing is left of their linears: leave it out"
+            )
         search = bind("search", method, options)
         if search is not None and depth is not None:
             raise InputError(
                 f"'{method.name}' removes whole blocks, and a search is about units of blocks: leave it out"
             )
         return cls(score, budget, compensate, depth, tune, search, seed)
+
+    @property
+    def sublayers(self) -> bool:
+        """Whether it removes sublayers."""
+        return self.depth is not None and self.depth.part.candidates is not None
+
+    def candidates(self, structures: Structures) -> Sequence[Structure]:
+        """Sublayers that may go, in the model's order."""
+        assert self.depth is not None
+        assert self.depth.part.candidates is not None
+        return self.depth.part.candidates(structures, **self.depth.options)
 
     @property
     def parts(self) -> list[Bound]:

@@ -24,7 +24,7 @@ from ..model.anatomy import Anatomy, Block, Linear
 from ..model.source import evaluating, exchanged, hollow, untouched
 from ..model.stream import Call, Recorder
 
-_TOKENS = 8
+TOKENS = 8
 _SAME = 1e-4  # how far, relative to the largest, inputs may move when a unit they do not depend on is taken out
 
 HEADS = ("num_attention_heads", "num_key_value_heads")
@@ -61,6 +61,23 @@ class Slices:
 
 
 @dataclass(frozen=True, eq=False)
+class Sublayer:
+    """A structure as a whole, and what goes with it when none of its units stays: see `sublayers.py`.
+
+    Attributes:
+        modules: name in the block of every module that is gone -> how `resizing.Removed` answers in its place.
+        tensors: names in the block of the parameters that are gone; of the consumer's weight an empty tensor stays.
+        parameters: how many these are.
+        reads: names of the block's other structures that have added to the stream before this one reads it.
+    """
+
+    modules: Mapping[str, Mapping[str, Any]]
+    tensors: frozenset[str]
+    parameters: int
+    reads: frozenset[str]
+
+
+@dataclass(frozen=True, eq=False)
 class Structure:
     """Units of one kind in one block.
 
@@ -74,6 +91,7 @@ class Structure:
         resizes: whether units can be taken out of this block `alone`, only of all blocks `together` (its code reads the model's
             config), or `never` (masking is all that can be done, as where head numbers mean something).
         scaled: attributes of the block's modules, like `self_attn.num_heads`, that count units and must follow.
+        sublayer: what goes where no unit stays; None where that was not looked for.
     """
 
     block: int
@@ -83,6 +101,7 @@ class Structure:
     slices: tuple[Slices, ...]
     resizes: Literal["alone", "together", "never"] = "never"
     scaled: tuple[str, ...] = ()
+    sublayer: Sublayer | None = None
 
     @property
     def name(self) -> str:
@@ -119,11 +138,7 @@ def find_structures(model: Any, anatomy: Anatomy) -> list[tuple[Structure, ...]]
         tracer = Tracer(model, anatomy)
         for block in anatomy.blocks:
             module = model.get_submodule(block.name)
-            alike = (
-                type(module),
-                tuple((linear.name, linear.out_features, linear.in_features) for linear in block.linears),
-                tuple((name, tuple(tensor.shape)) for name, tensor in module.named_parameters()),
-            )
+            alike = likeness(block, module)
             if alike not in known:
                 known[alike] = tuple(tracer.structures(block))
             linears = {linear.name: linear for linear in block.linears}
@@ -134,6 +149,15 @@ def find_structures(model: Any, anatomy: Anatomy) -> list[tuple[Structure, ...]]
                 )
             )
     return found
+
+
+def likeness(block: Block, module: nn.Module) -> tuple[Any, ...]:
+    """What two blocks have in common that compute in the same way."""
+    return (
+        type(module),
+        tuple((linear.name, linear.out_features, linear.in_features) for linear in block.linears),
+        tuple((name, tuple(tensor.shape)) for name, tensor in module.named_parameters()),
+    )
 
 
 class Tracer:
@@ -157,10 +181,7 @@ class Tracer:
     def structures(self, block: Block) -> Iterator[Structure]:
         """The structures of one block."""
         module = self._model.get_submodule(block.name)
-        outputs = {linear.name: self._random(1, _TOKENS, linear.out_features) for linear in block.linears}
-        rest: dict[str, Tensor] = {
-            name: nn.Parameter(self._random(*shape).detach()) for name, shape in other_parameters(block, module).items()
-        }
+        outputs, rest = self.made_up(block, module)
         traced = self._run(block, module, outputs, rest)
         found = []
         for consumer in block.linears:
@@ -169,6 +190,14 @@ class Tracer:
                 if dependence.linears:
                     found.append(self._structure(block, module, consumer, dependence, outputs, rest, traced))
         yield from sorted(filter(None, found), key=lambda structure: structure.kind != ATTENTION)
+
+    def made_up(self, block: Block, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Outputs of a block's linears and values of its other parameters, positive and with gradients, by name."""
+        outputs = {linear.name: self.random(1, TOKENS, linear.out_features) for linear in block.linears}
+        rest: dict[str, Tensor] = {
+            name: nn.Parameter(self.random(*shape).detach()) for name, shape in other_parameters(block, module).items()
+        }
+        return outputs, rest
 
     def _structure(
         self,
@@ -229,7 +258,7 @@ class Tracer:
             for name, value in rest.items()
         }
         wanted = whole.detach().reshape(-1, whole.shape[-1])[:, structure.inputs(keep)]
-        path = _shared_path([structure.consumer.name, *producers])
+        path = shared_path([structure.consumer.name, *producers])
         owner = module.get_submodule(path)
         heads = getattr(self._config, "num_attention_heads", count)
         widths = {name: linear.out_features for name, linear in _by_name(block).items() if name in producers}
@@ -256,7 +285,7 @@ class Tracer:
                     ):  # whatever a family's own code stumbles over where shapes are not what it was told
                         continue
                 found = found.detach().reshape(-1, found.shape[-1])
-                if found.shape == wanted.shape and _near(found, wanted):
+                if found.shape == wanted.shape and near(found, wanted):
                     attributes = tuple(f"{path}.{name}" if path else name for name in some)
                     return replace(structure, resizes=resizes, scaled=attributes)
         return structure
@@ -266,7 +295,7 @@ class Tracer:
     ) -> dict[str, Tensor]:
         """What every linear is fed while the linears return `outputs` [1, tokens, out] and other parameters are `rest`."""
         call = self.calls[block.index]
-        hidden = torch.randn(1, _TOKENS, self.width, generator=self._draw).to(self.device)
+        hidden = torch.randn(1, TOKENS, self.width, generator=self._draw).to(self.device)
         with self.stubs(block, module, outputs, rest) as inputs, torch.enable_grad():
             call.replay(module, hidden)
         return inputs
@@ -286,7 +315,8 @@ class Tracer:
         with hollow(module, block.linears, answer), exchanged(module, {**rest, **buffers}):
             yield inputs
 
-    def _random(self, *shape: int) -> Tensor:
+    def random(self, *shape: int) -> Tensor:
+        """Made-up values with gradients."""
         # positive, where no activation is flat
         value = torch.rand(*shape, generator=self._draw) + 0.5
         return value.to(self.device).requires_grad_()
@@ -314,14 +344,14 @@ class Tracer:
         recorders = []
         for block in anatomy.blocks:
             module = blocks[block.index]
-            outputs = {linear.name: torch.zeros(1, _TOKENS, linear.out_features) for linear in block.linears}
+            outputs = {linear.name: torch.zeros(1, TOKENS, linear.out_features) for linear in block.linears}
             rest = {
                 name: nn.Parameter(torch.ones(shape, device=self.device))
                 for name, shape in other_parameters(block, module).items()
             }
             stubs = partial(self.stubs, block, module, outputs, rest)
             recorders.append(_Recorder(module, forms, stubs))
-        embedded = self._random(1, _TOKENS, embedding.embedding_dim)
+        embedded = self.random(1, TOKENS, embedding.embedding_dim)
         base = getattr(model, "base_model", model)
         try:
             for index, recorder in enumerate(recorders):
@@ -454,7 +484,7 @@ def _by_name(block: Block) -> dict[str, Linear]:
     return {linear.name: linear for linear in block.linears}
 
 
-def _shared_path(names: Sequence[str]) -> str:
+def shared_path(names: Sequence[str]) -> str:
     """The module that all of these are in: `self_attn.q_proj`, `self_attn.o_proj` -> `self_attn`."""
     shared = []
     for steps in zip(*(name.split(".")[:-1] for name in names), strict=False):
@@ -469,7 +499,9 @@ def told_heads(config: Any, count: int) -> dict[str, int]:
     return {name: value for name in HEADS if (value := getattr(config, name, None)) and value % count == 0}
 
 
-def _near(found: Tensor, wanted: Tensor) -> bool:
+def near(found: Tensor, wanted: Tensor) -> bool:
+    """Whether values are the same to rounding."""
+    found, wanted = found.detach(), wanted.detach()
     return float((found - wanted).abs().max()) <= _SAME * float(wanted.abs().max())
 
 

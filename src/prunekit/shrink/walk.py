@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,6 +42,7 @@ from .saving import Form, choose_form
 from .searching import Answer, Drawing, Ground, Texts
 from .shrinker import Shrinker
 from .slicing import Slicer, cut
+from .sublayers import plan_without
 from .units import Structure
 from .view import BlockView, Gradients
 from .writing import block_tensors, outer_pieces
@@ -126,15 +127,18 @@ class ShrinkWalk(BlockWalk):
             if self.shrinker.gradients and choices > 1:
                 return choices * (2 * blocks + 1) + blocks
             return 2 * blocks if self.shrinker.gradients else blocks
-        steps, count = self.shrinker.depth.part.steps, self._blocks_to_remove
+        steps = self.shrinker.depth.part.steps
         assert steps is not None
+        count = blocks if self.shrinker.sublayers and self.recipe.target.fraction else self._blocks_to_remove
         return steps(blocks, count, **self.shrinker.depth.options) if count else 0
 
     def rehearse(self) -> Rehearsal:
         """Stand in for `look_ahead` with random scores, or with the last blocks removed."""
         blocks = len(self.structures)
         passes = self.steps_ahead / blocks
-        if self.shrinker.depth is not None:
+        if self.shrinker.sublayers:
+            plan = self.plan = self._without_sublayers(list(reversed(self.shrinker.candidates(self.structures))))
+        elif self.shrinker.depth is not None:
             plan = self.plan = self._without(range(blocks - self._blocks_to_remove, blocks))
         else:
             generator = torch.Generator().manual_seed(self.recipe.seed)
@@ -213,8 +217,12 @@ class ShrinkWalk(BlockWalk):
             return self._chosen_plan(stored, step)
         if self.shrinker.depth is None:
             return self._planned(self._scores_of_all(stored, step))
+        influence = Influence(self.walk, self.ranks, self.seconds, step)
+        if self.shrinker.sublayers:
+            wanted = bool(self.recipe.target.fraction)
+            return self._without_sublayers(self.shrinker.depth(influence, self.structures) if wanted else [])
         count = self._blocks_to_remove
-        gone = self.shrinker.depth(Influence(self.walk, self.ranks, self.seconds, step), count) if count else []
+        gone = self.shrinker.depth(influence, count) if count else []
         return self._without(gone)
 
     def _scores_of_all(self, stored: Stored, step: Callable[[], None]) -> list[dict[str, Tensor]]:
@@ -229,6 +237,9 @@ class ShrinkWalk(BlockWalk):
     def _without(self, gone: Collection[int]) -> Plan:
         whole = Plan.whole(self.structures).blocks
         return Plan(tuple(None if index in gone else kept for index, kept in enumerate(whole)))
+
+    def _without_sublayers(self, order: Sequence[Structure]) -> Plan:
+        return plan_without(self.structures, self._parameters, self.recipe.target.fraction, order)
 
     def _planned(self, scores: list[dict[str, Tensor]]) -> Plan:
         return plan_of(self.structures, self._counts(scores), scores)
@@ -368,7 +379,9 @@ class ShrinkWalk(BlockWalk):
                 statistics = collector.statistics(self.ranks.sum_up)
                 kept = settled if settled is not None else self._choose(block, stored, statistics)
                 self.kept[block.index] = kept
-                lost = [each for each in self.structures[block.index] if len(kept[each.name]) < each.count]
+                left = [each for each in self.structures[block.index] if kept[each.name]]
+                lost = [each for each in left if len(kept[each.name]) < each.count]
+                self._silence(block, module)
                 dense = {each.name: each.consumer.matrix(stored(each.consumer)[0]).clone() for each in lost}
                 shifts = {each.name: self._cut(each, module, stored, statistics[each.name]) for each in lost}
                 given = (self.biases.get(each.consumer.full_name) for each in lost)
@@ -393,6 +406,9 @@ class ShrinkWalk(BlockWalk):
         """What became of every linear of a block; the seconds it took are shared among those that were refitted."""
         slicer, reports = self._slicer(block), []
         for linear in block.linears:
+            if slicer.lost(f"{linear.name}.weight"):
+                reports.append(LinearReport(linear.full_name, (0, 0), None, 0, 0, None, 0.0, removed=linear.count))
+                continue
             matrix = linear.matrix(slicer(f"{linear.name}.weight", stored(linear)[0]))
             reports.append(
                 LinearReport(
@@ -443,6 +459,12 @@ class ShrinkWalk(BlockWalk):
         self._add_bias(structure, child, bias, added.to(weight.dtype))
         return added
 
+    def _silence(self, block: Block, module: nn.Module) -> None:
+        """Let the consumers of sublayers that go return zeros."""
+        for each in self._slicer(block).left_out:
+            for tensor in module.get_submodule(each.name).parameters():
+                tensor.detach().zero_()
+
     def _tune(self, block: Block, module: nn.Module, stored: Stored, wanted: HiddenStates) -> None:
         """Tune the cut block's weights towards the outputs of the whole one, on the same inputs."""
         part = self.shrinker.tune
@@ -484,7 +506,7 @@ class ShrinkWalk(BlockWalk):
         block = self.walk.source.anatomy.blocks[index]
         slicer = self._slicer(block)
         with ExitStack() as stack:
-            if slicer.index:
+            if slicer.cuts:
                 self._compare(block, module, slicer)
                 stack.enter_context(self._cut_block(block, module, slicer))
             super().pass_on(index, module)
@@ -580,14 +602,17 @@ class ShrinkWalk(BlockWalk):
         self.skip(block, noted)
         slicer = self._slicer(block)
         for each in self.structures[block.index]:
-            if len(self.kept[block.index][each.name]) < each.count:
+            if 0 < len(self.kept[block.index][each.name]) < each.count:
                 stored[source.key_of[f"{each.consumer.full_name}.weight"]].zero_()
         for name in source.block_parameters(block.index):
             local, full = name.removeprefix(f"{block.name}."), stored[source.key_of[name]]
+            if slicer.lost(local):
+                continue
             slicer.fill(local, full, tensors[names[name]])
             path, _, leaf = local.rpartition(".")
             live = getattr(module.get_submodule(path), leaf)
             live.detach().copy_(full)
+        self._silence(block, module)
         for each in self.structures[block.index]:
             name, child = f"{each.consumer.full_name}.bias", module.get_submodule(each.name)
             if name in names and name not in source.key_of:

@@ -38,9 +38,11 @@ def block_tensors(
     block = source.anatomy.blocks[index]
     found, dtypes = {}, {}
     for name in source.block_parameters(index):
-        key = source.key_of[name]
+        local, key = name.removeprefix(f"{block.name}."), source.key_of[name]
+        if local in slicer.gone:
+            continue
         tensor = source.reader.read([key])[key] if stored is None else stored[key]
-        found[form.names[name]] = slicer(name.removeprefix(f"{block.name}."), tensor)
+        found[form.names[name]] = slicer(local, tensor)
         dtypes[form.names[name]] = tensor.dtype
     for name, shape in form.zeros.get(index, {}).items():
         found[name] = torch.zeros(shape, dtype=dtypes[f"{name.removesuffix('bias')}weight"])
