@@ -44,7 +44,12 @@ def test_counts_and_sizes_are_those_of_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["sparsegpt+owl", "wanda+least-squares+blockwise", "ria+swaps"])
-def test_methods_that_take_more_are_planned_to_take_more(llama_folder: Path, method: str) -> None:
+def test_methods_that_take_more_are_planned_to_take_more(
+    llama_folder: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "prunekit.machine.rss_bytes", lambda: 10**8
+    )  # what tests left behind may go from one to the other
     plain, more = make(llama_folder), make(llama_folder, method=method)
     assert more.memory["walk"] >= plain.memory["walk"]
     assert (more.seconds["tune"] > 0) == ("blockwise" in method)
