@@ -13,7 +13,8 @@ _RETRIES = 3
 
 
 def damped(gram: Tensor, damping: float, option: str) -> Tensor:
-    """A new matrix, `gram` + λI with λ = `damping` · mean of the diagonal; channels that were never fed get a 1 there.
+    """A new matrix, `gram` + λI with λ = `damping` · mean of the diagonal; channels that were never fed get that mean there, or 1 where
+    none was.
 
     `option` is what a person sets the damping with. Shapes: [in, in]. Raises `InputError` for a negative damping.
     """

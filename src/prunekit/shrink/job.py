@@ -158,7 +158,7 @@ class Shrinking:
 
 def _refuse_search(recipe: Recipe, shrinker: Shrinker) -> None:
     """What a search cannot do, or what it would take no notice of."""
-    if shrinker.budget.shape != "free" or shrinker.budget.part.name == "widths":
+    if shrinker.budget.shape != "free" or shrinker.budget.part.given:
         raise InputError(
             f"the search of '{recipe.method}' gives every block widths of its own: add --shape free, and name no widths"
         )
