@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import tiny
-from prunekit.checkpoint.reader import Reader
-from prunekit.model.source import ResidentModel, StreamedModel
+from helpers import streamed
+from prunekit.model.source import ResidentModel
 from prunekit.model.stream import Windows
 from prunekit.shrink.choosing import choose_calibration, divergences
 from prunekit.shrink.masking import masked
@@ -36,7 +36,7 @@ def drawn_plan(structures: Structures, seed: int) -> Plan:
 
 def test_a_plan_that_removes_nothing_diverges_by_nothing(tmp_path: Path) -> None:
     tiny.save_model(tmp_path)
-    source = StreamedModel(Reader(tmp_path), torch.float32, torch.device("cpu"))
+    source = streamed(tmp_path)
     structures = find_structures(source.module, source.anatomy)
     assert divergences(source, structures, [Plan.whole(structures)] * 2, draw_windows(3, 12)) == [0.0, 0.0]
 
@@ -56,7 +56,7 @@ def test_divergences_are_those_of_the_masked_model(family: str, tmp_path: Path) 
             with masked(model, anatomy, structures, plan):
                 pruned = torch.log_softmax(model(windows.ids).logits[:, :-1].double(), -1)
             wanted.append(float((dense.exp() * (dense - pruned)).sum(-1).mean()))
-    source = StreamedModel(Reader(tmp_path), torch.float32, torch.device("cpu"))
+    source = streamed(tmp_path)
     assert divergences(source, structures, plans, windows) == pytest.approx(wanted, rel=1e-4)
     assert divergences(ResidentModel(model), structures, plans, windows) == pytest.approx(wanted, rel=1e-4)
     assert not source.stored

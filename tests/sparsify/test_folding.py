@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import tiny
+from helpers import draw_ids
 from prunekit.errors import PrunekitError
 from prunekit.model.anatomy import Block, Linear
 from prunekit.model.source import ResidentModel
@@ -59,12 +60,8 @@ EXPECTED: dict[str, list[tuple[str, dict[str, list[int]], int, int, int]]] = {
 }
 
 
-def draw_ids(count: int = 2, length: int = 12, seed: int = 3) -> Tensor:
-    return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(seed))
-
-
 def prepared(model: PreTrainedModel) -> Walk:
-    walk = Walk(ResidentModel(model), Windows(draw_ids()))
+    walk = Walk(ResidentModel(model), Windows(draw_ids(2, 12, seed=3)))
     walk.prepare()
     return walk
 
@@ -83,7 +80,7 @@ def shuffled(space: Space, seed: int = 5) -> Tensor:
 
 @torch.inference_mode()
 def logits(model: PreTrainedModel) -> Tensor:
-    return model(draw_ids(seed=9)).logits
+    return model(draw_ids(2, 12, seed=9)).logits
 
 
 def described(space: Space) -> tuple[str, dict[str, list[int]], int, int, int]:
