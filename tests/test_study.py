@@ -20,7 +20,7 @@ from prunekit import InputError, api, pruning, studying
 from prunekit.evaluation.record import TextFigures
 from prunekit.grid import Grid
 from prunekit.report import plots
-from prunekit.report.findings import spelt
+from prunekit.report.numbers import spelt
 from prunekit.studies import Cell, Claim, Study, read_study
 from test_cli import call
 
