@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from .progress import Progress, Silent
 from .recipe import Recipe
 from .report.comparison import as_markdown
 from .report.plots import check_drawable, draw_comparison
-from .sparsify.walk import Sparsification, stored_place
+from .sparsify.walk import Sparsification
 
 RESULT_NAME, TABLE_NAME, FIGURE_NAME = "compare.json", "compare.md", "compare.svg"
 
@@ -143,7 +142,7 @@ def compare(
     for recipe, pruner in zip(recipes, pruners, strict=True):
         if pruner.looks_ahead:
             progress.start(f"{recipe.method}: {pruner.looks_ahead}", pruner.steps_ahead)
-            pruner.look_ahead(None, partial(stored_place, source), progress.step)
+            pruner.look_ahead(None, source.stored_of, progress.step)
     needs = frozenset().union(*(pruner.sparsifier.needs for pruner in pruners))
     pruners[0].start()
 
@@ -168,7 +167,7 @@ def compare(
             zeros = []
             for number, pruner in enumerate(pruners):
                 with _as_it_was(source, block, module):
-                    reports[number] += pruner.prune_measured(block, module, partial(stored_place, source), measured)
+                    reports[number] += pruner.prune_measured(block, module, source.stored_of, measured)
                     zeros.append(_zeros(source, block))
                     started = time.perf_counter()
                     _pass_on(evaluation, streams[1 + number], block, module)
@@ -247,7 +246,7 @@ def _as_it_was(source: StreamedModel, block: Block, module: nn.Module) -> Iterat
 
 def _zeros(source: StreamedModel, block: Block) -> list[Tensor]:
     """Where a block's linears, as they would be written, hold zeros: flat, one per linear."""
-    return [linear.matrix(stored_place(source, linear)[0]).eq(0).flatten() for linear in block.linears]
+    return [linear.matrix(source.stored_of(linear)[0]).eq(0).flatten() for linear in block.linears]
 
 
 def _common(zeros: list[list[Tensor]]) -> Tensor:

@@ -48,7 +48,6 @@ from .progress import Progress, Silent
 from .recipe import Recipe
 from .report.card import model_card
 from .report.page import run_page
-from .sparsify.walk import resident_place, stored_place
 from .verify import Verification, compared_tokens, verify
 
 if TYPE_CHECKING:
@@ -239,17 +238,16 @@ def prune_in_memory(
         windows = windows[0 if job.looks_at_data else asked - 1 :]
         walk = Walk(source, windows, recipe.calibration.batch)
         work = job.work(walk, dense=recipe.calibration.mode == "dense", ranks=Ranks(), first=0, total=None)
-        stored = partial(resident_place, model)
         if work.looks_ahead:
             walk.prepare()
             progress.start(f"{work.looks_ahead} looks ahead", work.steps_ahead)
-            work.look_ahead(None, stored, progress.step)
+            work.look_ahead(None, source.stored_of, progress.step)
         work.start()
         reports: list[LinearReport] = []
         progress.start(recipe.method, len(work.blocks))
         for block in work.blocks:
             module = source.load_block(block.index)
-            reports += work.prune_block(block, module, stored)
+            reports += work.prune_block(block, module, source.stored_of)
             work.pass_on(block.index, module)
             progress.step()
         progress.stop()
@@ -422,7 +420,7 @@ def _look_ahead(run_: _Run, journal: Journal) -> None:
     if known is None:
         run_.progress.start(f"{work.looks_ahead} looks ahead", work.steps_ahead)
     work.scratch = journal.path.parent
-    found = work.look_ahead(known, partial(stored_place, run_.source), run_.progress.step)
+    found = work.look_ahead(known, run_.source.stored_of, run_.progress.step)
     if known is None:
         journal.profile = found
         run_.ranks.share(journal.save)
@@ -458,7 +456,7 @@ def _walk(run_: _Run, keeper: Keeper, writer: Writer, journal: Journal, begun: f
                 module = source.load_block(block.index)
             if number + 2 not in whole and number + 1 < len(blocks):
                 source.prefetch(blocks[number + 1].index)
-            reports = work.prune_block(block, module, partial(stored_place, source))
+            reports = work.prune_block(block, module, source.stored_of)
         with seconds.timed("write"):
             keeper.settle()
             if not done:

@@ -49,7 +49,6 @@ from .report.tuned import as_markdown
 from .search.recipes import RecipeSpace, values_of
 from .search.texts import windows_apart
 from .search.tpe import ask, complete, fail_running, importances, open_study, require_optuna
-from .sparsify.walk import stored_place
 
 if TYPE_CHECKING:
     import optuna
@@ -253,12 +252,11 @@ class Bench:
         job = job_of(recipe, self.source)
         walk = Walk(self.source, self.calibration, recipe.calibration.batch)
         work = job.work(walk, dense=recipe.calibration.mode == "dense", ranks=Ranks(), first=0, total=None)
-        stored = partial(stored_place, self.source)
         spent, zeros, weights = 0.0, 0, 0
         begun = time.perf_counter()
         work.prepare()
         if work.looks_ahead:
-            work.look_ahead(None, stored, Silent().step)
+            work.look_ahead(None, self.source.stored_of, Silent().step)
         work.start()
         spent += time.perf_counter() - begun
         evaluation = Walk(self.source, self._texts)
@@ -270,11 +268,11 @@ class Bench:
                 module = self.source.load_block(block.index)
                 self.source.prefetch(block.index + 1)
                 begun = time.perf_counter()
-                work.prune_block(block, module, stored)
+                work.prune_block(block, module, self.source.stored_of)
                 work.pass_on(block.index, module)
                 spent += time.perf_counter() - begun
                 for linear in block.linears:
-                    zeros += count_zeros(stored(linear)[0])
+                    zeros += count_zeros(self.source.stored_of(linear)[0])
                     weights += linear.count
                 evaluation.run(block.index, module)
                 self.source.free_block(block.index)

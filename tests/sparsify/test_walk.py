@@ -18,11 +18,11 @@ import prunekit
 import tiny
 from helpers import draw_ids
 from prunekit.errors import InputError
+from prunekit.model.anatomy import in_module
 from prunekit.model.source import ResidentModel
 from prunekit.model.stream import Walk, Windows
 from prunekit.progress import Silent
 from prunekit.recipe import Pattern, Recipe
-from prunekit.sparsify.folding import in_module
 from prunekit.sparsify.walk import Sparsification
 
 BLOCKS = {
