@@ -532,34 +532,57 @@ def _finished_block(run_: _Run, writer: Writer, number: int, noted: Mapping[str,
 
 def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: float) -> Result:
     """Index, config and tokenizer; then the reload check; then the manifest. `final` is [tokens, hidden], behind the last block."""
-    source, seconds, out = run_.source, run_.work.seconds, writer.folder
-    with seconds.timed("verify"):
+    work, source, out = run_.work, run_.source, writer.folder
+    with work.seconds.timed("verify"):
         ids = run_.windows.ids[-1, -len(final) :]
         source.load_outer(ids, "chunked")
-        reference = run_.work.walk.logits(final, ids)
+        reference = work.walk.logits(final, ids)
         source.free_outer()
-    with seconds.timed("write"):
+    with work.seconds.timed("write"):
         writer.write_index(journal.shards)
-        carried = writer.carry_over(
-            source.reader.folder, with_code=run_.recipe.trust_remote_code, written=run_.work.files()
-        )
+        carried = writer.carry_over(source.reader.folder, with_code=run_.recipe.trust_remote_code, written=work.files())
+    verification = _verify(run_, writer, journal, reference)
+    work.seconds.total = time.perf_counter() - begun
+    result = Result(
+        out=out,
+        method=run_.recipe.method,
+        linears=[LinearReport.of(line) for shard in journal.shards for line in shard["linears"]],
+        parameters=source.parameter_count,
+        blocks=len(work.blocks),
+        windows=len(run_.windows),
+        tokens=run_.windows.tokens,
+        seconds=work.seconds,
+        peak_rss_bytes=machine.peak_rss_bytes(),
+        verification=verification,
+        memory={**run_.memory, "verify": machine.peak_rss_bytes()},
+        removed=work.removed,
+        block_parameters=sum(block_parameters(source)),
+        block_removed=work.block_removed,
+        channels=work.channels,
+    )
+    outputs = {name: sha256_file(out / name) for name in (INDEX_NAME, *carried)}
+    manifest = _manifest(run_, result, outputs | {shard["file"]: shard["sha256"] for shard in journal.shards})
+    writer.write_manifest(manifest, model_card(manifest, source.reader.folder), run_page(manifest))
+    return result
+
+
+def _verify(run_: _Run, writer: Writer, journal: Journal, reference: Tensor) -> Verification:
+    """Load what was written and compare its logits with `reference`, [tokens, vocabulary], of the last window."""
+    source, recipe = run_.source, run_.recipe
     width = run_.work.walk.batches[0].stop  # the last batch of all, as it was computed
-    batch = run_.windows[(len(run_.windows) - 1) // width * width :]
-    dtype, device = source.dtype, source.device
-    parameters, blocks = source.parameter_count, len(run_.work.blocks)
     run_.progress.say("loading what was written and comparing its logits")
     run_.work.release()
     machine.return_memory()
-    with seconds.timed("verify"):
+    with run_.work.seconds.timed("verify"):
         try:
-            verification = verify(
-                out,
-                batch,
+            return verify(
+                writer.folder,
+                run_.windows[(len(run_.windows) - 1) // width * width :],
                 reference,
-                dtype=dtype,
-                device=device,
-                whole=parameters * dtype.itemsize <= run_.room,
-                trust_remote_code=run_.recipe.trust_remote_code,
+                dtype=source.dtype,
+                device=source.device,
+                whole=source.parameter_count * source.dtype.itemsize <= run_.room,
+                trust_remote_code=recipe.trust_remote_code,
             )
         except BaseException as problem:
             writer.withdraw_index()  # what nobody has checked must not be taken for finished
@@ -568,29 +591,15 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
                 remove(journal.path)
             elif isinstance(problem, Exception):
                 raise PrunekitError(
-                    f"'{out}' was written, but its reload check could not be made: {problem}"
+                    f"'{writer.folder}' was written, but its reload check could not be made: {problem}"
                 ) from problem
             raise
-    linears = [LinearReport.of(line) for shard in journal.shards for line in shard["linears"]]
-    seconds.total = time.perf_counter() - begun
-    result = Result(
-        out=out,
-        method=run_.recipe.method,
-        linears=linears,
-        parameters=parameters,
-        blocks=blocks,
-        windows=len(run_.windows),
-        tokens=run_.windows.tokens,
-        seconds=seconds,
-        peak_rss_bytes=machine.peak_rss_bytes(),
-        verification=verification,
-        memory={**run_.memory, "verify": machine.peak_rss_bytes()},
-        removed=run_.work.removed,
-        block_parameters=sum(block_parameters(source)),
-        block_removed=run_.work.block_removed,
-        channels=run_.work.channels,
-    )
-    manifest = {
+
+
+def _manifest(run_: _Run, result: Result, outputs: Mapping[str, str]) -> dict[str, Any]:
+    """What `prunekit.json` says; `outputs` are the hashes of the files."""
+    assert result.verification is not None
+    return {
         "format": FORMAT,
         **run_.identity,
         "recipe": run_.recipe.model_dump(),
@@ -598,19 +607,16 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
             name: value for name, value in result.summary().items() if name not in ("out", "method", "verification")
         }
         | {
-            "parameters": parameters,
+            "parameters": result.parameters,
             "removed": result.removed,
             "block_parameters": result.block_parameters,
             "block_removed": result.block_removed,
-            "dropped_blocks": [each.index for each in source.anatomy.blocks if each not in run_.work.blocks],
+            "dropped_blocks": [each.index for each in run_.source.anatomy.blocks if each not in run_.work.blocks],
             "processes": run_.ranks.size,
         },
-        "verification": asdict(verification),
-        "outputs": {name: sha256_file(out / name) for name in (INDEX_NAME, *carried)}
-        | {shard["file"]: shard["sha256"] for shard in journal.shards},
-        "linears": [asdict(linear) for linear in linears],
+        "verification": asdict(result.verification),
+        "outputs": outputs,
+        "linears": [asdict(linear) for linear in result.linears],
         "blocks": run_.blocks,
         **run_.work.told,
     }
-    writer.write_manifest(manifest, model_card(manifest, source.reader.folder), run_page(manifest))
-    return result
