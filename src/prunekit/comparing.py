@@ -24,11 +24,9 @@ from .calibration.text import documents
 from .calibration.windows import (
     check_vocabulary,
     evaluation_windows,
-    load_tokenizer,
     recipe_windows,
     window_length,
 )
-from .checkpoint.locate import locate
 from .checkpoint.storage import make_folder, write_json, write_text
 from .errors import InputError
 from .evaluation.perplexity import perplexity_behind
@@ -36,6 +34,7 @@ from .model.anatomy import Block
 from .model.hidden import HiddenStates, room_for
 from .model.source import StreamedModel
 from .model.stream import Walk, Windows
+from .opening import find_model, open_model, open_tokenizer
 from .progress import Progress, Silent
 from .recipe import Recipe
 from .report.comparison import as_markdown
@@ -183,13 +182,9 @@ class _Ground:
     @classmethod
     def of(cls, recipes: Sequence[Recipe], text: str, samples: int | None, progress: Progress) -> _Ground:
         first = recipes[0]
-        folder = locate(
-            first.model, revision=first.revision, trust_remote_code=first.trust_remote_code, progress=progress
-        )
-        source = StreamedModel.open(
-            folder, dtype=first.dtype, device=first.device, trust_remote_code=first.trust_remote_code
-        )
-        tokenizer = load_tokenizer(folder, trust_remote_code=first.trust_remote_code)
+        folder = find_model(first, progress)
+        source = open_model(first, folder)
+        tokenizer = open_tokenizer(first, folder)
         length = window_length(source.module.config, first.calibration.length, progress)
         jobs = [Sparsification.of(recipe, source.anatomy) for recipe in recipes]
         windows = recipe_windows(first, tokenizer, length=length)

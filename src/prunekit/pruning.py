@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from . import machine
 from .blockwalk import BlockWalk, LinearReport, Seconds, block_parameters
-from .calibration.windows import check_vocabulary, load_tokenizer, recipe_windows, token_hash, window_length
-from .checkpoint.locate import locate
+from .calibration.windows import check_vocabulary, recipe_windows, token_hash, window_length
 from .checkpoint.lock import LOCK_NAME, locked
 from .checkpoint.manifest import FORMAT, changed_files, read_manifest
 from .checkpoint.output import check_output, orderly_end, refuse_other, take_output
@@ -38,12 +37,13 @@ from .checkpoint.writer import (
 )
 from .distributed import Ranks, find_ranks
 from .errors import InputError, PrunekitError, StorageError, VerificationError
-from .estimate import Needs, hidden_width, needs_of, refuse_disk, refuse_memory
+from .estimate import Needs, hidden_room, needs_of, refuse_disk, refuse_memory
 from .jobs import job_of
 from .keeper import Keeper, saved_blocks
 from .model.hidden import HiddenStates, InFiles, Place
 from .model.source import ResidentModel, StreamedModel, evaluating
 from .model.stream import Walk, Windows, batch_size
+from .opening import find_model, open_model, open_tokenizer
 from .progress import Progress, Silent
 from .recipe import Recipe
 from .report.card import model_card
@@ -181,13 +181,7 @@ def run(
     progress = progress if progress is not None and ranks.first else Silent()
     out = out.expanduser()
     with ExitStack() as held:
-        find = partial(
-            locate,
-            recipe.model,
-            revision=recipe.revision,
-            trust_remote_code=recipe.trust_remote_code,
-            progress=progress,
-        )
+        find = partial(find_model, recipe, progress)
         folder = ranks.share(find)  # one process downloads or converts; on other machines each finds its own
         folder = folder if ranks.first else find()
         ranks.share(lambda: check_output(folder, out, resume=resume, overwrite=overwrite))
@@ -267,15 +261,13 @@ def prune_in_memory(
 
 
 def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: Progress, ranks: Ranks) -> _Run:
-    source = StreamedModel.open(
-        folder, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
-    )
+    source = open_model(recipe, folder)
     job = job_of(recipe, source)
     calibration = recipe.calibration
     length = window_length(source.module.config, calibration.length, progress)
 
     def read() -> tuple[Windows, dict[str, str]]:
-        tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
+        tokenizer = open_tokenizer(recipe, folder)
         samples = max(ranks.size, calibration.samples if job.looks_at_data else 1)
         windows = recipe_windows(recipe, tokenizer, length=length, samples=samples)
         check_vocabulary(windows, source.module)
@@ -308,16 +300,15 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
     mine = ranks.share_of(-(-len(windows) // batch))
     walk = Walk(source, windows[mine.start * batch : mine.stop * batch], batch)
     work = job.work(walk, dense=calibration.mode == "dense", ranks=ranks, first=mine.start * batch, total=len(windows))
-    room = machine.available_memory_bytes() // 2 // ranks.here if memory_budget is None else memory_budget
+    room = hidden_room(memory_budget, ranks.here)
     base = machine.rss_bytes()
     needs = needs_of(
         source,
+        job,
         windows=len(walk.windows),
         all_windows=len(windows),
         length=length,
         batch=batch,
-        width=hidden_width(source),
-        appetite=job.appetite(len(walk.windows), length),
         budget=room,
         base=base,
     )

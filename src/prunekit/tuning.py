@@ -31,8 +31,7 @@ import torch
 from . import machine
 from .bits import count_zeros
 from .calibration.text import documents
-from .calibration.windows import check_vocabulary, load_tokenizer, recipe_windows, token_hash, window_length
-from .checkpoint.locate import locate
+from .calibration.windows import check_vocabulary, recipe_windows, token_hash, window_length
 from .checkpoint.lock import locked
 from .checkpoint.storage import make_folder, write_json, write_text
 from .distributed import Ranks
@@ -42,6 +41,7 @@ from .jobs import check_options, job_of
 from .model.hidden import room_for
 from .model.source import StreamedModel
 from .model.stream import Walk, Windows
+from .opening import find_model, open_model, open_tokenizer
 from .progress import Progress, Silent
 from .recipe import Recipe
 from .report.plots import check_drawable, draw_front, draw_search
@@ -200,13 +200,9 @@ class Bench:
     def of(cls, tuning: Tuning, progress: Progress) -> Bench:
         """Raises `InputError` for what is wrong with model or texts."""
         recipe = tuning.recipe
-        folder = locate(
-            recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, progress=progress
-        )
-        source = StreamedModel.open(
-            folder, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
-        )
-        tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
+        folder = find_model(recipe, progress)
+        source = open_model(recipe, folder)
+        tokenizer = open_tokenizer(recipe, folder)
         length = window_length(source.module.config, recipe.calibration.length, progress)
         windows = recipe_windows(recipe, tokenizer, length=length)
         draw = partial(windows_apart, tokenizer=tokenizer, length=length, seed=recipe.seed)
