@@ -11,7 +11,7 @@ import pytest
 
 from prunekit.search.evolution import Evolution
 from prunekit.search.history import History
-from prunekit.search.loop import Found, Judge, Proposals, rungs_of, search
+from prunekit.search.loop import Found, Judge, fixed, rungs_of, search
 
 
 class Counted:
@@ -28,11 +28,6 @@ class Counted:
                 raise KeyboardInterrupt
             self.asked.append((candidate, windows.start, windows.stop))
             yield [loss(candidate, window) for window in range(windows.start, windows.stop)]
-
-
-def listed(candidates: Sequence[Any]) -> Proposals:
-    """Propose a list, all at once."""
-    yield list(candidates)
 
 
 def loss(candidate: float, window: int) -> float:
@@ -122,11 +117,11 @@ def test_a_killed_search_goes_on_to_the_same_end(tmp_path: Path, dies_after: int
 def test_a_list_is_judged_at_once_and_the_first_of_equals_is_best() -> None:
     judge = Judge(Counted(), History(None, {}), [2])
     seen: list[float] = []
-    found = search(listed([0.5, 0.7, 0.70001, 0.7]), judge, seen.append)
+    found = search(fixed([0.5, 0.7, 0.70001, 0.7]), judge, seen.append)
     assert found.best == 0.7
     assert found.proposed == 4
     assert len(seen) == 4
-    nothing = search(listed([]), Judge(Counted(), History(None, {}), [2]))
+    nothing = search(fixed([]), Judge(Counted(), History(None, {}), [2]))
     assert nothing.best is None
 
 
@@ -135,5 +130,5 @@ def test_infinite_losses_are_never_best() -> None:
         for candidate in candidates:
             yield [math.inf if candidate == 0 else 1.0]
 
-    found = search(listed([0, 1]), Judge(objective, History(None, {}), [1]))
+    found = search(fixed([0, 1]), Judge(objective, History(None, {}), [1]))
     assert (found.best, found.value, found.course) == (1, 1.0, [(2, 1.0)])

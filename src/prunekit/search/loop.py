@@ -123,6 +123,11 @@ def search(proposals: Proposals, judge: Judge, step: Callable[[float], None] = l
         return found
 
 
+def fixed(candidates: Sequence[Any]) -> Proposals:
+    """Propose a list, all at once."""
+    yield list(candidates)
+
+
 def rungs_of(windows: int, first: int) -> list[int]:
     """How many windows candidates are measured on before some are given up: `first`, twice as many, and so on, then all of them."""
     found = []
