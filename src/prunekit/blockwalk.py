@@ -368,13 +368,15 @@ class BlockWalk(ABC):
         needs: frozenset[str],
         outputs: HiddenStates | None,
         follow: Callable[[int], None] | None = None,
+        norms: Mapping[str, nn.Module] | None = None,
     ) -> Collector:
-        """Statistics of some of a block's linears, and its outputs where they are wanted, be it in the place of its inputs.
+        """Statistics of some of a block's linears and norms, and its outputs where they are wanted, be it in the place of its inputs.
 
         `follow(position)`, where there is one, sends a batch of the dense model through the block first; what linears give then is the
         target of what they are fed by ours.
         """
-        collector = Collector(linears, needs, result_used=outputs is not None or follow is not None)
+        used = outputs is not None or follow is not None
+        collector = Collector(linears, needs, result_used=used, norms=norms)
         last = len(self.walk.batches) - 1
         with self.seconds.timed("forward"), self.ranks.together(), collector:
             for position, batch in enumerate(self.walk.batches):

@@ -129,7 +129,9 @@ def make_plan(recipe: Recipe, out: Path, progress: Progress, memory_budget: int 
     dense = recipe.calibration.mode == "dense"
     trial = outline.job.work(walk, dense=dense, ranks=Ranks(), first=0, total=None)
     rehearsal = trial.rehearse()
-    seconds = _Trial(trial, rehearsal, source, out).extrapolate(batches, needs.hidden)
+    walked = walk.source
+    assert isinstance(walked, StreamedModel)
+    seconds = _Trial(trial, rehearsal, walked, out).extrapolate(batches, needs.hidden)
     seconds["start"] += opened
     seconds["total"] = sum(seconds.values())
     return Plan(

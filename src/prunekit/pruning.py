@@ -67,7 +67,7 @@ class Result:
     """What a run did. `linears` has one report per linear, in the model's order; `out` is None for a model pruned in memory.
 
     `parameters` are those of the dense model, `block_parameters` those of its blocks; of them `removed` and `block_removed` are gone.
-    `channels` is how many the residual stream had and has, where it was sliced.
+    `channels` is how many the residual stream had and has, where it became narrower.
 
     `memory` is the process's peak in bytes up to the end of each phase, as `Plan.memory` predicts it.
     """
@@ -155,6 +155,13 @@ class _Run:
     ranks: Ranks
     memory: dict[str, int] = field(default_factory=dict)
     blocks: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def walked(self) -> StreamedModel:
+        """The model that is walked: the source, or that with channels of its residual stream left out."""
+        source = self.work.walk.source
+        assert isinstance(source, StreamedModel)
+        return source
 
 
 def run(
@@ -446,7 +453,7 @@ def _walk(run_: _Run, keeper: Keeper, writer: Writer, journal: Journal, begun: f
 
     Blocks are numbered as they are written: those that go are not walked.
     """
-    source, work, progress = run_.source, run_.work, run_.progress
+    source, work, progress = run_.walked, run_.work, run_.progress
     seconds = work.seconds
     blocks = work.blocks
     whole = run_.ranks.share(lambda: {shard["position"]: shard["noted"] for shard in journal.shards})
@@ -531,7 +538,7 @@ def _start(run_: _Run, out: Path, journal: Journal, whole: Mapping[int, Any]) ->
 
 def _finished_block(run_: _Run, writer: Writer, number: int, noted: Mapping[str, Any]) -> nn.Module:
     """A block that an earlier run has finished, as it wrote it."""
-    source, work = run_.source, run_.work
+    source, work = run_.walked, run_.work
     block = work.blocks[number]
     if work.dense:
         work.pass_on_dense(block.index, source.load_block(block.index))
@@ -550,9 +557,9 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
     source, seconds, out = run_.source, run_.work.seconds, writer.folder
     with seconds.timed("verify"):
         ids = run_.windows.ids[-1, -len(final) :]
-        source.load_outer(ids, "chunked")
+        run_.walked.load_outer(ids, "chunked")
         reference = run_.work.walk.logits(final, ids)
-        source.free_outer()
+        run_.walked.free_outer()
     with seconds.timed("write"):
         writer.write_index(journal.shards)
         carried = writer.carry_over(
@@ -617,7 +624,9 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
             "removed": result.removed,
             "block_parameters": result.block_parameters,
             "block_removed": result.block_removed,
-            "dropped_blocks": [each.index for each in source.anatomy.blocks if each not in run_.work.blocks],
+            "dropped_blocks": sorted(
+                {each.index for each in source.anatomy.blocks} - {each.index for each in run_.work.blocks}
+            ),
             "processes": run_.ranks.size,
         },
         "verification": asdict(verification),
