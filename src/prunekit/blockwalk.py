@@ -122,12 +122,14 @@ class Rehearsal:
     """What can be said of a run before it looks at any data.
 
     Attributes:
-        removed: how many parameters go with structures, as nearly as that is known.
+        removed: how many parameters of blocks go with structures, as nearly as that is known.
         passes: what `look_ahead` takes, in forward passes of all windows through all blocks.
+        outside: how many parameters go that are in no block.
     """
 
     removed: int
     passes: float
+    outside: int = 0
 
 
 class Job(Protocol):

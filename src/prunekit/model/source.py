@@ -478,7 +478,7 @@ def build_skeleton(
 
 
 def make_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Make the buffers real that are in no checkpoint; the rest stays on the meta device. Raises `InputError` where the model cannot."""
+    """Make the buffers real that are in no checkpoint; the rest stays on the meta device. Raises `InputError`."""
     for name, buffer in model.named_buffers():
         owner_path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_path)

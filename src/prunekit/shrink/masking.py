@@ -28,8 +28,8 @@ def masked(model: nn.Module, anatomy: Anatomy, structures: Structures, plan: Pla
     """
     if plan.hidden is not None:
         raise InputError(
-            f"the plan keeps {len(plan.hidden.kept)} of {plan.hidden.count} channels of the residual stream, and zeros are not the same "
-            "as none: norms take the mean over all that are there; write the folder and load it"
+            f"the plan keeps {len(plan.hidden.kept)} of {plan.hidden.count} channels of the residual stream, and zeros are not the "
+            "same as none: norms take the mean over all that are there; write the folder and load it"
         )
     with ExitStack() as stack:
         for block, found, kept in zip(anatomy.blocks, structures, plan.blocks, strict=True):

@@ -23,7 +23,7 @@ from ..errors import InputError
 from ..model.anatomy import Anatomy, Block, Linear, is_linear, read_anatomy
 from ..model.resizing import SHAPES
 from ..model.source import StreamedModel, hollow, make_buffers
-from .plan import Plan
+from .plan import Channels, Plan
 from .residual import LowRank
 from .saving import FormChooser, NarrowConfig
 from .turning import refuse_foreign
@@ -95,8 +95,6 @@ class Narrowing:
     def model(self, kept: Sequence[int]) -> StreamedModel:
         """The model with these channels of the stream alone, ascending, read from the source's files."""
         source = self.source
-        if len(kept) != self.width:
-            raise InputError(f"{len(kept)} channels were to stay, not {self.width}")
         index = torch.tensor(kept)
         cuts = {
             source.key_of[name]: dict.fromkeys(axes, index) for name, axes in self.axes.items() if name in source.key_of
@@ -107,6 +105,14 @@ class Narrowing:
             source.device,
             config=CONFIG_MAPPING[self.config["model_type"]].from_dict(self.config),
         )
+
+
+def narrowed(source: StreamedModel, hidden: Channels) -> StreamedModel:
+    """The model with the channels of the residual stream that a plan keeps. Raises `InputError`, also for another model's plan."""
+    channels = int(source.module.config.get_text_config().hidden_size)
+    if hidden.count != channels:
+        raise InputError(f"the plan is for a residual stream of {hidden.count} channels, this one has {channels}")
+    return source if len(hidden.kept) == channels else Narrowing.of(source, len(hidden.kept)).model(hidden.kept)
 
 
 def _stream_axes(model: PreTrainedModel, narrow: PreTrainedModel, width: int) -> dict[str, tuple[int, ...]]:
@@ -133,11 +139,17 @@ def _refuse_dependent(found: NarrowConfig, axes: Axes, kind: str) -> None:
     """Raise `InputError` where a model does not compute the same with every channel of its stream twice."""
     width = int(found.built.config.get_text_config().hidden_size)
     twice = torch.randperm(2 * width, generator=torch.Generator().manual_seed(0)) % width
-    once, doubled = _logits(found.built, axes, None), _logits(found.doubled, axes, twice)
+    try:
+        once, doubled = _logits(found.built, axes, None), _logits(found.doubled, axes, twice)
+    except (TypeError, RuntimeError, AttributeError, ValueError) as problem:  # what the family's own code stumbles over
+        raise InputError(
+            f"whether {kind} computes the same with fewer channels in its residual stream cannot be tried: "
+            f"{' '.join(str(problem).split()[:24])}"
+        ) from None
     if not float((once - doubled).norm()) <= _SAME * float(once.norm()):
         raise InputError(
-            f"the residual stream of {kind} cannot have {width} channels with everything else as it is: what it computes depends on how "
-            "many there are in other places than its norms"
+            f"the residual stream of {kind} cannot have {width} channels with everything else as it is: what it computes depends on "
+            "how many there are in other places than its norms"
         )
 
 

@@ -171,6 +171,7 @@ class LowRank:
     columns: Tensor
 
     def __call__(self, value: Tensor) -> Tensor:
+        """The product. Shapes: [..., in] -> [..., out]."""
         return value @ self.rows @ self.columns
 
 

@@ -434,7 +434,7 @@ class FormChooser:
             stay = [each for each in self._structures[index] if not self._plan.leaves_out(each)]
             ratios = [self._ratio(each) for each in stay]
             ratios += [(len(self._plan.kept(each)), each.count) for each in stay]
-            for key in (ours.keys() | theirs.keys()) - set(told):
+            for key in sorted((ours.keys() | theirs.keys()) - set(told)):
                 new, old = ours.get(key), theirs.get(key)
                 if new != old and not _scaled(new, old, [*ratios, *also]):
                     return f"'{key}' of '{name}' would change from {old} to {new}"

@@ -171,7 +171,7 @@ class ShrinkWalk(BlockWalk):
             if f"{each.consumer.full_name}.bias" not in names
         ]
         added = sum(each.consumer.out_features for each in new) + self._zeros
-        return Rehearsal(self._removed_by(plan) - added, passes)
+        return Rehearsal(self._removed_by(plan) - added, passes, self._removed_outside)
 
     @property
     def _passes_of_search(self) -> float:
@@ -656,8 +656,13 @@ class ShrinkWalk(BlockWalk):
     @property
     def removed(self) -> int:
         """Parameters of removed units, blocks and channels of the residual stream, less those of biases that were added."""
-        outside = self._dense_total - sum(self._dense_parameters)
-        return self.block_removed + outside - (self.walk.source.parameter_count - sum(self._parameters))
+        return self.block_removed + self._removed_outside
+
+    @property
+    def _removed_outside(self) -> int:
+        """How many of them were in no block."""
+        gone = self._dense_total - self.walk.source.parameter_count
+        return gone - (sum(self._dense_parameters) - sum(self._parameters))
 
     @property
     def block_removed(self) -> int:
