@@ -206,6 +206,9 @@ def test_what_was_foretold_and_is_told(tmp_path: Path, text: Path) -> None:
     result = cut(tmp_path / "base", tmp_path / "out", text, widths=widths["budget"])
     assert made.removed == result.removed
     assert made.ratio == pytest.approx(result.ratio)
+    written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    kept = 4 * (result.parameters - result.removed)
+    assert kept <= written < made.disk["weights"] < 4 * result.parameters
     assert result.summary()["channels"] == {"before": 32, "after": 24}
     own = dict(loaded(tmp_path / "out").named_parameters())
     for linear in result.linears:
@@ -291,6 +294,9 @@ def test_parameters_of_a_large_model_are_counted_exactly(tmp_path: Path) -> None
     assert found.removed == before - after
     assert job.form is not None
     assert job.form.config["hidden_size"] == 3072
+    assert job.narrowing is not None
+    mlp_alone = 32 * 3 * 3072 * (11008 - 9216)
+    assert job.narrowing.removed == found.removed + found.outside - mlp_alone
 
 
 # Resuming

@@ -133,11 +133,10 @@ class Shrinking:
     @property
     def _spared(self) -> int:
         """Bytes of weights that are not written, a little less than will be: what a budget takes differs from what was asked for."""
+        smallest = min(entry.dtype.itemsize for entry in self.source.reader.entries.values())
         if self.shrinker.depth is None and self.shrinker.budget.part.given:
-            return 0
-        parameters = sum(block_parameters(self.source)) * min(
-            entry.dtype.itemsize for entry in self.source.reader.entries.values()
-        )
+            return 0 if self.narrowing is None else self.narrowing.removed * smallest
+        parameters = sum(block_parameters(self.source)) * smallest
         return int(_SPARED * float(self.recipe.target.fraction) * parameters)
 
     def work(

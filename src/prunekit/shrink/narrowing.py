@@ -85,6 +85,12 @@ class Narrowing:
         """How many the stream has before."""
         return int(self.source.module.config.get_text_config().hidden_size)
 
+    @property
+    def removed(self) -> int:
+        """How many parameters go with the channels; a tied head counts once."""
+        channels, parameters = self.channels, self.source.module.named_parameters()
+        return sum(each.numel() // channels * (channels - self.width) for name, each in parameters if name in self.axes)
+
     def norms(self, block: Block) -> list[str]:
         """The modules of a block that normalise the stream, by their names in it."""
         linears = {linear.name for linear in block.linears}

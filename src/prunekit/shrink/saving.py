@@ -222,22 +222,19 @@ class FormChooser:
         Raises `InputError` where the class builds no such model, or where more than tensors' shapes would follow.
         """
         config = self._module.config.get_text_config()
-        before, heads = int(config.hidden_size), config.num_attention_heads
-        changes = {"hidden_size": width}
+        before, changes = int(config.hidden_size), {"hidden_size": width}
         if not isinstance(getattr(type(config), "head_dim", None), property):  # Falcon's config always divides
-            changes["head_dim"] = getattr(config, "head_dim", None) or before // heads
+            changes["head_dim"] = getattr(config, "head_dim", None) or before // config.num_attention_heads
         refusals = []
         for kind in (None, *_TWINS.get(self._config.get("model_type", ""), ())[:1]):
             try:
-                built = self._build(changes, kind)
+                built, doubled = (self._build({**changes, "hidden_size": size}, kind) for size in (width, 2 * width))
             except Exception as problem:  # whatever a family's own code stumbles over where sizes do not go together
                 refusals.append(" ".join(str(problem).split()[-24:]))
                 continue
             why = self._difference(built, (), [(width, before)])
             if why is None and (kind is None or self._agreed(built, changes)):
-                return NarrowConfig(
-                    self._changed(changes, kind), built, self._build({**changes, "hidden_size": 2 * width}, kind)
-                )
+                return NarrowConfig(self._changed(changes, kind), built, doubled)
             refusals.append(why or f"{type(built).__name__} would be told something else")
         raise InputError(
             f"the residual stream of {self._class} cannot have {width} channels with everything else as it is: {refusals[0]}"
