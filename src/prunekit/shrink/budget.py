@@ -148,9 +148,8 @@ def widths(
     What is not given stays whole.
     """
     given = {ATTENTION: attention, MLP: mlp}
-    if (
-        attention is None and mlp is None and hidden is None
-    ):  # the stream is no unit of a block: see `UnitBudget.hidden`
+    # channels of the stream are no units of a block: see `UnitBudget.hidden`
+    if attention is None and mlp is None and hidden is None:
         raise InputError(
             "budget 'widths' is given the numbers that stay: say --set budget.mlp=N, --set budget.attention=N, --set budget.hidden=N, "
             "or several of them"
