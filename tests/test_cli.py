@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import prunekit
 import tiny
+from helpers import ctrl_c
 from prunekit import cli
 from prunekit.benching import Memory
 from prunekit.catalogue import METHODS
@@ -199,10 +200,7 @@ def test_our_own_failures_exit_with_1_and_one_sentence(
 def test_an_interrupt_exits_with_130(
     tmp_path: Path, llama_folder: Path, few: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Writer, "write_index", interrupt)
+    monkeypatch.setattr(Writer, "write_index", ctrl_c)
     done = call("prune", llama_folder, "--out", tmp_path / "out", *few)
     assert done.code == 130
     assert "--resume" in done.err
@@ -506,10 +504,7 @@ def test_inspect_finds_sound_what_prune_wrote(
 def test_inspect_of_an_unfinished_folder_says_how_to_finish(
     tmp_path: Path, llama_folder: Path, few: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Writer, "write_index", interrupt)
+    monkeypatch.setattr(Writer, "write_index", ctrl_c)
     call("prune", llama_folder, "--out", tmp_path / "out", *few)
     done = call("inspect", tmp_path / "out")
     assert done.code == 2

@@ -33,9 +33,19 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+def _settings(about: str) -> Any:
+    return typer.Option("--set", metavar="PART.OPTION=VALUE", help=about)
+
+
 Length = Annotated[
     int | None, typer.Option(help="Tokens per window. Default: 2048, or the model's maximum where less.")
 ]
+Shape = Annotated[
+    str | None, typer.Option(help="uniform: every block as wide (loads anywhere); or free (shrink methods).")
+]
+Align = Annotated[int | None, typer.Option(help="Channels kept in a block are a multiple of this (shrink methods).")]
+Settings = Annotated[list[str] | None, _settings("Set one option; see `prunekit methods NAME`. Repeatable.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model folder brings.")]
 Budget = Annotated[
@@ -62,18 +72,9 @@ def _recipe(
         float | None,
         typer.Option(help="Fraction of the block parameters to remove (shrink methods). Default: 0.2."),
     ] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="uniform: every block as wide (loads anywhere); or free (shrink methods).")
-    ] = None,
-    align: Annotated[
-        int | None, typer.Option(help="Channels kept in a block are a multiple of this (shrink methods).")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="PART.OPTION=VALUE", help="Set one option; see `prunekit methods NAME`. Repeatable."
-        ),
-    ] = None,
+    shape: Shape = None,
+    align: Align = None,
+    settings: Settings = None,
     calibration: Annotated[
         str | None, typer.Option(help="Text: file, folder, preset or hf:ID[:split[:field]]. Default: builtin.")
     ] = None,
@@ -966,18 +967,9 @@ def study(
         ),
     ] = None,
     text: Annotated[str | None, typer.Option(help="Evaluation text in the place of the file's.")] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="uniform: every block as wide (loads anywhere); or free (shrink methods).")
-    ] = None,
-    align: Annotated[
-        int | None, typer.Option(help="Channels kept in a block are a multiple of this (shrink methods).")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="PART.OPTION=VALUE", help="As for prune; also evaluate.OPTION=VALUE. Repeatable."
-        ),
-    ] = None,
+    shape: Shape = None,
+    align: Align = None,
+    settings: Annotated[list[str] | None, _settings("As for prune; also evaluate.OPTION=VALUE. Repeatable.")] = None,
     keep_models: Annotated[
         bool, typer.Option("--keep-models", help="Leave the pruned models in the folder of runs.")
     ] = False,

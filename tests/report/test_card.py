@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,6 @@ EVALUATION = EvaluationRecord(
         TaskFigures(task="piqa", metric="acc_norm", n=9, value=0.25, stderr=0.1),
     ),
 )
-
-
-@pytest.fixture(scope="module")
-def manifest(finished_run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((finished_run / "prunekit.json").read_text(encoding="utf-8"))
-    return found
 
 
 def metadata(card: str) -> dict[str, Any]:

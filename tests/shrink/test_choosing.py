@@ -12,8 +12,8 @@ import torch
 
 import prunekit
 import tiny
-from prunekit.checkpoint.reader import Reader
-from prunekit.model.source import ResidentModel, StreamedModel
+from helpers import streamed
+from prunekit.model.source import ResidentModel
 from prunekit.model.stream import Windows
 from prunekit.search.history import History
 from prunekit.shrink import choosing
@@ -42,7 +42,7 @@ def drawn_plan(structures: Structures, seed: int) -> Plan:
 
 def test_a_plan_that_removes_nothing_diverges_by_nothing(tmp_path: Path) -> None:
     tiny.save_model(tmp_path)
-    source = StreamedModel(Reader(tmp_path), torch.float32, torch.device("cpu"))
+    source = streamed(tmp_path)
     structures = find_structures(source.module, source.anatomy)
     assert divergences(source, structures, [Plan.whole(structures)] * 2, draw_windows(3, 12)) == [[0.0] * 3] * 2
 
@@ -62,7 +62,7 @@ def test_divergences_are_those_of_the_masked_model(family: str, tmp_path: Path) 
             with masked(model, anatomy, structures, plan):
                 pruned = torch.log_softmax(model(windows.ids).logits[:, :-1].double(), -1)
             wanted += (dense.exp() * (dense - pruned)).sum(-1).mean(1).tolist()
-    source = StreamedModel(Reader(tmp_path), torch.float32, torch.device("cpu"))
+    source = streamed(tmp_path)
     for model_source in (source, ResidentModel(model)):
         found = divergences(model_source, structures, plans, windows)
         assert [value for each in found for value in each] == pytest.approx(wanted, rel=1e-4)

@@ -15,7 +15,7 @@ from ..checkpoint.writer import MODELING_NAME
 from ..evaluation.record import EvaluationRecord
 from ..recipe import Recipe
 from ..recovery.options import RecoveryOptions
-from .findings import spelt
+from .numbers import spelt
 
 _FIGURES = "## Before and after"
 _AFTER_FIGURES = "The zeros are stored"

@@ -15,7 +15,7 @@ from torch.nn import functional
 from ..checkpoint.storage import replace_file
 from ..errors import InputError
 from ..studies import Cell, Study
-from .findings import spelt
+from .numbers import spelt
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from ..bits import all_finite, count_zeros
-from ..blockwalk import BlockWalk, LinearReport, Rehearsal, Stored, block_parameters, dense_blocks
+from ..blockwalk import BlockWalk, LinearReport, Rehearsal, block_parameters, dense_blocks
 from ..calibration.windows import load_tokenizer, token_hash
 from ..checkpoint.shard import Piece
 from ..checkpoint.writer import PLAN_NAME
 from ..errors import InputError, PrunekitWarning, VerificationError
-from ..model.anatomy import Block, weight_of
+from ..model.anatomy import Block, Stored, weight_of
 from ..model.hidden import HiddenStates, Place, room_for
 from ..model.source import StreamedModel
 from ..model.stream import Windows

@@ -17,18 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from ..bits import apply_mask, count_zeros, removed_part
-from ..blockwalk import Appetite, BlockWalk, LinearReport, Stored, dense_blocks
+from ..blockwalk import Appetite, BlockWalk, LinearReport, dense_blocks
 from ..catalogue import find_method
 from ..distributed import Ranks
 from ..errors import InputError
-from ..model.anatomy import Anatomy, Block, Linear, weight_of
+from ..model.anatomy import Anatomy, Block, Linear, Stored, in_module, weight_of
 from ..model.hidden import HiddenStates, room_for
-from ..model.source import StreamedModel
 from ..model.stream import Walk
 from ..recipe import Pattern, Recipe, refuse_choices
 from ..statistics import Collector, Statistics
 from .budget import Budget
-from .folding import find_spaces, fold, in_module, permute_statistics
+from .folding import find_spaces, fold, permute_statistics
 from .linear import Sparsifier
 
 _CHUNKS = 32 << 20
@@ -322,17 +321,3 @@ class SparsifyWalk(BlockWalk):
         """Statistics of a block's linears, and its outputs where they are wanted, be it in the place of its inputs."""
         linears = {linear.name: module.get_submodule(linear.name) for linear in block.linears}
         return self._collect(block, module, linears, needs, outputs)
-
-
-def stored_place(source: StreamedModel, linear: Linear) -> tuple[Tensor, Tensor | None]:
-    """A linear's weight and bias as the checkpoint holds them."""
-    tensors = source.stored[linear.index]
-    bias = source.key_of.get(f"{linear.full_name}.bias")
-    return tensors[source.key_of[f"{linear.full_name}.weight"]], None if bias is None else tensors[bias]
-
-
-def resident_place(model: nn.Module, linear: Linear) -> tuple[Tensor, Tensor | None]:
-    """A linear's weight and bias in a model that lies in memory."""
-    module = model.get_submodule(linear.full_name)
-    bias = module.bias
-    return weight_of(module), bias.detach() if isinstance(bias, Tensor) else None
