@@ -15,12 +15,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import prunekit
 import tiny
+from helpers import shards, stop_at, streamed
 from prunekit import InputError
 from prunekit.calibration.text import documents
 from prunekit.calibration.windows import calibration_windows, load_tokenizer
 from prunekit.checkpoint.writer import HIDDEN_PREFIX, PLAN_NAME, Journal, Writer
 from prunekit.model.anatomy import read_anatomy
-from prunekit.model.source import StreamedModel
 from prunekit.model.stream import Walk, Windows
 from prunekit.recipe import Recipe
 from prunekit.shrink.job import Shrinking
@@ -250,7 +250,7 @@ def test_a_narrower_folder_is_a_folder_like_any_other(tmp_path: Path, text: Path
 def test_a_folder_written_from_its_plan_alone_holds_the_same(tmp_path: Path, text: Path) -> None:
     tiny.save_model(tmp_path / "base", tie_word_embeddings=True)
     cut(tmp_path / "base", tmp_path / "out", text, widths={"hidden": 18, "mlp": 30, "attention": 1})
-    source = StreamedModel.open(tmp_path / "base", dtype="float32", device="cpu")
+    source = streamed(tmp_path / "base")
     structures = find_structures(source.module, source.anatomy)
     plan = Plan.read(tmp_path / "out" / PLAN_NAME, structures)
     assert plan.hidden is not None
@@ -285,7 +285,7 @@ def test_parameters_of_a_large_model_are_counted_exactly(tmp_path: Path) -> None
     with (tmp_path / "model.safetensors").open("wb") as stream:
         stream.write(len(header).to_bytes(8, "little") + header)
         stream.truncate(8 + len(header) + end)
-    source = StreamedModel.open(tmp_path, dtype="bfloat16", device="cpu")
+    source = streamed(tmp_path, torch.bfloat16)
     widths = {"budget": {"name": "widths", "hidden": 3072, "mlp": 9216}}
     job = Shrinking.of(Recipe.build({"model": str(tmp_path), "method": "minitron", "parts": widths}), source)
     found = job.work(Walk(source, Windows(torch.zeros(1, 8, dtype=torch.int64))), dense=False).rehearse()
@@ -300,10 +300,6 @@ def test_parameters_of_a_large_model_are_counted_exactly(tmp_path: Path) -> None
 
 
 # Resuming
-
-
-def shards(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 @pytest.fixture(scope="module")
@@ -327,16 +323,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
 def test_a_killed_run_ends_in_the_same_bytes(
     owner: Any, name: str, call: int, lost: bool, whole: Path, text: Path, tmp_path: Path
 ) -> None:
-    real, calls = getattr(owner, name), iter(range(9))
-
-    def stop(self: Any, *arguments: Any, **named: Any) -> Any:
-        if next(calls) == call:
-            raise KeyboardInterrupt
-        return real(self, *arguments, **named)
-
     widths = {"hidden": 18, "mlp": 30}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, stop)
+        patch.setattr(owner, name, stop_at(call, getattr(owner, name)))
         with pytest.raises(KeyboardInterrupt):
             cut(whole / "base", tmp_path / "out", text, widths=widths)
     if lost:
@@ -411,7 +400,7 @@ def strict(module: Any, value: Tensor) -> Tensor:
 def test_that_nothing_else_depends_on_the_channels_is_tried(
     forward: Any, why: str | None, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = StreamedModel.open(llama_folder, dtype="float32", device="cpu")
+    source = streamed(llama_folder)
     if forward is not None:
         monkeypatch.setattr(LlamaMLP, "forward", forward)
     if why is None:
