@@ -281,7 +281,7 @@ METHODS: dict[str, Method] = {
         Method(
             name="minitron",
             kind="shrink",
-            summary="Remove the units that are least active; widths may be given with --set budget.name=widths.",
+            summary="Remove the units that are least active; of given widths (--set budget.name=widths) channels of the stream, too.",
             score="minitron",
             group="unit",
             paper="Muralidharan et al. 2024, https://arxiv.org/abs/2407.14679",

@@ -88,6 +88,7 @@ class Part:
         shifts: of a compensation, that it adds to the linear's output, which needs a bias for that.
         candidates: of a depth that removes sublayers, which of them may go.
         given: of a budget of units, that its options say how many stay, and no ratio does.
+        channels: of a score of units, what ranks the channels of the residual stream, where it does that too.
         options: its keyword-only parameters.
     """
 
@@ -110,6 +111,7 @@ class Part:
     shifts: bool = False
     given: bool = False
     candidates: Callable[..., Sequence[Any]] | None = None
+    channels: Callable[..., Any] | None = None
 
     @property
     def word(self) -> str:
@@ -191,15 +193,25 @@ def unit_score(
     reads: Callable[..., set[str]] | None = None,
     note: str = "",
     coupled: bool = False,
+    channels: Callable[..., Any] | None = None,
 ) -> Callable[[Function], Function]:
     """Register `function(view, structure, *, options...) -> importance` of the units of a structure, [units]; larger is kept.
 
     `view` shows the structure's block, see `shrink/view.py`. `needs` may name sums of gradients (`gradient_abs`, ...; see
     `shrink/gradients.py`) of an `objective`, and `reads(**options)` say which of all these the options at hand ask for. One that
-    is `coupled` reads statistics of the linears that produce units as well as of the one that consumes them.
+    is `coupled` reads statistics of the linears that produce units as well as of the one that consumes them. `channels(norms)`, where
+    it is given, ranks the channels of the residual stream [channels] by what it `needs` of the outputs of all the blocks' norms.
     """
     return _register(
-        "unit-score", needs, paper, objective=objective, random=random, reads=reads, note=note, coupled=coupled
+        "unit-score",
+        needs,
+        paper,
+        objective=objective,
+        random=random,
+        reads=reads,
+        note=note,
+        coupled=coupled,
+        channels=channels,
     )
 
 
@@ -277,6 +289,7 @@ def _register(
     shifts: bool = False,
     given: bool = False,
     candidates: Callable[..., Sequence[Any]] | None = None,
+    channels: Callable[..., Any] | None = None,
 ) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
         name = function.__name__.replace("_", "-")
@@ -307,6 +320,7 @@ def _register(
             shifts=shifts,
             given=given,
             candidates=candidates,
+            channels=channels,
         )
         return function
 
