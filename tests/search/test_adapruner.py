@@ -162,6 +162,8 @@ def test_what_is_in_no_space_is_refused_and_leaves_nothing(
 def test_options_that_the_search_would_overrule_are_refused(asked: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="leave out the options of the score"):
         prunekit.prune(**asked, parts={**parts(), "score": {"order": "second"}}, out=tmp_path / "out")
+    with pytest.raises(InputError, match="chooses how 'taylor' computes importance"):
+        prunekit.prune(**asked, parts={**parts(), "score": {"name": "magnitude"}}, out=tmp_path / "out")
     first = {**asked["calibration"], "sampling": "first"}
     with pytest.raises(InputError, match=r"say --set search\.subsets=1"):
         prunekit.prune(**{**asked, "calibration": first}, parts=parts(), out=tmp_path / "out")

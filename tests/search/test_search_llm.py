@@ -157,7 +157,11 @@ def test_a_damaged_history_is_refused_and_nothing_is_lost(  # type: ignore[no-un
         ({"parts": {"search": {**SEARCH, "window": 0.0}}}, "search.window allows 0 parameters more or less"),
         ({"parts": {"search": {**SEARCH, "least": 0.95}}}, "its widths leave at most"),
         ({"parts": {"search": SEARCH, "budget": {"shape": "uniform"}}}, "add --shape free"),
-        ({"parts": {"search": SEARCH, "budget": {"name": "global-cost"}}}, "leave out budget 'global-cost'"),
+        (
+            {"method": "flap+evolution", "parts": {"search": SEARCH, "budget": {"shape": "free"}}},
+            "and so does budget 'global-cost': say --set budget.name=uniform",
+        ),
+        ({"parts": {"search": SEARCH, "budget": {"name": "widths", "mlp": 9}}, "ratio": None}, "name no widths"),
         ({"parts": {"search": {**SEARCH, "samples": 10_000}}}, "what candidates are judged by takes 10000 windows"),
         ({"parts": {"search": {**SEARCH, "parents": 9}}}, "search.parents=9 make no search"),
         ({"parts": {"search": {**SEARCH, "text": "nowhere.txt"}}}, "text 'nowhere.txt' is neither a file"),

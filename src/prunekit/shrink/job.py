@@ -170,12 +170,14 @@ def _refuse_search(recipe: Recipe, shrinker: Shrinker) -> None:
     search, score = shrinker.search, shrinker.score
     assert search is not None
     assert score is not None
-    if search.part.name == "tpe" and (score.part.name != "taylor" or score.options != score.part.bind({})):
+    varied = search.part.varies
+    if varied is not None and (score.part.function is not varied or score.options != score.part.bind({})):
         raise InputError(
-            f"the search of '{recipe.method}' chooses how 'taylor' computes importance: leave out the options of the score, and say "
-            "what may be chosen, like --set search.order=first,second"
+            f"the search of '{recipe.method}' chooses how '{varied.__name__}' computes importance: leave out the options of the score, "
+            f"and say what may be chosen with those of the search, which 'prunekit methods {recipe.method}' lists"
         )
-    if search.part.name == "evolution" and shrinker.budget.part.name != "uniform":
+    if search.part.sizes and not shrinker.budget.part.even:
         raise InputError(
-            f"the search of '{recipe.method}' finds itself how many units stay: leave out budget '{shrinker.budget.part.name}'"
+            f"the search of '{recipe.method}' finds itself how many units stay, and so does budget '{shrinker.budget.part.name}': say "
+            "--set budget.name=uniform"
         )

@@ -171,6 +171,7 @@ def _reads(*, order: str, granularity: str, blend: bool, **_: Any) -> set[str]:
     steps=_steps,
     needs={"gradient_abs", "gradient_signed", "gradient_second", "gradient_mixed"},
     reads=_reads,
+    varies=taylor,
 )
 def tpe(
     ground: Ground,
