@@ -22,10 +22,10 @@ from . import machine
 from .blockwalk import LinearReport
 from .calibration.text import documents
 from .calibration.windows import (
-    calibration_windows,
     check_vocabulary,
     evaluation_windows,
     load_tokenizer,
+    recipe_windows,
     window_length,
 )
 from .checkpoint.locate import locate
@@ -131,14 +131,7 @@ def compare(
     tokenizer = load_tokenizer(folder, trust_remote_code=first.trust_remote_code)
     length = window_length(source.module.config, first.calibration.length, progress)
     jobs = [Sparsification.of(recipe, source.anatomy) for recipe in recipes]
-    windows = calibration_windows(
-        documents(first.calibration.source, "calibration"),
-        tokenizer,
-        samples=first.calibration.samples,
-        length=length,
-        seed=first.seed,
-        sampling=first.calibration.sampling,
-    )
+    windows = recipe_windows(first, tokenizer, length=length)
     held_out = evaluation_windows(documents(text, "evaluation"), tokenizer, length=length, samples=samples)
     for tokens in (windows, held_out):
         check_vocabulary(tokens, source.module)

@@ -19,14 +19,7 @@ from torch import Tensor, nn
 
 from . import machine
 from .blockwalk import BlockWalk, LinearReport, Seconds, block_parameters
-from .calibration.text import documents
-from .calibration.windows import (
-    calibration_windows,
-    check_vocabulary,
-    load_tokenizer,
-    token_hash,
-    window_length,
-)
+from .calibration.windows import check_vocabulary, load_tokenizer, recipe_windows, token_hash, window_length
 from .checkpoint.locate import locate
 from .checkpoint.lock import LOCK_NAME, locked
 from .checkpoint.manifest import FORMAT, changed_files, read_manifest
@@ -285,14 +278,8 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
 
     def read() -> tuple[Windows, dict[str, str]]:
         tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
-        windows = calibration_windows(
-            documents(calibration.source, "calibration"),
-            tokenizer,
-            samples=max(ranks.size, calibration.samples if job.looks_at_data else 1),
-            length=length,
-            seed=recipe.seed,
-            sampling=calibration.sampling,
-        )
+        samples = max(ranks.size, calibration.samples if job.looks_at_data else 1)
+        windows = recipe_windows(recipe, tokenizer, length=length, samples=samples)
         check_vocabulary(windows, source.module)
         return windows, source.reader.sha256()
 

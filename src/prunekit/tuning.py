@@ -31,7 +31,7 @@ import torch
 from . import machine
 from .bits import count_zeros
 from .calibration.text import documents
-from .calibration.windows import calibration_windows, check_vocabulary, load_tokenizer, token_hash, window_length
+from .calibration.windows import check_vocabulary, load_tokenizer, recipe_windows, token_hash, window_length
 from .checkpoint.locate import locate
 from .checkpoint.lock import locked
 from .checkpoint.storage import make_folder, write_json, write_text
@@ -209,14 +209,7 @@ class Bench:
         )
         tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
         length = window_length(source.module.config, recipe.calibration.length, progress)
-        windows = calibration_windows(
-            documents(recipe.calibration.source, "calibration"),
-            tokenizer,
-            samples=recipe.calibration.samples,
-            length=length,
-            seed=recipe.seed,
-            sampling=recipe.calibration.sampling,
-        )
+        windows = recipe_windows(recipe, tokenizer, length=length)
         draw = partial(windows_apart, tokenizer=tokenizer, length=length, seed=recipe.seed)
         judged = draw(
             documents(tuning.text or recipe.calibration.source, "calibration"),

@@ -101,7 +101,16 @@ def test_processes_add_up_their_gradients() -> None:
     assert seen == [2] * 8
 
 
-@pytest.mark.parametrize("options", [{"epochs": 0}, {"rate": 0.0}, {"warmup": 1.5}])
+def test_a_share_is_the_first_of_the_batches_and_nothing_else() -> None:
+    dense, pruned, keeps, inputs = block()
+    few = copy.deepcopy(pruned)
+    tune(dense, pruned, keeps, inputs, epochs=2, share=0.4)
+    tune(dense, few, keeps, inputs[:4], epochs=2)  # 3.2 of 8 are 4
+    for name in keeps:
+        assert torch.equal(pruned.get_submodule(name).weight, few.get_submodule(name).weight)
+
+
+@pytest.mark.parametrize("options", [{"epochs": 0}, {"rate": 0.0}, {"warmup": 1.5}, {"share": 0.0}, {"share": 1.1}])
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="1 epoch or more, a rate above 0, warmup in"):
         tune(*block(), **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -24,6 +25,7 @@ def blockwise(
     epochs: int = 1,
     rate: float = 0.01,
     warmup: float = 0.1,
+    share: float = 1.0,
 ) -> tuple[float, float]:
     """Descend the mean square between a block's outputs and those of the dense block, on the same inputs, masks held.
 
@@ -38,16 +40,20 @@ def blockwise(
         steps_an_epoch: how many they are, in the process that has the most.
         sum_up: adds up tensors over processes, in place.
         epochs, rate, warmup: see above.
+        share: of the batches, which lie in an order drawn by the seed, so many are descended on: the first ones. A step costs three
+            passes of a batch through the block, so this is most of what tuning costs.
 
     Returns:
         The loss in the first and in the last batch, as a share of what the dense block changes its inputs by.
 
     Source: Guo et al. 2024 (EBFT), which this is a short form of. Raises `InputError` for options that make no sense.
     """
-    if epochs < 1 or rate <= 0 or not 0 <= warmup <= 1:
+    if epochs < 1 or rate <= 0 or not 0 <= warmup <= 1 or not 0 < share <= 1:
         raise InputError(
-            f"tune.epochs={epochs}, tune.rate={rate}, tune.warmup={warmup}: 1 epoch or more, a rate above 0, warmup in [0, 1]"
+            f"tune.epochs={epochs}, tune.rate={rate}, tune.warmup={warmup}, tune.share={share}: 1 epoch or more, a rate above 0, "
+            "warmup in [0, 1], a share in (0, 1]"
         )
+    steps_an_epoch = math.ceil(share * steps_an_epoch)
     states = [_Adam(parameter, keep, rate) for parameter, keep in weights.values()]
     total = epochs * steps_an_epoch
     losses: list[float] = []
