@@ -426,7 +426,7 @@ def tune(
         from .on_ray import ray_workers
 
         options: dict[str, Any] = {"cpus": cpus_per_run, "gpus": gpus_per_run, "progress": progress}
-        elsewhere = ray_workers(ray, Path(out), workers=workers if workers > 1 else None, **options)
+        elsewhere = ray_workers(ray, made.recipe, Path(out), workers=workers if workers > 1 else None, **options)
     elif cpus_per_run is not None or gpus_per_run is not None:
         raise InputError("--cpus-per-run and --gpus-per-run are what a Ray task declares: give --ray ADDRESS too")
     return tune_recipes(made, Path(out), workers=workers, run_elsewhere=elsewhere, progress=progress)

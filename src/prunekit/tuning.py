@@ -16,13 +16,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +51,17 @@ from .report.plots import check_drawable, draw_front, draw_search
 from .report.tuned import as_markdown
 from .search.recipes import RecipeSpace, values_of
 from .search.texts import windows_apart
-from .search.tpe import ask, complete, fail_running, importances, open_study, require_optuna
+from .search.tpe import (
+    START,
+    ask,
+    complete,
+    give_up,
+    importances,
+    line_up,
+    open_study,
+    require_optuna,
+    under_way,
+)
 from .sparsify.walk import stored_place
 
 if TYPE_CHECKING:
@@ -326,7 +339,7 @@ def tune_recipes(
     make_folder(out)
     with locked(out):
         study = open_study(out / STUDY_NAME, {**tuning.identity, "tokens": bench.tokens})
-        fail_running(study)
+        _line_up_presets(study, tuning)
         write_json(out / SETTINGS_NAME, {"asked": asdict(tuning)})
         dense = _dense(study, bench)
         progress.start("tune", tuning.trials)
@@ -336,7 +349,7 @@ def tune_recipes(
             if run_elsewhere is not None:
                 run_elsewhere(lambda: told.up_to(complete(study)) >= tuning.trials)
             else:
-                with _helpers(out, workers - 1):
+                with _helpers(out, workers - 1, progress):
                     work_on(study, tuning, bench, told=told)
         except KeyboardInterrupt:
             progress.stop()
@@ -344,8 +357,8 @@ def tune_recipes(
                 f"stopped: {len(complete(study))} of {tuning.trials} trials in '{out}' are done; the same command goes on"
             )
             raise
-        fail_running(study)
-        work_on(study, tuning, bench, told=told)  # what a helper that died left undone
+        _line_up_presets(study, tuning)  # what a helper that died left undone
+        work_on(study, tuning, bench, told=told)
         progress.stop()
         return _found(tuning, out, study, bench, dense, time.perf_counter() - begun)
 
@@ -358,14 +371,20 @@ def work_on(study: optuna.Study, tuning: Tuning, bench: Bench, *, told: _Told | 
         done = complete(study)
         if told is not None:
             told.up_to(done)
-        under_way = len(_running(study))
-        if len(done) + under_way >= tuning.trials:
+        place = len(done) + len(under_way(study))
+        if place >= tuning.trials:
             return
-        preset = _next_preset(study, tuning, space)
-        trial = ask(study, tuning.recipe.seed, len(done) + under_way)
+        trial = ask(study, tuning.recipe.seed, place)
+        preset = trial.user_attrs.get(START)
+        if (
+            preset is None
+            and sum(other.number < trial.number for other in [*complete(study), *under_way(study)]) != place
+        ):
+            give_up(study, trial.number)  # another process has just taken the place, and would draw the same
+            continue
         trial.set_user_attr("worker", who)
         point = space.drawn(trial, settled=preset is not None)
-        _tell(study, trial, _tried(point, tuning, bench), point, preset)
+        _tell(study, trial, _tried(point, tuning, bench), point)
 
 
 @dataclass
@@ -418,24 +437,11 @@ def _dense(study: optuna.Study, bench: Bench) -> tuple[float, float]:
     return math.exp(known[0]), math.exp(known[1])
 
 
-def _running(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    from optuna.trial import TrialState
-
-    return list(study.get_trials(deepcopy=False, states=[TrialState.RUNNING]))
-
-
-def _next_preset(study: optuna.Study, tuning: Tuning, space: RecipeSpace) -> str | None:
-    """The first method that has not been tried as it is; the trial that is asked for next will be its."""
-    from optuna.trial import TrialState
-
-    waiting = study.get_trials(deepcopy=False, states=[TrialState.WAITING])
-    if waiting:
-        return str(waiting[0].user_attrs["preset"])
-    taken = {trial.user_attrs.get("preset") for trial in [*complete(study), *_running(study)]}
-    preset = next((name for name in tuning.presets if name not in taken), None)
-    if preset is not None:
-        study.enqueue_trial(space.settled(preset), user_attrs={"preset": preset})
-    return preset
+def _line_up_presets(study: optuna.Study, tuning: Tuning) -> None:
+    """Have the methods that have not been tried as they are tried next."""
+    space = RecipeSpace.of(tuning.space)
+    tried = {trial.user_attrs.get(START) for trial in complete(study)}
+    line_up(study, {preset: space.settled(preset) for preset in tuning.presets if preset not in tried})
 
 
 def _tried(point: Mapping[str, Any], tuning: Tuning, bench: Bench) -> dict[str, Any]:
@@ -455,27 +461,46 @@ def _tried(point: Mapping[str, Any], tuning: Tuning, bench: Bench) -> dict[str, 
     return {**shown, "loss": loss, "test": test, "seconds": seconds, "sparsity": sparsity}
 
 
-def _tell(study: optuna.Study, trial: optuna.Trial, figures: Mapping[str, Any], point: Any, preset: str | None) -> None:
-    for name, value in {**figures, "point": point, "preset": preset}.items():
+def _tell(study: optuna.Study, trial: optuna.Trial, figures: Mapping[str, Any], point: Any) -> None:
+    for name, value in {**figures, "point": point}.items():
         trial.set_user_attr(name, value)
     study.tell(trial, min(figures.get("loss", _WORST), _WORST))
 
 
 @contextmanager
-def _helpers(out: Path, count: int) -> Iterator[None]:
+def _helpers(out: Path, count: int, progress: Progress) -> Iterator[None]:
     """Other processes that work on the same study; they end when it does."""
     context = get_context("spawn")  # a process with threads must not be copied
-    helpers = [context.Process(target=help_with, args=(out,), daemon=True) for _ in range(count)]
+    helpers = [context.Process(target=_help, args=(out,), daemon=True) for _ in range(count)]
     for helper in helpers:
         helper.start()
     try:
         yield
         for helper in helpers:
             helper.join()
+            if helper.exitcode:
+                progress.say("a process of the search ended early: what it left undone is done here")
     finally:
         for helper in helpers:
             helper.terminate()
             helper.join()
+
+
+def _help(out: Path) -> None:
+    """Work on the study as the helper of another process, and never longer than that lives."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; who started this one ends it
+    main = parent_process()
+    assert main is not None
+
+    def leave_with_main() -> None:
+        main.join()
+        os._exit(1)  # from a thread there is no other way out
+
+    threading.Thread(target=leave_with_main, daemon=True).start()
+    try:
+        help_with(out)
+    except PrunekitError as problem:
+        sys.exit(str(problem))
 
 
 def help_with(out: Path, threads: int | None = None) -> None:
@@ -532,7 +557,7 @@ def _trial(frozen: optuna.trial.FrozenTrial) -> Trial:
     return Trial(
         number=frozen.number,
         point=told["point"],
-        preset=told["preset"],
+        preset=told.get(START),
         recipe=told.get("recipe", {}),
         loss=told.get("loss", math.inf),
         test=told.get("test", math.inf),

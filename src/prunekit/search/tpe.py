@@ -10,6 +10,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _NAME = "prunekit"
 _IDENTITY = "identity"
 _CANDIDATE = "candidate"
+START = "start"
 _STARTUP = 10  # trials that are drawn uniformly before any estimate is made
 
 
@@ -48,7 +50,7 @@ def open_study(path: Path | None, identity: Mapping[str, Any], *, alone: bool = 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if path is None:
         return optuna.create_study(study_name=_NAME)
-    plain = json.loads(json.dumps(identity))
+    plain = {**json.loads(json.dumps(identity)), "optuna": metadata.version("optuna")}  # which decides what is drawn
     try:
         if alone and path.exists():
             cut_torn_line(path)
@@ -74,20 +76,48 @@ def open_study(path: Path | None, identity: Mapping[str, Any], *, alone: bool = 
     return study
 
 
-def fail_running(study: optuna.Study, stale: Callable[[optuna.trial.FrozenTrial], bool] = lambda trial: True) -> None:
-    """Give up the trials that nobody works on any more."""
-    from optuna.trial import TrialState
-
-    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-        if stale(trial):
-            study.tell(trial.number, state=TrialState.FAIL)
-
-
 def complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     """Trials that came to a value, in the order of their numbers."""
     from optuna.trial import TrialState
 
     return list(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
+
+
+def under_way(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Trials that a process works on, or worked on when it was killed."""
+    from optuna.trial import TrialState
+
+    return list(study.get_trials(deepcopy=False, states=[TrialState.RUNNING]))
+
+
+def waiting(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Trials that were lined up: `ask` gives these first, in the order of their numbers."""
+    from optuna.trial import TrialState
+
+    return list(study.get_trials(deepcopy=False, states=[TrialState.WAITING]))
+
+
+def give_up(study: optuna.Study, number: int) -> None:
+    """End a trial without a value."""
+    from optuna.trial import TrialState
+
+    study.tell(number, state=TrialState.FAIL)
+
+
+def line_up(study: optuna.Study, starts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Have these suggested next, in this order; a trial's attribute `START` then says which it is.
+
+    No other process may use the study meanwhile: trials that are under way are given up, as what a kill left, and so is what waits
+    from before, unless it is the same.
+    """
+    for trial in under_way(study):
+        give_up(study, trial.number)
+    if [trial.user_attrs.get(START) for trial in waiting(study)] == list(starts):
+        return
+    while waiting(study):
+        give_up(study, study.ask().number)
+    for name, suggestions in starts.items():
+        study.enqueue_trial(dict(suggestions), user_attrs={START: name})
 
 
 def ask(study: optuna.Study, seed: int, drawn: int) -> optuna.Trial:
@@ -130,10 +160,8 @@ def tpe(
     """
     from optuna.trial import TrialState
 
-    fail_running(study)
     before = [trial.user_attrs[_CANDIDATE] for trial in complete(study)][:trials]
-    if start and not before and not study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
-        study.enqueue_trial(dict(start))
+    line_up(study, {"first": start} if start and not before else {})
     for candidate in before:
         yield [candidate]
     for number in range(len(before), trials):
