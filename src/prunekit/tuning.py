@@ -38,8 +38,8 @@ from .calibration.windows import check_vocabulary, load_tokenizer, recipe_window
 from .checkpoint.locate import locate
 from .checkpoint.lock import locked
 from .checkpoint.storage import make_folder, write_json, write_text
-from .distributed import Ranks
-from .errors import HistoryError, InputError, PrunekitError
+from .distributed import Ranks, among_several
+from .errors import HistoryError, InputError, PrunekitError, StorageError
 from .evaluation.perplexity import perplexity_of, window_losses
 from .jobs import check_options, job_of
 from .model.hidden import room_for
@@ -336,15 +336,16 @@ def tune_recipes(
         raise InputError(f"output '{out}' is a file: choose another --out")
     _refuse_other(out)
     bench = Bench.of(tuning, progress)
-    make_folder(out)
-    with locked(out):
+    with _taken(out):
         study = open_study(out / STUDY_NAME, {**tuning.identity, "tokens": bench.tokens})
         _line_up_presets(study, tuning)
         write_json(out / SETTINGS_NAME, {"asked": asdict(tuning)})
         dense = _dense(study, bench)
-        progress.start("tune", tuning.trials)
-        told = _Told(progress)
-        told.up_to(complete(study))
+        done = len(complete(study))
+        if done:
+            progress.say(f"resuming: {done} of {tuning.trials} trials are done")
+        progress.start("tune", max(0, tuning.trials - done))
+        told = _Told(progress, done)
         try:
             if run_elsewhere is not None:
                 run_elsewhere(lambda: told.up_to(complete(study)) >= tuning.trials)
@@ -406,6 +407,8 @@ class _Told:
 def _refuse(tuning: Tuning, workers: int) -> None:
     if tuning.trials < 1 or workers < 1:
         raise InputError(f"{tuning.trials} trials in {workers} processes are no search: give 1 or more of each")
+    if among_several():
+        raise InputError("trials are shared out by --workers or --ray, not by torchrun: start tune without it")
     space = RecipeSpace.of(tuning.space)
     if tuning.recipe.removes:
         raise InputError("tune searches recipes that zero weights: for structures there are search-llm and adapruner")
@@ -426,6 +429,18 @@ def _refuse_other(out: Path) -> None:
         return
     if not (out / SETTINGS_NAME).exists():
         raise InputError(f"output folder '{out}' holds other things: choose another --out")
+
+
+@contextmanager
+def _taken(out: Path) -> Iterator[None]:
+    """Make the folder and lock it meanwhile."""
+    with ExitStack() as held:
+        try:
+            make_folder(out)
+            held.enter_context(locked(out))
+        except OSError as problem:
+            raise InputError(f"output folder '{out}' cannot be used: {problem.strerror}") from None
+        yield
 
 
 def _dense(study: optuna.Study, bench: Bench) -> tuple[float, float]:
@@ -454,6 +469,8 @@ def _tried(point: Mapping[str, Any], tuning: Tuning, bench: Bench) -> dict[str, 
     shown = {"recipe": recipe.model_dump(mode="json", exclude_unset=True)}
     try:
         loss, test, seconds, sparsity = bench.try_recipe(recipe)
+    except StorageError:
+        raise
     except PrunekitError as problem:
         for block in bench.source.anatomy.blocks:
             bench.source.free_block(block.index)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,10 @@ from prunekit.recipe import Recipe
 from prunekit.search.recipes import SPACES, RecipeSpace, values_of
 from prunekit.search.texts import sharing
 from prunekit.tuning import Bench, Tuning
+from searches import calls_of, contents, killed_after
 from test_cli import call
+
+SECONDS = 120  # after which a process that hangs is given up
 
 SPACE = {
     "method": ["wanda", "ria", "sparsegpt"],
@@ -111,25 +118,12 @@ def test_what_is_found_is_the_best_and_can_be_run(asked: dict[str, Any], tmp_pat
     assert "## What mattered" in page
 
 
-@pytest.mark.parametrize("dies_after", [5])
-def test_a_killed_search_goes_on_to_the_same_trials(
-    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_after: int
-) -> None:
+@pytest.mark.parametrize("dies_after", [1, 5])
+def test_a_killed_search_goes_on_to_the_same_trials(asked: dict[str, Any], tmp_path: Path, dies_after: int) -> None:
     whole = prunekit.tune(**asked, out=tmp_path / "whole")
-    real, left = Bench.try_recipe, iter(range(dies_after))
-
-    def dying(self: Bench, recipe: Recipe) -> Any:
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return real(self, recipe)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Bench, "try_recipe", dying)
-        with pytest.raises(KeyboardInterrupt):
-            prunekit.tune(**asked, out=tmp_path / "killed")
-    tried: list[str] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(Bench, "try_recipe", lambda self, recipe: [tried.append(recipe.method), real(self, recipe)][1])
+    with killed_after(dies_after, Bench, "try_recipe"):
+        prunekit.tune(**asked, out=tmp_path / "killed")
+    with calls_of(Bench, "try_recipe") as tried:
         found = prunekit.tune(**asked, out=tmp_path / "killed")
         assert figures(found) == figures(whole)
         assert len(tried) == 10 - dies_after
@@ -179,6 +173,38 @@ def test_the_command_line_says_what_python_says(asked: dict[str, Any], tmp_path:
     assert "space 'fll' is unknown" in call(*words, "--space", "fll").err
 
 
+def test_a_killed_process_takes_its_helpers_along_and_another_goes_on(asked: dict[str, Any], tmp_path: Path) -> None:
+    out, script = tmp_path / "out", tmp_path / "main.py"
+    script.write_text(
+        "import json, sys, prunekit\n\nif __name__ == '__main__':\n    prunekit.tune(**json.loads(sys.argv[1]), workers=2)\n"
+    )
+
+    def begun() -> set[int]:
+        """Process ids of those who have begun a trial."""
+        log = out / "study.log"
+        lines = log.read_text().splitlines()[:-1] if log.exists() else []
+        noted = (json.loads(line).get("user_attr", {}).get("worker", "") for line in lines)
+        return {int(who.split()[1]) for who in noted if who}
+
+    def wait_until(true: Callable[[], bool]) -> None:
+        end = time.monotonic() + SECONDS
+        while not true():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    endless = {**asked, "model": str(asked["model"]), "trials": 100_000, "out": str(out)}
+    with subprocess.Popen([sys.executable, script, json.dumps(endless)]) as main:
+        try:
+            wait_until(lambda: len(begun()) == 2)
+        finally:
+            main.kill()
+    (helper,) = begun() - {main.pid}
+    command = Path(f"/proc/{helper}/cmdline")  # of a process that is gone and nobody asked about, it is empty
+    wait_until(lambda: not (command.exists() and command.read_bytes()))
+    found = prunekit.tune(**{**asked, "trials": 4}, out=out)
+    assert [trial.preset for trial in found.presets] == ["wanda", "ria", "sparsegpt"]
+
+
 def test_several_processes_share_a_search(asked: dict[str, Any], tmp_path: Path) -> None:
     found = prunekit.tune(**{**asked, "trials": 6}, out=tmp_path / "out", workers=2)
     assert len(found.trials) == 6
@@ -186,14 +212,10 @@ def test_several_processes_share_a_search(asked: dict[str, Any], tmp_path: Path)
     assert found.best.loss == min(trial.loss for trial in found.trials)
 
 
-def test_recipes_that_do_not_go_together_cost_nothing_and_are_told(
-    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried: list[Recipe] = []
-    real = Bench.try_recipe
-    monkeypatch.setattr(Bench, "try_recipe", lambda self, recipe: [tried.append(recipe), real(self, recipe)][1])
+def test_recipes_that_do_not_go_together_cost_nothing_and_are_told(asked: dict[str, Any], tmp_path: Path) -> None:
     space = {"method": ["sparsegpt"], "parts.refine.name": ["none", "dsnot"]}
-    found = prunekit.tune(**{**asked, "space": space, "trials": 6}, out=tmp_path / "out")
+    with calls_of(Bench, "try_recipe") as tried:
+        found = prunekit.tune(**{**asked, "space": space, "trials": 6}, out=tmp_path / "out")
     refused = [trial for trial in found.trials if trial.refused is not None]
     assert refused
     assert len(tried) == 6 - len(refused)
@@ -232,21 +254,18 @@ def test_other_searches_and_damaged_ones_are_refused_and_left_alone(asked: dict[
     out = tmp_path / "out"
     prunekit.tune(**{**asked, "trials": 2}, out=out)
 
-    def content() -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in out.iterdir()}
-
-    before = content()
+    before = contents(out)
     with pytest.raises(HistoryError, match=r"base\.sparsity is 0\.6 there and 0\.5 here"):
         prunekit.tune(**{**asked, "target_sparsity": 0.5}, out=out)
-    assert content() == before
+    assert contents(out) == before
     with pytest.raises(HistoryError, match=r"base\.seed is null there and 1 here"):
         prunekit.tune(**asked, seed=1, out=out)
-    assert content() == before
+    assert contents(out) == before
     (out / "study.log").write_bytes(before["study.log"].replace(b'"op_code"', b'"op"', 3))
-    damaged = content()
+    damaged = contents(out)
     with pytest.raises(HistoryError, match="cannot be read as a study of Optuna"):
         prunekit.tune(**asked, out=out)
-    assert content() == damaged
+    assert contents(out) == damaged
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="holds other things"):

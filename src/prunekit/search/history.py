@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.storage import write_text
+from ..checkpoint.storage import append_text, write_text
 from ..checkpoint.writer import difference
 from ..errors import HistoryError, StorageError
 
@@ -77,14 +77,7 @@ class History:
         if self._path is None:
             return
         plain = [loss if math.isfinite(loss) else None for loss in losses]  # JSON has no word for infinity
-        line = json.dumps({"candidate": candidate, "losses": plain}) + "\n"
-        try:
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(line)
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as problem:
-            raise StorageError(f"cannot write '{self._path}': {problem.strerror or problem}") from problem
+        append_text(self._path, json.dumps({"candidate": candidate, "losses": plain}) + "\n")
 
 
 def cut_torn_line(path: Path) -> None:

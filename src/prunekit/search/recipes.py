@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 NOTHING = "none"  # the name is not set
 _SCORED = ["wanda", "ria", "lp-ria", "stade", "symwanda"]
 _RELATIVE = ["ria", "lp-ria", "stochastic-ria"]
+_PLAIN = (str, int, float)  # and bool, which is an int
 _KINDS = {"low", "high", "log", "of", "when"}
 
 SPACES: dict[str, dict[str, Any]] = {
@@ -137,8 +138,6 @@ def values_of(point: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, An
         if name.startswith("parts."):
             _, part, option = name.split(".")
             parts.setdefault(part, {})[option] = value
-        elif name.startswith("calibration."):
-            values["calibration"] = {**values.get("calibration", {}), name.split(".")[1]: value}
         else:
             values[name] = value
     return {**values, "parts": parts}
@@ -150,26 +149,37 @@ def _gene(name: str, said: Any, before: Sequence[str]) -> Gene:
         raise InputError(
             f"'{name}' of the space is not a name that can be searched: it is method, seed or parts.PART.OPTION"
         )
-    if isinstance(said, list) and said:
-        return Gene(name, of=tuple(said))
+    said = {"of": said} if isinstance(said, list) else said
     if not isinstance(said, Mapping) or set(said) - _KINDS or ("of" in said) == ("low" in said or "high" in said):
         raise InputError(
             f"'{name}' of the space is {said!r}: give a list of values, or {{ low = ..., high = ... }}, perhaps with `when`"
         )
     when = said.get("when", {})
+    if not isinstance(when, Mapping) or not all(isinstance(values, list) for values in when.values()):
+        raise InputError(
+            f"`when` of '{name}' of the space is {when!r}: give other names with lists of values, like {{ method = [\"ria\"] }}"
+        )
     for other in when:
         if other not in before:
             raise InputError(f"'{name}' of the space depends on '{other}', which is not in front of it")
     if "of" in said:
-        if not isinstance(said["of"], list) or not said["of"]:
-            raise InputError(f"'{name}' of the space has no values: give a list")
-        return Gene(name, of=tuple(said["of"]), when=when)
+        values = said["of"]
+        if not isinstance(values, list) or not values or not all(isinstance(value, _PLAIN) for value in values):
+            raise InputError(
+                f"'{name}' of the space has {values!r} for values: give a list of words, numbers, true or false"
+            )
+        return Gene(name, of=tuple(dict.fromkeys(values)), when=when)
     ends = [said.get("low"), said.get("high")]
     low, high = (
         float(end) if isinstance(end, (int, float)) and not isinstance(end, bool) else math.nan for end in ends
     )
-    if not low < high or (said.get("log") and low <= 0):
+    log = said.get("log", False)
+    if not low < high or math.isinf(low) or math.isinf(high):
         raise InputError(
             f"'{name}' of the space lies between {ends[0]!r} and {ends[1]!r}: give two numbers, the lower one first"
         )
-    return Gene(name, low=low, high=high, log=bool(said.get("log", False)), when=when)
+    if not isinstance(log, bool) or (log and low <= 0):
+        raise InputError(
+            f"'{name}' of the space from {low:g} on cannot have log = {log!r}: it is true or false, and true only above 0"
+        )
+    return Gene(name, low=low, high=high, log=log, when=when)

@@ -15,13 +15,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.storage import append_text
 from ..checkpoint.writer import difference
-from ..errors import HistoryError, InputError
+from ..errors import HistoryError, InputError, StorageError
 from .history import cut_torn_line
 from .loop import Proposals
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.storages.journal import JournalFileBackend
 
 _NAME = "prunekit"
 _IDENTITY = "identity"
@@ -45,7 +47,6 @@ def open_study(path: Path | None, identity: Mapping[str, Any], *, alone: bool = 
     require_optuna()
     import optuna
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if path is None:
@@ -56,13 +57,15 @@ def open_study(path: Path | None, identity: Mapping[str, Any], *, alone: bool = 
             cut_torn_line(path)
             for lock in path.parent.glob(f"{path.name}.lock*"):
                 lock.unlink(missing_ok=True)  # of a process that was killed while it wrote
-        storage = JournalStorage(JournalFileBackend(str(path)))
+        storage = JournalStorage(_journal(path))
         if storage.get_all_studies():  # asked first, because to create one is to write
             study = optuna.load_study(storage=storage, study_name=_NAME)
         else:
             study = optuna.create_study(storage=storage, study_name=_NAME)
             study.set_user_attr(_IDENTITY, plain)
         theirs = study.user_attrs[_IDENTITY]
+    except StorageError:
+        raise
     except Exception as problem:  # whatever Optuna stumbles over in a file that is not as it wrote it
         reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         raise HistoryError(
@@ -74,6 +77,26 @@ def open_study(path: Path | None, identity: Mapping[str, Any], *, alone: bool = 
             f"'{path}' is the study of another search: {'; '.join(differing)}. It was left as it is; begin this one elsewhere"
         )
     return study
+
+
+def _journal(path: Path) -> JournalFileBackend:
+    """Optuna's file, which a full disk leaves as it was: behind half a line other processes would write on."""
+    from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+
+    lock = JournalFileSymlinkLock(str(path))
+
+    class Journal(JournalFileBackend):
+        def append_logs(self, logs: list[dict[str, Any]]) -> None:
+            try:
+                lock.acquire()
+            except OSError as problem:
+                raise StorageError(f"cannot lock '{path}': {problem.strerror or problem}") from problem
+            try:
+                append_text(path, "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs))
+            finally:
+                lock.release()
+
+    return Journal(str(path), lock)
 
 
 def complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:

@@ -135,13 +135,13 @@ class Shrinking:
         self, walk: Walk, *, dense: bool, ranks: Ranks | None = None, first: int = 0, total: int | None = None
     ) -> ShrinkWalk:
         """What removes units from the blocks of `walk`'s model. Raises `InputError` for several processes where one must do it all."""
+        if self.shrinker.search is not None and ranks is not None and ranks.size > 1:
+            raise InputError(f"'{self.recipe.method}' searches, and one process does that: start it without torchrun")
         if self.shrinker.gradients and ranks is not None and ranks.size > 1:
             assert self.shrinker.score is not None
             raise InputError(
                 f"'{self.shrinker.score.part.name}' wants gradients, which one process computes: start it without torchrun"
             )
-        if self.shrinker.search is not None and ranks is not None and ranks.size > 1:
-            raise InputError(f"'{self.recipe.method}' searches, and one process does that: start it without torchrun")
         return ShrinkWalk(
             walk,
             self.shrinker,
