@@ -405,12 +405,12 @@ def tune(
         HistoryError: `out` holds another search, or a damaged one; nothing was changed.
         StorageError: the disk refused a result.
     """
-    from .search.recipes import RecipeSpace
+    from .search.recipes import RecipeSpace, section_of
     from .tuning import Tuning, tune_recipes
 
     base = {"model": str(model), "sparsity": target_sparsity, "pattern": pattern}
     base = {name: value for name, value in base.items() if value is not None}
-    given = space if isinstance(space, str) else dict(space)
+    given = section_of(space)
     made = Tuning(
         {**base, "calibration": _calibration(calibration), **settings},
         given,

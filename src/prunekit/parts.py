@@ -370,4 +370,6 @@ def _spell(wanted: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(wanted)))
     if typing.get_origin(wanted) in (typing.Union, types.UnionType):
         return " or ".join(map(_spell, typing.get_args(wanted)))
-    return {float: "a number", int: "a whole number", bool: "true or false", str: "text"}.get(wanted, str(wanted))
+    return {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}.get(
+        wanted, str(wanted)
+    )

@@ -58,6 +58,7 @@ from .search.tpe import (
     give_up,
     importances,
     line_up,
+    noted,
     open_study,
     require_optuna,
     under_way,
@@ -78,7 +79,7 @@ class Tuning:
 
     Attributes:
         base: a recipe's values that no trial changes: model, target, calibration, seed, dtype, device.
-        space: by name, a file, or plain data.
+        space: names of a recipe and what each may be; see `search/recipes.py`.
         trials: how many recipes are tried.
         presets: methods of the catalogue that are tried as they are before anything is drawn.
         text, samples: what recipes are chosen by, and how many windows of it; empty for the calibration text.
@@ -86,7 +87,7 @@ class Tuning:
     """
 
     base: dict[str, Any]
-    space: str | dict[str, Any]
+    space: dict[str, Any]
     trials: int
     presets: tuple[str, ...]
     text: str
@@ -101,9 +102,9 @@ class Tuning:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a search to go on; how many trials there are may grow."""
+        """What must be equal for a search to go on; there may be more trials, and another path to the same model."""
         plain = asdict(self)
-        del plain["trials"]
+        del plain["trials"], plain["base"]["model"]
         return {**json.loads(json.dumps(plain)), "versions": machine.versions()}
 
 
@@ -337,7 +338,10 @@ def tune_recipes(
     _refuse_other(out)
     bench = Bench.of(tuning, progress)
     with _taken(out):
-        study = open_study(out / STUDY_NAME, {**tuning.identity, "tokens": bench.tokens})
+        inputs = bench.source.reader.sha256()
+        study = open_study(out / STUDY_NAME, {**tuning.identity, "tokens": bench.tokens, "inputs": inputs})
+        for trial in complete(study):
+            _trial(trial)
         _line_up_presets(study, tuning)
         write_json(out / SETTINGS_NAME, {"asked": asdict(tuning)})
         dense = _dense(study, bench)
@@ -352,7 +356,7 @@ def tune_recipes(
             else:
                 with _helpers(out, workers - 1, progress):
                     work_on(study, tuning, bench, told=told)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, StorageError):
             progress.stop()
             progress.say(
                 f"stopped: {len(complete(study))} of {tuning.trials} trials in '{out}' are done; the same command goes on"
@@ -407,13 +411,19 @@ class _Told:
 def _refuse(tuning: Tuning, workers: int) -> None:
     if tuning.trials < 1 or workers < 1:
         raise InputError(f"{tuning.trials} trials in {workers} processes are no search: give 1 or more of each")
+    if tuning.samples < 1 or tuning.test_samples < 1:
+        raise InputError(
+            f"{tuning.samples} --text-samples and {tuning.test_samples} --test-samples judge nothing: give 1 or more of each"
+        )
     if among_several():
         raise InputError("trials are shared out by --workers or --ray, not by torchrun: start tune without it")
     space = RecipeSpace.of(tuning.space)
     if tuning.recipe.removes:
         raise InputError("tune searches recipes that zero weights: for structures there are search-llm and adapruner")
+    if not space.methods:
+        raise InputError('the space names no methods: give it a list of them, like method = ["wanda", "ria"]')
     for preset in tuning.presets:
-        if space.methods and preset not in space.methods:
+        if preset not in space.methods:
             raise InputError(
                 f"preset '{preset}' is no method of the space, which has {', '.join(space.methods)}: leave it out of --presets"
             )
@@ -475,13 +485,20 @@ def _tried(point: Mapping[str, Any], tuning: Tuning, bench: Bench) -> dict[str, 
         for block in bench.source.anatomy.blocks:
             bench.source.free_block(block.index)
         return {**shown, "refused": str(problem)}
+    if not (math.isfinite(loss) and math.isfinite(test)):
+        return {**shown, "refused": "what it leaves of the model has losses that are not finite: try --dtype float32"}
     return {**shown, "loss": loss, "test": test, "seconds": seconds, "sparsity": sparsity}
 
 
 def _tell(study: optuna.Study, trial: optuna.Trial, figures: Mapping[str, Any], point: Any) -> None:
     for name, value in {**figures, "point": point}.items():
         trial.set_user_attr(name, value)
-    study.tell(trial, min(figures.get("loss", _WORST), _WORST))
+    study.tell(trial, _value(figures))
+
+
+def _value(figures: Mapping[str, Any]) -> float:
+    """What the search minimises."""
+    return float(min(figures.get("loss", _WORST), _WORST))
 
 
 @contextmanager
@@ -570,10 +587,16 @@ def _found(
 
 
 def _trial(frozen: optuna.trial.FrozenTrial) -> Trial:
+    """A trial as it was noted. Raises `HistoryError` where it was not as it is."""
     told = frozen.user_attrs
+    if frozen.value != _value(told):
+        raise HistoryError(
+            f"trial {frozen.number} of the study has the value {frozen.value}, and what was noted of it does not come to that: the "
+            "file was damaged and left as it is; begin again elsewhere"
+        )
     return Trial(
         number=frozen.number,
-        point=told["point"],
+        point=noted(frozen, "point"),
         preset=told.get(START),
         recipe=told.get("recipe", {}),
         loss=told.get("loss", math.inf),

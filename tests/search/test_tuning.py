@@ -15,10 +15,11 @@ import torch
 
 import prunekit
 import tiny
+from limits import small_files
 from prunekit import tuning
 from prunekit.calibration.document import Document
 from prunekit.calibration.windows import calibration_windows
-from prunekit.errors import HistoryError, InputError
+from prunekit.errors import HistoryError, InputError, StorageError
 from prunekit.progress import Silent
 from prunekit.recipe import Recipe
 from prunekit.search.recipes import SPACES, RecipeSpace, values_of
@@ -67,7 +68,7 @@ def test_a_trial_is_what_prune_and_eval_say(tmp_path: Path, text_file: Path, met
         "calibration": {"source": str(text_file), "samples": 4, "length": 32},
         "dtype": "float32",
     }
-    bench = Bench.of(Tuning(base, "full", 1, (), "", 3, str(text_file), 2), Silent())
+    bench = Bench.of(Tuning(base, SPACE, 1, (), "", 3, str(text_file), 2), Silent())
     loss, test, seconds, sparsity = bench.try_recipe(Recipe.build({**base, "method": method}))
     result = prunekit.prune(**base, method=method, out=tmp_path / "out")  # type: ignore[arg-type]
     assert sparsity == result.sparsity
@@ -235,6 +236,14 @@ def test_recipes_that_do_not_go_together_cost_nothing_and_are_told(asked: dict[s
         ({"presets": ["auto"]}, "preset 'auto' is no method of the space, which has wanda, ria, sparsegpt"),
         ({"trials": 0}, "0 trials in 1 processes are no search"),
         ({"workers": 0}, "10 trials in 0 processes are no search"),
+        ({"space": {"method": [["wanda"]]}}, r"has \[\['wanda'\]\] for values: give a list of words"),
+        ({"space": {"parts.score.p": {"low": 1, "high": 2, "when": {"method": "ria"}}}}, "`when` of 'parts.score.p'"),
+        ({"space": {"parts.score.p": {"low": 1, "high": float("inf")}}}, "lies between 1 and inf"),
+        ({"space": {"parts.score.p": {"low": 0, "high": 1, "log": True}}}, "cannot have log = True"),
+        ({"space": {"parts.score.p": {"low": 0, "high": 1}}, "presets": []}, "the space names no methods"),
+        ({"space": "text.txt"}, "space 'text.txt' is unknown"),
+        ({"text_samples": 0}, "0 --text-samples and 3 --test-samples judge nothing"),
+        ({"test_samples": -1}, "3 --text-samples and -1 --test-samples judge nothing"),
         ({"text_samples": 10_000}, "what recipes are chosen by takes 10000 windows"),
         ({"test_samples": 10_000}, "what the best is tested on takes 10000 windows"),
         ({"target_sparsity": 1.5}, "sparsity 1.5 is outside"),
@@ -261,15 +270,65 @@ def test_other_searches_and_damaged_ones_are_refused_and_left_alone(asked: dict[
     with pytest.raises(HistoryError, match=r"base\.seed is null there and 1 here"):
         prunekit.tune(**asked, seed=1, out=out)
     assert contents(out) == before
-    (out / "study.log").write_bytes(before["study.log"].replace(b'"op_code"', b'"op"', 3))
-    damaged = contents(out)
-    with pytest.raises(HistoryError, match="cannot be read as a study of Optuna"):
+    tiny.save_model(asked["model"], seed=1)
+    with pytest.raises(HistoryError, match=r"inputs\.model\.safetensors is"):
         prunekit.tune(**asked, out=out)
-    assert contents(out) == damaged
+    assert contents(out) == before
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="holds other things"):
         prunekit.tune(**asked, out=tmp_path / "other")
+
+
+def test_a_damaged_journal_is_refused_and_left_alone_wherever_it_is_damaged(
+    asked: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    two = {**asked, "trials": 2}
+    whole = prunekit.tune(**two, out=out)
+    log = out / "study.log"
+    lines = log.read_bytes().splitlines(keepends=True)
+    loss = next(place for place, line in enumerate(lines) if b'"user_attr":{"loss"' in line)
+    point = next(place for place, line in enumerate(lines) if b'"user_attr":{"point"' in line)
+    middle = len(lines) // 2
+    damages = {
+        "is not as it was": (*lines[:middle], b"\x00\xff\n", *lines[middle + 1 :]),
+        "is cut": (*lines[:middle], lines[middle][:9] + b"\n", *lines[middle + 1 :]),
+        "is cut, and the end as well": (
+            *lines[:middle],
+            lines[middle][:9] + b"\n",
+            *lines[middle + 1 : -1],
+            lines[-1][:-5],
+        ),
+        "is another's": (b'{"a":1}\n', *lines),
+        "begins later": lines[1:],
+        "lacks a loss": (*lines[:loss], *lines[loss + 1 :]),
+        "lacks a point": (*lines[:point], *lines[point + 1 :]),
+    }
+    for what, damaged in damages.items():
+        log.write_bytes(b"".join(damaged))
+        before = contents(out)
+        with pytest.raises(HistoryError, match="left as it"):
+            prunekit.tune(**two, out=out)
+        assert contents(out) == before, what
+    for end in (lines[-1][:-5], b"", lines[-1]):  # only what a kill leaves is mended
+        log.write_bytes(b"".join([*lines[:-1], end]))
+        assert figures(prunekit.tune(**two, out=out)) == figures(whole)
+    for begun in (0, 1, 2):  # killed before anything was tried
+        log.write_bytes(b"".join(lines[:begun]))
+        assert figures(prunekit.tune(**two, out=out)) == figures(whole)
+
+
+def test_a_full_disk_ends_a_search_that_goes_on_when_there_is_room(asked: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    few = {**asked, "trials": 2, "presets": ["wanda"]}
+    whole = prunekit.tune(**few, out=tmp_path / "whole")
+    size = (tmp_path / "whole" / "study.log").stat().st_size
+    for part in (size // 3, 2 * size // 3):
+        with small_files(part), pytest.raises(StorageError, match=r"cannot write '.*study\.log': File too large"):
+            prunekit.tune(**few, out=out)
+        assert (out / "study.log").read_bytes().endswith(b"\n"), "no half of a line for others to write behind"
+    assert figures(prunekit.tune(**few, out=out)) == figures(whole)
 
 
 @pytest.mark.parametrize("name", sorted(SPACES))

@@ -7,7 +7,7 @@ A space is plain data, and a file may hold one:
     "parts.score.alpha" = { low = 0.1, high = 1.0, when = { method = ["ria"] } }
     "parts.refine.name" = { of = ["none", "swaps"], when = { method = ["wanda", "ria"] } }
 
-The first value of a list stands for leaving the name as it is where it is "none".
+"none" in a list stands for leaving the name as the method has it.
 """
 
 from __future__ import annotations
@@ -90,19 +90,8 @@ class RecipeSpace:
     @classmethod
     def of(cls, space: str | Mapping[str, Any]) -> RecipeSpace:
         """A space by its name, in a file with a section [space], or as that section. Raises `InputError`."""
-        if isinstance(space, str):
-            if space in SPACES:
-                return cls.of(SPACES[space])
-            if not Path(space).suffix:
-                raise InputError(
-                    f"space '{space}' is unknown: {nearest(space, SPACES)}; or a file with a section [space], as .toml, .yaml or .json"
-                )
-            section = Recipe.read(Path(space)).get("space")
-            if not isinstance(section, Mapping) or not section:
-                raise InputError(f"'{space}' has no section [space] with names of a recipe in it")
-            return cls.of(section)
         genes: list[Gene] = []
-        for name, said in space.items():
+        for name, said in section_of(space).items():
             genes.append(_gene(name, said, [gene.name for gene in genes]))
         return cls(tuple(genes))
 
@@ -115,17 +104,33 @@ class RecipeSpace:
         return point
 
     def settled(self, method: str) -> dict[str, Any]:
-        """What is to be suggested for a method as it stands in the catalogue: the first value of every list."""
+        """What is to be suggested for a method as it stands in the catalogue; where a name cannot be left alone, its first value."""
         point: dict[str, Any] = {"method": method}
         for gene in self.genes:
             if gene.name != "method" and gene.of and gene.asked(point):
-                point[gene.name] = gene.of[0]
+                point[gene.name] = NOTHING if NOTHING in gene.of else gene.of[0]
         return point
 
     @property
     def methods(self) -> list[str]:
         """The methods there are to choose among."""
         return next((list(gene.of) for gene in self.genes if gene.name == "method"), [])
+
+
+def section_of(space: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The plain data of a space, not yet looked at. Raises `InputError`."""
+    if not isinstance(space, str):
+        return dict(space)
+    if space in SPACES:
+        return dict(SPACES[space])
+    if Path(space).suffix not in (".toml", ".yaml", ".yml", ".json"):
+        raise InputError(
+            f"space '{space}' is unknown: {nearest(space, SPACES)}; or a file with a section [space], as .toml, .yaml or .json"
+        )
+    section = Recipe.read(Path(space)).get("space")
+    if not isinstance(section, Mapping) or not section:
+        raise InputError(f"'{space}' has no section [space] with names of a recipe in it")
+    return dict(section)
 
 
 def values_of(point: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.storage import append_text
-from ..checkpoint.writer import difference
 from ..errors import HistoryError, InputError, StorageError
-from .history import cut_torn_line
+from .history import cut_torn_line, refuse_another
 from .loop import Proposals
 
 if TYPE_CHECKING:
@@ -41,7 +40,8 @@ def require_optuna() -> None:
 def open_study(path: Path | None, identity: Mapping[str, Any], *, alone: bool = True) -> optuna.Study:
     """The study in a journal file, or a new one; in memory without a path.
 
-    `alone` says that no other process uses the file now: what a killed one left half done is then put right.
+    `alone` says that no other process uses the file now: what a killed one left half done is then put right. Otherwise names that
+    `identity` lacks are not compared.
     Raises `HistoryError` for a file that is damaged or another study's, and leaves it as it is.
     """
     require_optuna()
@@ -53,29 +53,30 @@ def open_study(path: Path | None, identity: Mapping[str, Any], *, alone: bool = 
         return optuna.create_study(study_name=_NAME)
     plain = {**json.loads(json.dumps(identity)), "optuna": metadata.version("optuna")}  # which decides what is drawn
     try:
-        if alone and path.exists():
-            cut_torn_line(path)
-            for lock in path.parent.glob(f"{path.name}.lock*"):
-                lock.unlink(missing_ok=True)  # of a process that was killed while it wrote
         storage = JournalStorage(_journal(path))
-        if storage.get_all_studies():  # asked first, because to create one is to write
+        if storage.get_all_studies():
             study = optuna.load_study(storage=storage, study_name=_NAME)
+            begun = bool(study.get_trials(deepcopy=False))
+        elif b"\n" in path.read_bytes():
+            raise ValueError("it does not begin with one")
         else:
-            study = optuna.create_study(storage=storage, study_name=_NAME)
-            study.set_user_attr(_IDENTITY, plain)
-        theirs = study.user_attrs[_IDENTITY]
-    except StorageError:
-        raise
+            study, begun = None, False
     except Exception as problem:  # whatever Optuna stumbles over in a file that is not as it wrote it
         reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         raise HistoryError(
             f"'{path}' cannot be read as a study of Optuna ({reason}): it was left as it is; begin again elsewhere, or remove it"
         ) from None
-    differing = difference(theirs, plain)
-    if differing:
-        raise HistoryError(
-            f"'{path}' is the study of another search: {'; '.join(differing)}. It was left as it is; begin this one elsewhere"
-        )
+    if study is not None and (begun or _IDENTITY in study.user_attrs):
+        theirs = study.user_attrs.get(_IDENTITY, {})
+        refuse_another(path, theirs if alone else {name: theirs.get(name) for name in plain}, plain)
+    if alone:
+        cut_torn_line(path)
+        for lock in path.parent.glob(f"{path.name}.lock*"):
+            lock.unlink(missing_ok=True)  # of a process that was killed while it wrote
+    if study is None:
+        study = optuna.create_study(storage=storage, study_name=_NAME)
+    if _IDENTITY not in study.user_attrs:
+        study.set_user_attr(_IDENTITY, plain)
     return study
 
 
@@ -104,6 +105,15 @@ def complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     from optuna.trial import TrialState
 
     return list(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
+
+
+def noted(trial: optuna.trial.FrozenTrial, name: str) -> Any:
+    """What was noted with a trial that came to a value. Raises `HistoryError` where somebody took it out of the file."""
+    if name not in trial.user_attrs:
+        raise HistoryError(
+            f"trial {trial.number} of the study lacks its '{name}': the file was damaged and left as it is; begin again elsewhere"
+        )
+    return trial.user_attrs[name]
 
 
 def under_way(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
@@ -183,7 +193,7 @@ def tpe(
     """
     from optuna.trial import TrialState
 
-    before = [trial.user_attrs[_CANDIDATE] for trial in complete(study)][:trials]
+    before = [noted(trial, _CANDIDATE) for trial in complete(study)][:trials]
     line_up(study, {"first": start} if start and not before else {})
     for candidate in before:
         yield [candidate]

@@ -95,9 +95,10 @@ class Widths:
             )
         unit = min((each.cost * self._unit(each) for each in free if each.kind == MLP), default=None)
         if unit is not None and unit > 2 * self.window:
+            least = math.ceil(1e5 * -(-unit // 2) / sum(self.parameters)) / 1e5
             raise InputError(
                 f"search.window allows {self.window:,} parameters more or less than asked for, and a step of a width has {unit:,}: "
-                f"no search would ever meet it; ask for --set search.window={unit / (2 * sum(self.parameters)):.1g} or more"
+                f"no search would ever meet it; ask for --set search.window={least:g} or more"
             )
 
     def removed(self, genome: Genome) -> int:
