@@ -577,10 +577,9 @@ def _found(
     found = Tuned(out, tuning, trials, best, front, shares, dense, bench.tokens, seconds)
     write_text(out / TRIALS_NAME, "".join(json.dumps(trial.line(), ensure_ascii=False) + "\n" for trial in trials))
     write_text(out / RECIPE_NAME, Recipe.build(best.recipe).to_toml())
-    draw_search(
-        found.course, dense[0], out / HISTORY_NAME, title=f"{found.summary()['model']} at {tuning.recipe.asked}"
-    )
-    draw_front([(t.seconds, t.perplexity, t in front) for t in good], dense[0], out / FRONT_NAME)
+    title = f"{tuning.base['model']} at {tuning.recipe.asked}"
+    draw_search(found.course, dense[0], out / HISTORY_NAME, title=title)
+    draw_front([(t.seconds, t.perplexity, t in front) for t in good], dense[0], out / FRONT_NAME, title=title)
     write_text(out / PAGE_NAME, as_markdown(found.summary()))
     write_json(out / SETTINGS_NAME, {"asked": asdict(tuning), "found": found.summary()})
     return found

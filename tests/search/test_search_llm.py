@@ -21,6 +21,7 @@ from prunekit.shrink.units import find_structures
 from prunekit.shrink.view import BlockView
 from prunekit.statistics import Statistics
 from searches import calls_of, contents, hashes, killed_after, search_in
+from test_cli import call
 from whole import draw_windows
 
 SEARCH = {"trials": 10, "population": 5, "parents": 3, "samples": 4, "first": 1, "window": 0.01, "step": 0.1}
@@ -58,6 +59,19 @@ def test_the_folder_is_what_the_search_found(asked: dict[str, Any], tmp_path: Pa
     assert prunekit.inspect(tmp_path / "out").sound
     recipe = json.loads((tmp_path / "out" / "prunekit.json").read_text())["recipe"]
     assert prunekit.Recipe.build(recipe).command("OUT").count("search.trials=10") == 1
+
+
+def test_the_command_line_says_what_the_search_found(asked: dict[str, Any], tmp_path: Path) -> None:
+    options = [f"search.{name}={value}" for name, value in (SEARCH | {"trials": 4, "population": 4}).items()]
+    words = ["--calibration", asked["calibration"]["source"], "--samples", 4, "--length", 32, "--dtype", "float32"]
+    words += [word for option in options for word in ("--set", option)]
+    done = call("prune", asked["model"], "--method", "search-llm", "--ratio", 0.2, *words, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    found = search_in(tmp_path / "out")
+    first, best, *held_out = (f"{value:.2f}" for value in (found["first"], found["best"], *found["held_out"]))
+    (line,) = (line for line in done.out.splitlines() if line.startswith("  search "))
+    wanted = f"4 candidates: perplexity {first} -> {best}, on text held out {held_out[0]} -> {held_out[1]}"
+    assert line.split(maxsplit=1)[1] == wanted
 
 
 def test_equal_seeds_make_equal_bytes_and_another_seed_another_search(asked: dict[str, Any], tmp_path: Path) -> None:

@@ -170,6 +170,9 @@ def test_the_command_line_says_what_python_says(asked: dict[str, Any], tmp_path:
     told = call(*words)
     assert told.code == 0
     assert "trials      3, 0 refused" in told.out
+    front = [line.split()[1] for line in told.out.splitlines() if line.startswith("front ")]
+    assert front == [f"{trial['perplexity']:.4f}" for trial in done.json["front"]]
+    assert "importance  too few trials" in told.out
     assert call(*words, "--pattern", "2:4").code == 2
     assert "space 'fll' is unknown" in call(*words, "--space", "fll").err
 

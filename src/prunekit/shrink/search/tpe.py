@@ -65,7 +65,9 @@ class Space:
             )
         sources = _listed(options["sources"]) if options["sources"] else (source,)
         if not all(sources):
-            raise InputError(f"search.sources={options['sources']} names a text that is empty: write it like builtin,my-text.jsonl")
+            raise InputError(
+                f"search.sources={options['sources']} names a text that is empty: write it like builtin,my-text.jsonl"
+            )
         lengths = _doubled(length, longest) if options["lengths"] == "" else _numbers("lengths", options["lengths"])
         return cls(sources, lengths, options["subsets"], counts, **named, blend=options["blend"])
 
