@@ -1,4 +1,4 @@
-"""What tests of searches have in common: objectives that count and die, and what a folder holds."""
+"""What tests of searches have in common: objectives that count and die, runs that are killed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from prunekit.checkpoint.reader import sha256_file
 
 
 class Counted:
@@ -69,13 +67,3 @@ def search_in(folder: Path) -> dict[str, Any]:
     """What the manifest of a finished run says of its search."""
     found: dict[str, Any] = json.loads((folder / "prunekit.json").read_text())["search"]
     return found
-
-
-def hashes(folder: Path) -> list[str]:
-    """sha256 of the weights' files."""
-    return [sha256_file(path) for path in sorted(folder.glob("*.safetensors"))]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the lock."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if "lock" not in path.name}

@@ -10,6 +10,7 @@ import torch
 
 import prunekit
 import tiny
+from helpers import shards
 from prunekit.errors import InputError
 from prunekit.model.source import ResidentModel
 from prunekit.model.stream import Windows
@@ -17,7 +18,7 @@ from prunekit.shrink import searching
 from prunekit.shrink.gradients import measure_gradients
 from prunekit.shrink.search.tpe import mean_gradients, scores_at
 from prunekit.shrink.units import find_structures
-from searches import hashes, killed_after, search_in
+from searches import killed_after, search_in
 from whole import draw_windows, weight_in
 
 POINT = {
@@ -53,7 +54,7 @@ def test_a_space_of_one_point_is_llm_pruner_bit_for_bit(asked: dict[str, Any], t
     plain = {**asked, "method": "llm-pruner", "parts": {"budget": {"skip_first": 1, "skip_last": 0}}}
     prunekit.prune(**plain, out=tmp_path / "plain")
     search = search_in(tmp_path / "one")
-    assert hashes(tmp_path / "one") == hashes(tmp_path / "plain")
+    assert shards(tmp_path / "one") == shards(tmp_path / "plain")
     assert (search["proposed"], search["known"]) == (3, 2), "a point that is known is not measured again"
     assert search["best"] == search["first"]
 
@@ -72,7 +73,7 @@ def test_a_killed_search_goes_on_to_the_same_folder(asked: dict[str, Any], tmp_p
         prunekit.prune(**asked, parts=parts(), out=tmp_path / "killed")
     assert (tmp_path / "killed" / searching.STUDY_NAME).is_file()
     prunekit.prune(**asked, parts=parts(), out=tmp_path / "killed", resume=True)
-    assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
+    assert shards(tmp_path / "killed") == shards(tmp_path / "whole")
     assert search_in(tmp_path / "killed")["course"] == search_in(tmp_path / "whole")["course"]
     assert not [path for path in (tmp_path / "killed").iterdir() if "search" in path.name]
 

@@ -12,6 +12,7 @@ import torch
 
 import prunekit
 import tiny
+from helpers import contents, shards
 from prunekit.errors import HistoryError, InputError
 from prunekit.model.source import ResidentModel, StreamedModel
 from prunekit.parts import find_part
@@ -20,7 +21,7 @@ from prunekit.shrink.plan import Plan
 from prunekit.shrink.units import find_structures
 from prunekit.shrink.view import BlockView
 from prunekit.statistics import Statistics
-from searches import calls_of, contents, hashes, killed_after, search_in
+from searches import calls_of, killed_after, search_in
 from test_cli import call
 from whole import draw_windows
 
@@ -77,7 +78,7 @@ def test_the_command_line_says_what_the_search_found(asked: dict[str, Any], tmp_
 def test_equal_seeds_make_equal_bytes_and_another_seed_another_search(asked: dict[str, Any], tmp_path: Path) -> None:
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         prunekit.prune(**{**asked, "parts": {"search": {**SEARCH, "trials": 5}}}, seed=seed, out=tmp_path / name)
-    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+    assert shards(tmp_path / "one") == shards(tmp_path / "two")
     one, three = (search_in(tmp_path / name) for name in ("one", "three"))
     assert one["tokens_sha256"] != three["tokens_sha256"]
 
@@ -91,7 +92,7 @@ def test_a_killed_search_goes_on_to_the_same_folder(asked: dict[str, Any], tmp_p
     assert history.is_file()
     with calls_of(searching, "plan_losses") as behind:
         prunekit.prune(**asked, out=tmp_path / "killed", resume=True)
-    assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
+    assert shards(tmp_path / "killed") == shards(tmp_path / "whole")
     one, other = (search_in(tmp_path / name) for name in ("killed", "whole"))
     told = ("best", "first", "candidate", "course", "held_out")
     assert {name: one[name] for name in told} == {name: other[name] for name in told}

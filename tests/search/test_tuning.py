@@ -15,6 +15,7 @@ import torch
 
 import prunekit
 import tiny
+from helpers import contents
 from limits import small_files
 from prunekit import tuning
 from prunekit.calibration.document import Document
@@ -25,7 +26,7 @@ from prunekit.recipe import Recipe
 from prunekit.search.recipes import SPACES, RecipeSpace, values_of
 from prunekit.search.texts import sharing
 from prunekit.tuning import Bench, Tuning
-from searches import calls_of, contents, killed_after
+from searches import calls_of, killed_after
 from test_cli import call
 
 SECONDS = 120  # after which a process that hangs is given up

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..search.recipes import NOTHING
-from .findings import spelt
+from .numbers import spelt
 
 
 def as_markdown(found: Mapping[str, Any]) -> str:
