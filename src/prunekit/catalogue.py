@@ -34,6 +34,8 @@ UNIT_PARTS: dict[str, str] = {
     "blockwise": "tune",
     "evolution": "search",
 }
+# Budgets of those methods whose options say how many units stay, in the place of a ratio.
+GIVEN_BUDGETS = frozenset({"widths"})
 
 
 @dataclass(frozen=True)

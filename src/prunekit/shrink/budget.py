@@ -53,7 +53,7 @@ class Demand:
         return min(structure.count, self.least.get(structure.kind, 1))
 
 
-@unit_budget()
+@unit_budget(even=True)
 def uniform(demand: Demand) -> Counts:
     """The same share of every block: whole groups of heads as far as the ratio goes, and channels for the rest."""
     counts: Counts = [{} for _ in demand.structures]

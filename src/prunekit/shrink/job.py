@@ -143,13 +143,13 @@ class Shrinking:
         self, walk: Walk, *, dense: bool, ranks: Ranks | None = None, first: int = 0, total: int | None = None
     ) -> ShrinkWalk:
         """What removes units from the blocks of `walk`'s model. Raises `InputError` for several processes where one must do it all."""
+        if self.shrinker.search is not None and ranks is not None and ranks.size > 1:
+            raise InputError(f"'{self.recipe.method}' searches, and one process does that: start it without torchrun")
         if self.shrinker.gradients and ranks is not None and ranks.size > 1:
             assert self.shrinker.score is not None
             raise InputError(
                 f"'{self.shrinker.score.part.name}' wants gradients, which one process computes: start it without torchrun"
             )
-        if self.shrinker.search is not None and ranks is not None and ranks.size > 1:
-            raise InputError(f"'{self.recipe.method}' searches, and one process does that: start it without torchrun")
         return ShrinkWalk(
             walk,
             self.shrinker,
@@ -188,12 +188,14 @@ def _refuse_search(recipe: Recipe, shrinker: Shrinker) -> None:
     search, score = shrinker.search, shrinker.score
     assert search is not None
     assert score is not None
-    if search.part.name == "tpe" and (score.part.name != "taylor" or score.options != score.part.bind({})):
+    varied = search.part.varies
+    if varied is not None and (score.part.function is not varied or score.options != score.part.bind({})):
         raise InputError(
-            f"the search of '{recipe.method}' chooses how 'taylor' computes importance: leave out the options of the score, and say "
-            "what may be chosen, like --set search.order=first,second"
+            f"the search of '{recipe.method}' chooses how '{varied.__name__}' computes importance: leave out the options of the score, "
+            f"and say what may be chosen with those of the search, which 'prunekit methods {recipe.method}' lists"
         )
-    if search.part.name == "evolution" and shrinker.budget.part.name != "uniform":
+    if search.part.sizes and not shrinker.budget.part.even:
         raise InputError(
-            f"the search of '{recipe.method}' finds itself how many units stay: leave out budget '{shrinker.budget.part.name}'"
+            f"the search of '{recipe.method}' finds itself how many units stay, and so does budget '{shrinker.budget.part.name}': say "
+            "--set budget.name=uniform"
         )
