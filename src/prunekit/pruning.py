@@ -46,10 +46,10 @@ from .checkpoint.writer import (
 from .distributed import Ranks, find_ranks
 from .errors import InputError, PrunekitError, StorageError, VerificationError
 from .estimate import Needs, hidden_width, needs_of, refuse_disk, refuse_memory
-from .jobs import job_of
+from .jobs import job_of, source_of
 from .keeper import Keeper, saved_blocks
 from .model.hidden import HiddenStates, InFiles, Place
-from .model.source import ResidentModel, StreamedModel, evaluating
+from .model.source import StreamedModel, evaluating
 from .model.stream import Walk, Windows, batch_size
 from .progress import Progress, Silent
 from .recipe import Recipe
@@ -233,12 +233,8 @@ def prune_in_memory(
     """Prune a model that lies in memory, in place, on windows of tokens. Raises `InputError`."""
     begun = time.perf_counter()
     progress = progress or Silent()
-    if recipe.removes:
-        raise InputError(
-            f"'{recipe.method}' removes structures, and a model in memory keeps its shapes: save it, and give prunekit.prune the folder"
-        )
     with evaluating(model):
-        source = ResidentModel(model)
+        source = source_of(model, recipe)
         check_vocabulary(windows, model)
         window_length(model.config, windows.length, progress)
         job = job_of(recipe, source)
@@ -246,7 +242,7 @@ def prune_in_memory(
         windows = windows[0 if job.looks_at_data else asked - 1 :]
         walk = Walk(source, windows, recipe.calibration.batch)
         work = job.work(walk, dense=recipe.calibration.mode == "dense", ranks=Ranks(), first=0, total=None)
-        stored = partial(resident_place, model)
+        stored = partial(stored_place, source) if isinstance(source, StreamedModel) else partial(resident_place, model)
         if work.looks_ahead:
             walk.prepare()
             progress.start(f"{work.looks_ahead} looks ahead", work.steps_ahead)
@@ -257,8 +253,11 @@ def prune_in_memory(
         for block in work.blocks:
             module = source.load_block(block.index)
             reports += work.prune_block(block, module, stored)
+            work.keep(block)
             work.pass_on(block.index, module)
+            source.free_block(block.index)
             progress.step()
+        work.install(model)
         progress.stop()
     work.seconds.total = time.perf_counter() - begun
     return Result(
@@ -271,7 +270,9 @@ def prune_in_memory(
         tokens=windows.tokens,
         seconds=work.seconds,
         peak_rss_bytes=machine.peak_rss_bytes(),
+        removed=work.removed,
         block_parameters=sum(block_parameters(source)),
+        block_removed=work.block_removed,
     )
 
 
