@@ -303,6 +303,11 @@ class SliceWalk(BlockWalk):
         if self._kept is not None:
             self._kept.close()
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """Parameters of the shortcuts in every block, which take some of what went away back."""
+        return {"shortcuts": [self.turned.shortcuts(index) for index in range(len(self.turned.layouts))]}
+
     def files(self) -> dict[str, str] | None:
         """The config, and the code that loads the model."""
         config = json.dumps(self.turned.config(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
