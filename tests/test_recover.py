@@ -23,7 +23,7 @@ from prunekit import InputError, StorageError, VerificationError, recovering
 from prunekit.calibration.document import Document
 from prunekit.calibration.windows import recovery_windows
 from prunekit.checkpoint.reader import Reader
-from prunekit.checkpoint.writer import JOURNAL_NAME, STATE_PREFIX, Journal, Writer
+from prunekit.checkpoint.writer import JOURNAL_NAME, PLAN_NAME, STATE_PREFIX, Journal, Writer
 from prunekit.cli import app
 from prunekit.model.anatomy import Linear, read_anatomy
 from prunekit.recovery.adapters import Adapters, MaskedLinear, Tuned
@@ -81,6 +81,18 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 def linear_names(model: PreTrainedModel) -> list[str]:
     return [linear.full_name for linear in read_anatomy(model).linears()]
+
+
+# Widths
+
+
+def test_what_was_removed_is_still_said(tmp_path: Path, text: Path, out: Path) -> None:
+    tiny.save_model(tmp_path / "model")
+    calibration = {"source": str(text), "samples": 2, "length": 32}
+    prunekit.prune(tmp_path / "model", out=tmp_path / "smaller", method="shortgpt", ratio=0.3, calibration=calibration)
+    prunekit.recover(tmp_path / "smaller", data=str(text), out=out, **FAST)
+    assert (out / PLAN_NAME).read_bytes() == (tmp_path / "smaller" / PLAN_NAME).read_bytes()
+    assert prunekit.inspect(out).sound
 
 
 # The mask

@@ -130,6 +130,7 @@ def prune_(
     method: str = "wanda",
     sparsity: float | None = None,
     pattern: str | None = None,
+    ratio: float | None = None,
     calibration: str | Mapping[str, Any] = "builtin",
     seed: int = 0,
     parts: Mapping[str, dict[str, Any]] | None = None,
@@ -137,17 +138,24 @@ def prune_(
 ) -> Result:
     """Prune a model that lies in memory, in place, in its own dtype and on its own device.
 
+    A method that removes structures works on copies of blocks and puts aside what changes. When the last block is done, the model's own
+    modules are given that: smaller parameters, new ones wherever anything changed (make optimisers afterwards), and a new config. Where
+    `prune` would save another class (Mistral's for some widths of a Llama), they become modules of that class. Where blocks have
+    different widths, the config notes them, and a folder written by `save_pretrained` is for `prunekit.load`.
+
     Args:
         model: a causal language model of transformers.
         tokens: a tokenizer (windows are then cut from `calibration`); or token ids [windows, length]; or a mapping with `input_ids`
             and `attention_mask` (1 = a real token), both [windows, length]; or `Windows`.
-        method, sparsity, pattern, calibration, seed, parts, progress: as for `prune`.
+        method, sparsity, pattern, ratio, calibration, seed, parts, progress: as for `prune`.
 
     Raises:
-        InputError: something in the input is wrong. Blocks before the one named may be pruned already.
+        InputError: something in the input is wrong. Where weights are zeroed, blocks before the one named may be pruned already; where
+            structures are removed, the model is as it was.
+        VerificationError: a block without its removed units computes something else; the model is as it was.
     """
     recipe = Recipe.build(
-        {"model": "in memory", "method": method, "sparsity": sparsity, "pattern": pattern}
+        {"model": "in memory", "method": method, "sparsity": sparsity, "pattern": pattern, "ratio": ratio}
         | {"calibration": _calibration(calibration), "seed": seed, "parts": dict(parts or {})}
     )
     return pruning.prune_in_memory(model, recipe, _windows(model, tokens, recipe), progress)

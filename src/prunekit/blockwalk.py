@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from .model.source import Source, StreamedModel, exchanged, resizing_code
 from .model.stream import Walk
 from .progress import Step
 from .statistics import Collector
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # activations a block holds at a time, in vectors a token: of the widest linear's width, and of the hidden states' width
 _WIDE, _NARROW = 4, 8
@@ -214,6 +217,14 @@ class BlockWalk(ABC):
     def shard(self, block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is written of a block, by the names it is stored under; `tensors` are the checkpoint's, changed by `prune_block`."""
         return dict(tensors)
+
+    def keep(self, block: Block) -> None:
+        """Of a model in memory that is not changed in place: put aside what became of a block, for `install`."""
+        return
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Give a model in memory what was put aside, when the walk is over."""
+        return
 
     def noted(self, block: Block) -> dict[str, Any]:
         """What the journal keeps of a block that was changed, for `take_up`."""

@@ -28,6 +28,7 @@ from .checkpoint.writer import (
     EVALUATION_NAME,
     MANIFEST_NAME,
     PAGE_NAME,
+    PLAN_NAME,
     Journal,
     Writer,
     clear,
@@ -165,7 +166,11 @@ def _laid_out(reader: Reader, form: Form) -> tuple[list[Sheet], list[Piece], dic
 def write_sheets(
     reader: Reader, writer: Writer, sheets: list[Sheet], progress: Progress, texts: dict[str, str] | None = None
 ) -> dict[str, str]:
-    """Write weights, index, config and tokenizer; returns file name -> sha256."""
+    """Write weights, index, config and tokenizer; returns file name -> sha256.
+
+    `texts` are of files that another shape needs. Without them blocks stay as wide as they are, and the plan that made them so comes
+    along.
+    """
     progress.start("writing", len(sheets))
     records = []
     for position, sheet in enumerate(sheets):
@@ -174,6 +179,10 @@ def write_sheets(
         progress.step(record["file"])
     progress.stop()
     carried = writer.carry_over(reader.folder, with_code=True, written=texts)
+    plan = reader.folder / PLAN_NAME
+    if texts is None and plan.is_file():  # what stays of the original is the same
+        write_text(writer.folder / PLAN_NAME, plan.read_text(encoding="utf-8"))
+        carried.append(PLAN_NAME)
     writer.write_index(records)
     hashes = {name: sha256_file(writer.folder / name) for name in (writer.index, *carried)}
     return hashes | {record["file"]: record["sha256"] for record in records}

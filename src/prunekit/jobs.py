@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .blockwalk import Job
 from .catalogue import find_method
-from .model.source import Source, StreamedModel
+from .errors import InputError
+from .model.memory import MemoryModel
+from .model.source import ResidentModel, Source, StreamedModel
 from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def check_options(recipe: Recipe) -> None:
@@ -29,7 +36,7 @@ def check_options(recipe: Recipe) -> None:
 def job_of(recipe: Recipe, source: Source) -> Job:
     """The job a recipe asks for. Raises `InputError` for what the method cannot do with this model."""
     if recipe.removes:
-        assert isinstance(source, StreamedModel)  # what lies in memory keeps its shapes
+        assert isinstance(source, StreamedModel)
         if find_method(recipe.method).width is not None:
             from .shrink.slicewalk import Slicing
 
@@ -40,3 +47,23 @@ def job_of(recipe: Recipe, source: Source) -> Job:
     from .sparsify.walk import Sparsification
 
     return Sparsification.of(recipe, source.anatomy)
+
+
+def source_of(model: PreTrainedModel, recipe: Recipe) -> Source:
+    """A model in memory as the recipe's method works on it: in place, or on copies where shapes change.
+
+    Raises `InputError` for methods that need a folder.
+    """
+    if not recipe.removes:
+        return ResidentModel(model)
+    method = find_method(recipe.method)
+    reason = (
+        "gives the residual stream another basis"
+        if method.width is not None
+        else "judges its candidates on texts of its own"
+    )
+    if method.width is not None or method.search is not None or "search" in recipe.parts:
+        raise InputError(
+            f"'{recipe.method}' {reason}, which needs a folder: save the model, and give prunekit.prune that"
+        )
+    return MemoryModel(model)

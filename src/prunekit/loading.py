@@ -88,11 +88,14 @@ def resolve_place(device: str, runtime: str) -> torch.device:
 def _dense_model(folder: Path, source: StreamedModel) -> PreTrainedModel:
     _refuse_memory(f"'{folder}'", source.parameter_count * source.dtype.itemsize, source)
     kind, config, reader = type(source.module), source.module.config, source.reader
+    tensors = reader.read(reader.entries)
     if SHAPES in reader.config:
         kind = resized(kind)
+        # for a class it does not know, transformers does not look up names of older releases, which `save_pretrained` still writes
+        tensors = {name: tensors[key] for name, key in source.key_of.items()}
     with no_bar():
         # plain folders too: transformers would map their files, whose pages the system may drop and read again while one measures
-        model = kind.from_pretrained(None, config=config, dtype=source.dtype, state_dict=reader.read(reader.entries))
+        model = kind.from_pretrained(None, config=config, dtype=source.dtype, state_dict=tensors)
     return model.to(source.device).eval()
 
 

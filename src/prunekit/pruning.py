@@ -38,10 +38,10 @@ from .checkpoint.writer import (
 from .distributed import Ranks, find_ranks
 from .errors import InputError, PrunekitError, StorageError, VerificationError
 from .estimate import Needs, hidden_room, needs_of, refuse_disk, refuse_memory
-from .jobs import job_of
+from .jobs import job_of, source_of
 from .keeper import Keeper, saved_blocks
 from .model.hidden import HiddenStates, InFiles, Place
-from .model.source import ResidentModel, StreamedModel, evaluating
+from .model.source import StreamedModel, evaluating
 from .model.stream import Walk, Windows, batch_size
 from .opening import find_model, open_model, open_tokenizer
 from .progress import Progress, Silent
@@ -226,12 +226,8 @@ def prune_in_memory(
     """Prune a model that lies in memory, in place, on windows of tokens. Raises `InputError`."""
     begun = time.perf_counter()
     progress = progress or Silent()
-    if recipe.removes:
-        raise InputError(
-            f"'{recipe.method}' removes structures, and a model in memory keeps its shapes: save it, and give prunekit.prune the folder"
-        )
     with evaluating(model):
-        source = ResidentModel(model)
+        source = source_of(model, recipe)
         check_vocabulary(windows, model)
         window_length(model.config, windows.length, progress)
         job = job_of(recipe, source)
@@ -249,8 +245,11 @@ def prune_in_memory(
         for block in work.blocks:
             module = source.load_block(block.index)
             reports += work.prune_block(block, module, source.stored_of)
+            work.keep(block)
             work.pass_on(block.index, module)
+            source.free_block(block.index)
             progress.step()
+        work.install(model)
         progress.stop()
     work.seconds.total = time.perf_counter() - begun
     return Result(
@@ -263,7 +262,9 @@ def prune_in_memory(
         tokens=windows.tokens,
         seconds=work.seconds,
         peak_rss_bytes=machine.peak_rss_bytes(),
+        removed=work.removed,
         block_parameters=sum(block_parameters(source)),
+        block_removed=work.block_removed,
     )
 
 

@@ -418,3 +418,25 @@ def test_a_sliced_folder_is_sliced_or_shrunk_or_padded_no_further(whole: Path, t
             cut(whole / "out", tmp_path / "out", text, method=method, parts={})
     with pytest.raises(InputError, match="no stock class has a place for them"):
         prunekit.export(whole / "out", out=tmp_path / "out", pad=True)
+
+
+def test_the_page_takes_shortcuts_off_what_went(whole: Path) -> None:
+    folder = whole / "out"
+    manifest = json.loads((folder / "prunekit.json").read_text())
+    added = [
+        sum(
+            tensor.numel()
+            for name, tensor in prunekit.load(folder).named_parameters()
+            if f".{block}." in name and "shortcut" in name
+        )
+        for block in range(3)
+    ]
+    assert manifest["shortcuts"] == added
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert f"from one basis to the next: {sum(added):,} parameters in all" in page
+    for block, more in enumerate(added):
+        lines = [line for line in manifest["linears"] if f".{block}." in line["name"]]
+        gone = sum(line["removed"] for line in lines)
+        weights = gone + sum(line["weights"] for line in lines)
+        assert f"block {block}: {gone:,} of {weights:,} weights went, {more:,} came with shortcuts" in page
+        assert f">{100 * (gone - more) / weights:.1f}<".replace("-", "−") in page

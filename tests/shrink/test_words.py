@@ -15,6 +15,7 @@ import pytest
 import prunekit
 import tiny
 from prunekit.catalogue import METHODS
+from prunekit.checkpoint.writer import PLAN_NAME
 from prunekit.errors import PrunekitWarning
 from prunekit.progress import Silent
 from prunekit.pruning import run
@@ -135,6 +136,19 @@ def test_a_sparse_copy_of_a_free_folder_says_how_it_loads(place: Path, tmp_path:
         assert "trust_remote_code" not in first, "its folder has no code"
         assert "so that transformers loads it as it is" in note
         assert first.count("Repeat it with") == 1
+
+
+def test_an_export_takes_the_plan_along_where_widths_stay(place: Path, tmp_path: Path) -> None:
+    pruned(place, tmp_path / "free", "wanda-sp", parts={"budget": {"shape": "free", "name": "global-cost"}})
+    plan = (tmp_path / "free" / PLAN_NAME).read_bytes()
+    packed = prunekit.export(tmp_path / "free", out=tmp_path / "packed", format="bitmask").out
+    plain = prunekit.export(packed, out=tmp_path / "plain").out
+    for folder in (packed, plain):
+        assert (folder / PLAN_NAME).read_bytes() == plan
+        assert PLAN_NAME in json.loads((folder / "prunekit.json").read_text(encoding="utf-8"))["outputs"]
+        assert prunekit.inspect(folder).sound
+    padded = prunekit.export(tmp_path / "free", out=tmp_path / "padded", pad=True).out
+    assert not (padded / PLAN_NAME).exists(), "it has units back that the plan says are gone"
 
 
 def test_a_page_shows_blocks_that_went(place: Path, tmp_path: Path) -> None:

@@ -180,18 +180,21 @@ class StreamedModel:
         *,
         trust_remote_code: bool = False,
         config: Any = None,
+        skeleton: PreTrainedModel | None = None,
     ) -> None:
         self.reader = reader
         self.dtype = dtype
         self.device = device
-        self.module = build_skeleton(reader, dtype, device, trust_remote_code=trust_remote_code, config=config)
+        if skeleton is None:
+            skeleton = build_skeleton(reader, dtype, device, trust_remote_code=trust_remote_code, config=config)
+        self.module = skeleton
         self.anatomy = read_anatomy(self.module)
         self._ties = tied_names(self.module)
         self._shapes = {
             name: tuple(tensor.shape)
             for name, tensor in [
                 *self.module.named_parameters(remove_duplicate=False),
-                *_persistent_buffers(self.module),
+                *persistent_buffers(self.module),
             ]
         }
         self.key_of, self.leftover = self._match_names()
@@ -539,7 +542,8 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -
         raise InputError(f"'{folder}/config.json' is not a config transformers knows: {_reason(problem)}") from None
 
 
-def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+def persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Names and values of the buffers that checkpoints hold."""
     found = []
     for name, buffer in model.named_buffers():
         path, _, leaf = name.rpartition(".")

@@ -68,7 +68,8 @@ def run_page(manifest: Mapping[str, Any], evaluation: EvaluationRecord | None = 
         evaluation=evaluation,
         recovery=_recovered(manifest),
         search=_searched(manifest),
-        heat=_heat(linears, run.get("dropped_blocks", ()), removed=bool(run.get("removed"))),
+        heat=_heat(manifest),
+        shortcuts=sum(manifest.get("shortcuts", ())),
         errors=errors,
         error_chart=error_chart(errors) if errors else None,
         moments=moments,
@@ -221,11 +222,14 @@ class _HeatCell:
     tip: str
 
 
-def _heat(linears: Sequence[Mapping[str, Any]], without: Sequence[int], *, removed: bool) -> dict[str, Any]:
-    """Zeros, or what was `removed`, of every linear: a row a block, a column a linear, and of every block in a last column.
+def _heat(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Zeros, or what was removed, of every linear: a row a block, a column a linear, and of every block in a last column.
 
-    Of blocks that were removed as a whole there is that column alone.
+    Of blocks that were removed as a whole there is that column alone. What shortcuts add to a block is taken off there, too: it is
+    negative where the block has grown.
     """
+    linears, removed = manifest["linears"], bool(manifest["run"].get("removed"))
+    shortcuts = dict(enumerate(manifest.get("shortcuts", ())))
     blocks: dict[int, dict[str, Mapping[str, Any]]] = {}
     for line in linears:
         block, name = place_of(line["name"])
@@ -236,9 +240,11 @@ def _heat(linears: Sequence[Mapping[str, Any]], without: Sequence[int], *, remov
     rows = []
     for block, own in blocks.items():
         gone, weights = (sum(counts) for counts in zip(*(_gone(line, removed) for line in own.values()), strict=True))
-        total = _HeatCell(gone / weights, f"block {block}: {gone:,} of {weights:,} weights")
+        added = shortcuts.get(block, 0)
+        back = f" went, {added:,} came with shortcuts" if added else ""
+        total = _HeatCell((gone - added) / weights, f"block {block}: {gone:,} of {weights:,} weights{back}")
         rows.append((block, [_heat_cell(own[name], removed) if name in own else None for name in names], total))
-    for block in without:
+    for block in manifest["run"].get("dropped_blocks", ()):
         rows.append((block, [None] * len(names), _HeatCell(1.0, f"block {block}: removed as a whole")))
     rows.sort(key=lambda row: row[0])
     return {"heads": list(zip(heads, names, strict=True)), "rows": rows}

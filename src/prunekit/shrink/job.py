@@ -9,6 +9,7 @@ from ..blockwalk import Appetite, block_parameters
 from ..catalogue import find_method
 from ..distributed import Ranks
 from ..errors import InputError
+from ..model.memory import MemoryModel
 from ..model.source import StreamedModel, refuse_sliced
 from ..model.stream import Walk
 from ..recipe import Recipe, refuse_choices
@@ -171,7 +172,13 @@ def _narrowing(source: StreamedModel, shrinker: Shrinker) -> Narrowing | None:
         return None
     channels = int(source.module.config.get_text_config().hidden_size)
     width = shrinker.budget.hidden(channels)
-    return None if width == channels else Narrowing.of(source, width)
+    if width == channels:
+        return None
+    if isinstance(source, MemoryModel):
+        raise InputError(
+            f"budget.hidden={width} cuts embedding and head, too, which needs a folder: save the model, and give prunekit.prune that"
+        )
+    return Narrowing.of(source, width)
 
 
 def _refuse_search(recipe: Recipe, shrinker: Shrinker) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..model.anatomy import Anatomy, Block, Linear
+from ..model.memory import bare_copy
 from ..model.resizing import add_shortcuts
 from ..model.source import evaluating
 from ..model.stream import Call
@@ -246,11 +247,3 @@ def _run(
     parameters = {name: nn.Parameter(value.to(tracer.device)) for name, value in rest.items()}
     with tracer.stubs(block, module, linears, parameters):
         return call.replay(module, values.to(tracer.device))
-
-
-def bare_copy(module: nn.Module) -> nn.Module:
-    """A copy of a block with none of its weights: its parameters are on the meta device."""
-    memo: dict[int, Any] = {id(tensor): nn.Parameter(tensor.detach().to("meta")) for tensor in module.parameters()}
-    config = getattr(module, "config", None)
-    memo[id(config)] = config
-    return copy.deepcopy(module, memo)

@@ -48,6 +48,7 @@ class Form:
     """How a shrunk model is written.
 
     Attributes:
+        built: the model as it will be, on the meta device; its config lacks what a free form notes.
         kind: the class it is loaded as; another than the source's where that one's config refuses widths that it could compute with.
         config: what config.json will hold.
         files: file name -> text of what else must be written; none where the form is stock.
@@ -58,6 +59,7 @@ class Form:
         zeros: number of a block in the source model -> the biases its class wants besides, which are zero: stored name -> shape.
     """
 
+    built: PreTrainedModel
     kind: str
     config: dict[str, Any]
     files: dict[str, str]
@@ -169,7 +171,7 @@ class FormChooser:
             if fitting and only_biases and alike:
                 names = self._stored_names()
                 config, zeros = self._changed(changes, kind), self._zeros(extra, names)
-                return Form(type(built).__name__, config, {}, None, self._renamed, names, zeros)
+                return Form(built, type(built).__name__, config, {}, None, self._renamed, names, zeros)
         self._why = f"{self._class} has no config for these widths" + ("" if settings == [{}] else " with biases")
         self._why += f" ({refusals[0]})" if refusals else ""
         return None
@@ -214,7 +216,7 @@ class FormChooser:
         config[SHAPES] = shapes
         config["auto_map"] = {"AutoModelForCausalLM": f"{MODELING_NAME.removesuffix('.py')}.{self._class}"}
         code = {MODELING_NAME: resizing_code(self._module)}
-        return Form(self._class, config, code, self._why, self._renamed, self._own_names(), {})
+        return Form(built, self._class, config, code, self._why, self._renamed, self._own_names(), {})
 
     def narrowed(self, width: int) -> NarrowConfig:
         """A config with another width of the residual stream, and everything else of the same size, as found as the rest is.

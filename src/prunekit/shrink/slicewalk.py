@@ -29,12 +29,13 @@ from ..distributed import Ranks
 from ..errors import InputError
 from ..model.anatomy import Block, Linear, Stored, weight_of
 from ..model.hidden import HiddenStates, InMemory, Place
+from ..model.memory import bare_copy
 from ..model.resizing import add_shortcuts, widened
 from ..model.source import StreamedModel
 from ..model.stream import Walk
 from ..recipe import Recipe, refuse_choices
 from ..statistics import Sums
-from .residual import Branch, bare_copy, find_layouts
+from .residual import Branch, find_layouts
 from .turning import Turned, principal, refuse_foreign, turn_branch, turn_rows
 from .units import find_structures
 from .width import Stream
@@ -213,7 +214,8 @@ class SliceWalk(BlockWalk):
 
     def _with_shortcuts(self, block: Block, module: nn.Module) -> nn.Module:
         """The block's code with shortcuts, as yet with the weights of the dense block."""
-        layout, sliced = self.turned.layouts[block.index], bare_copy(module)
+        layout = self.turned.layouts[block.index]
+        sliced: nn.Module = bare_copy(module)
         add_shortcuts(sliced, layout.named)
         for branch in layout.branches:
             setattr(sliced.get_submodule(branch.norm), layout.epsilon, self.turned.epsilon(block.index, branch))
@@ -300,6 +302,11 @@ class SliceWalk(BlockWalk):
         super().release()
         if self._kept is not None:
             self._kept.close()
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Parameters of the shortcuts in every block, which take some of what went away back."""
+        return {"shortcuts": [self.turned.shortcuts(index) for index in range(len(self.turned.layouts))]}
 
     def files(self) -> dict[str, str] | None:
         """The config, and the code that loads the model."""

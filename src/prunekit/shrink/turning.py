@@ -106,6 +106,12 @@ class Turned:
             width = behind
         return shapes
 
+    def shortcuts(self, index: int) -> int:
+        """Parameters of a block's shortcuts."""
+        shapes = self.block_shapes(index)
+        names = (f"{branch.part}_shortcut.weight" for branch in self.layouts[index].branches)
+        return sum(torch.Size(shapes[name]).numel() for name in names)
+
     def block_parameters(self) -> int:
         """Parameters of all blocks."""
         shapes = (self.block_shapes(index) for index in range(len(self.layouts)))

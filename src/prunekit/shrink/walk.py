@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..bits import all_finite, count_zeros
 from ..blockwalk import BlockWalk, LinearReport, Rehearsal, block_parameters, dense_blocks
@@ -27,6 +28,7 @@ from ..checkpoint.writer import PLAN_NAME
 from ..errors import InputError, PrunekitWarning, VerificationError
 from ..model.anatomy import Block, Stored, weight_of
 from ..model.hidden import HiddenStates, Place, room_for
+from ..model.memory import MemoryModel
 from ..model.source import StreamedModel
 from ..model.stream import Windows
 from ..progress import Step
@@ -38,6 +40,7 @@ from .budget import Counts, Scores, blocks_to_remove, plan_of, top_units
 from .choosing import choose_calibration
 from .gradients import measure_gradients
 from .influence import Influence
+from .installing import install
 from .narrowing import Narrowing
 from .plan import Channels, Plan, Structures
 from .saving import Form, choose_form
@@ -68,6 +71,7 @@ class ShrinkWalk(BlockWalk):
         kept: what stays of the blocks that are done.
         biases: consumers that were given a bias they did not have, by full name.
         added: how many parameters those are in every block that is done.
+        aside: tensors of the smaller model in memory that are not as they were in the whole one, by name.
         texts: what candidates of a search are judged by.
         found: what was found before the first block is cut: the plan, and what the manifest says of a search or a choice.
         beside: hidden states of the dense model, where a compensation aims at what linears give there.
@@ -83,6 +87,7 @@ class ShrinkWalk(BlockWalk):
     kept: dict[int, Kept] = field(default_factory=dict, kw_only=True)
     biases: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
     added: dict[int, int] = field(default_factory=dict, kw_only=True)
+    aside: dict[str, Tensor] = field(default_factory=dict, init=False)
     texts: Texts | None = field(default=None, init=False)
     found: Mapping[str, Any] = field(default_factory=dict, init=False)
 
@@ -599,6 +604,19 @@ class ShrinkWalk(BlockWalk):
             if added is not None:
                 written[self._form.names[f"{each.consumer.full_name}.bias"]] = added
         return written
+
+    def keep(self, block: Block) -> None:
+        """Put aside those of the block's tensors that are not as they were."""
+        source, names = self._streamed, self._form.names
+        assert isinstance(source, MemoryModel)
+        before = {names[name]: name for name in source.block_parameters(block.index) if name in names}
+        for name, tensor in self.shard(block, source.stored[block.index]).items():
+            if not source.reader.unchanged(before.get(name, ""), tensor):
+                self.aside[name] = tensor
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Make the model in memory the smaller one."""
+        install(model, self.walk.source.anatomy, self._form, self.aside)
 
     def files(self) -> dict[str, str] | None:
         """The config, the code it may need, and the plan."""
