@@ -368,13 +368,17 @@ class BlockWalk(ABC):
         needs: frozenset[str],
         outputs: HiddenStates | None,
         follow: Callable[[int], None] | None = None,
+        watched: Mapping[str, tuple[nn.Module, str]] | None = None,
     ) -> Collector:
         """Statistics of some of a block's linears, and its outputs where they are wanted, be it in the place of its inputs.
+
+        `watched` are more modules, each with the sum that is wanted of it.
 
         `follow(position)`, where there is one, sends a batch of the dense model through the block first; what linears give then is the
         target of what they are fed by ours.
         """
-        collector = Collector(linears, needs, result_used=outputs is not None or follow is not None)
+        result_used = outputs is not None or follow is not None
+        collector = Collector(linears, needs, result_used=result_used, watched=watched)
         last = len(self.walk.batches) - 1
         with self.seconds.timed("forward"), self.ranks.together(), collector:
             for position, batch in enumerate(self.walk.batches):

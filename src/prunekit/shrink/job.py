@@ -14,6 +14,7 @@ from ..model.stream import Walk
 from ..recipe import Recipe, refuse_choices
 from .budget import Counts, blocks_to_remove, no_scores, plan_of
 from .gradients import gradient_bytes
+from .perceptron import Perceptron, find_perceptrons
 from .plan import Structures
 from .saving import Form
 from .searching import trial_bytes
@@ -27,7 +28,10 @@ _SPARED = 0.8  # of the weights that are to go
 
 @dataclass(frozen=True)
 class Shrinking:
-    """The method with its options bound, the model's structures, and how many units stay where no score has a say in that."""
+    """The method with its options bound, the model's structures, and how many units stay where no score has a say in that.
+
+    `perceptrons`, by block, are for a score that looks at gates or norms; there are none otherwise.
+    """
 
     shrinker: Shrinker
     structures: Structures
@@ -35,6 +39,7 @@ class Shrinking:
     recipe: Recipe
     source: StreamedModel
     form: Form | None
+    perceptrons: tuple[Perceptron | None, ...] = ()
 
     @classmethod
     def of(cls, recipe: Recipe, source: StreamedModel) -> Shrinking:
@@ -80,7 +85,10 @@ class Shrinking:
         counts = shrinker.budget.counts(structures, parameters, recipe.target.fraction, chance)
         if not shrinker.plans_first:
             form = form_of(source, structures, plan_of(structures, counts, chance), shrinker)
-        return cls(shrinker, structures, None if shrinker.plans_first else counts, recipe, source, form)
+        around = shrinker.around
+        perceptrons = find_perceptrons(source.module, source.anatomy, structures, around) if around else ()
+        known = None if shrinker.plans_first else counts
+        return cls(shrinker, structures, known, recipe, source, form, perceptrons)
 
     @property
     def looks_at_data(self) -> bool:
@@ -149,6 +157,7 @@ class Shrinking:
             self.recipe,
             self.counts,
             form=self.form,
+            perceptrons=self.perceptrons,
             dense=dense,
             ranks=Ranks() if ranks is None else ranks,
             first=first,
