@@ -71,6 +71,8 @@ class Shrinking:
             raise InputError(f"{type(source.module).__name__} has no units that can be taken out")
         if shrinker.sublayers:
             structures = find_sublayers(source.module, source.anatomy, structures)
+        around = shrinker.around
+        perceptrons = find_perceptrons(source.module, source.anatomy, structures, around) if around else ()
         parameters = block_parameters(source)
         # what the ratio or the alignment cannot be is refused before anything is measured
         chance = no_scores(structures)
@@ -85,8 +87,6 @@ class Shrinking:
         counts = shrinker.budget.counts(structures, parameters, recipe.target.fraction, chance)
         if not shrinker.plans_first:
             form = form_of(source, structures, plan_of(structures, counts, chance), shrinker)
-        around = shrinker.around
-        perceptrons = find_perceptrons(source.module, source.anatomy, structures, around) if around else ()
         known = None if shrinker.plans_first else counts
         return cls(shrinker, structures, known, recipe, source, form, perceptrons)
 
