@@ -82,7 +82,7 @@ class Perceptron:
 
     def watched(self, module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         """The modules that are measured besides linears' inputs, each with its sum, by name in the block."""
-        sums = {}
+        sums: dict[str, str] = {}
         if self.gate is not None:
             sums |= {self.gate.activation: "output_abs", self.gate.up.linear: "output_abs"}
         if self.norm is not None:
