@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers.utils import logging
 
 import prunekit
@@ -47,6 +48,28 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(
             f"faults survived: {sum(survived.values())} of {sum(injected.values())} ({parts}); PRUNEKIT_FAULT_SEED={seed}"
         )
+
+
+@pytest.fixture
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Where a run may write."""
+    return tmp_path / "out"
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tiny Llamas, `model` and `other`, and two texts, text.txt and speech.txt; for reading only."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.save_model(folder / "model")
+    tiny.save_model(folder / "other", seed=1)
+    (folder / "text.txt").write_text(tiny.make_text(), encoding="utf-8")
+    (folder / "speech.txt").write_text(tiny.make_text(seed=1), encoding="utf-8")
+    return folder
 
 
 @pytest.fixture

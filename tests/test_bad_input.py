@@ -7,6 +7,7 @@ import re
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from helpers import contents, edit_config
 from test_cli import Done, call
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -50,10 +52,6 @@ def assert_refused(done: Done, *named: str) -> None:
     assert ours == done.err.splitlines()[-1:], done.err
     for word in named:
         assert word in ours[0], ours[0]
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_case_itself_works(case: Case) -> None:
@@ -205,11 +203,7 @@ def test_a_folder_without_texts(case: Case, tmp_path: Path) -> None:
 
 
 def change_config(**changes: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        path = folder / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-    return change
+    return partial(edit_config, **changes)
 
 
 def change_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
@@ -297,10 +291,10 @@ MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 def test_models(name: str, case: Case) -> None:
     change, named = MODELS[name]
     change(case.model)
-    before = tree(case.model)
+    before = contents(case.model)
     assert_refused(case.prune(), *named)
     assert not case.out.exists()
-    assert tree(case.model) == before
+    assert contents(case.model) == before
 
 
 def test_a_missing_model_folder(case: Case, tmp_path: Path) -> None:
@@ -337,7 +331,7 @@ def test_a_late_refusal_leaves_the_users_other_files(case: Case) -> None:
     case.out.mkdir()
     (case.out / "notes.md").write_text("mine")
     assert_refused(case.prune("--overwrite"), LAST_UP)
-    assert tree(case.out) == {"notes.md": b"mine"}
+    assert contents(case.out) == {"notes.md": b"mine"}
 
 
 # The hub
@@ -390,18 +384,18 @@ def test_an_output_that_is_not_empty(case: Case) -> None:
     (case.out / "notes.md").write_text("mine")
     assert_refused(case.prune(), str(case.out), "--overwrite", "--resume")
     assert_refused(case.prune("--resume"), str(case.out), "holds no run of prunekit")
-    assert tree(case.out) == {"notes.md": b"mine"}
+    assert contents(case.out) == {"notes.md": b"mine"}
 
 
 @pytest.mark.parametrize("words", [[], ["--overwrite"], ["--resume"]])
 def test_an_output_that_overlaps_the_model(words: list[str], case: Case, tmp_path: Path) -> None:
-    before = tree(case.model)
+    before = contents(case.model)
     link = tmp_path / "link"
     link.symlink_to(case.model)
     for out in (case.model, case.model / "sub", case.model.parent, link, link / "sub"):
         case.out = out
         assert_refused(case.prune(*words), str(out), "--out")
-        assert tree(case.model) == before
+        assert contents(case.model) == before
     assert not (case.model / "sub").exists()
 
 
@@ -430,8 +424,8 @@ def test_a_disk_that_is_too_small(case: Case, monkeypatch: pytest.MonkeyPatch) -
 
 def test_overwrite_refuses_before_it_removes_anything(case: Case) -> None:
     assert case.prune().code == 0
-    before = tree(case.out)
+    before = contents(case.out)
     for options in ({"pattern": "3:5"}, {"samples": 100_000}, {"calibration": "nowhere.txt"}):
         case.options = dict(options)
         assert_refused(case.prune("--overwrite"))
-    assert tree(case.out) == before
+    assert contents(case.out) == before

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import prunekit
 import tiny
+from helpers import shards
 from prunekit.checkpoint.writer import JOURNAL_NAME
 from prunekit.distributed import Ranks
 
@@ -66,10 +67,6 @@ def together(folder: Path, ranks: int, scenarios: dict[str, dict[str, Any]]) -> 
     done = torchrun(ranks, folder / "driver.py", folder / "scenarios.json")
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(ranks)]
-
-
-def shards(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 def alone(**given: Any) -> prunekit.Result:

@@ -245,9 +245,9 @@ class Checked(prunekit.PrunekitError):
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def granted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What pages take for granted: a model, a pruned one, a text, questions."""
-    folder = tmp_path_factory.mktemp("inputs")
+    folder = tmp_path_factory.mktemp("granted")
     model = folder / "path" / "to" / "model"
     tiny.save_model(model, dtype=torch.bfloat16, **TINY)
     prunekit.prune(model, out=folder / "path" / "to" / "pruned", method="magnitude")
@@ -259,9 +259,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(granted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder a page is run in, with nothing behind it: no hub, no long text, no cluster, no large grid."""
-    shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(granted, tmp_path, dirs_exist_ok=True)
     (tmp_path / "studies").symlink_to(ROOT / "studies")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # what is written here need not outlive a power cut

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import prunekit
 import tiny
+from helpers import Says, shards, stop_at
 from prunekit import InputError, StorageError, VerificationError, recovering
 from prunekit.calibration.document import Document
 from prunekit.calibration.windows import recovery_windows
@@ -25,7 +26,6 @@ from prunekit.checkpoint.reader import Reader
 from prunekit.checkpoint.writer import JOURNAL_NAME, STATE_PREFIX, Journal, Writer
 from prunekit.cli import app
 from prunekit.model.anatomy import Linear, read_anatomy
-from prunekit.progress import Silent
 from prunekit.recovery.adapters import Adapters, MaskedLinear, Tuned
 from prunekit.recovery.loss import cross_entropy, loss_and_gradient
 from prunekit.recovery.options import RecoveryOptions, rate_share
@@ -58,11 +58,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory, pruned: Path, text: Path) ->
     return out
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
 def prune(folder: Path, text: Path, family: str = "llama", **options: Any) -> Path:
     model = {name: options.pop(name) for name in ("dtype",) if name in options}
     tiny.save_model(folder / "model", family, **model)
@@ -76,10 +71,6 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return reader.read(reader.entries)
 
 
-def shards(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("model-*.safetensors")}
-
-
 def logits(model: PreTrainedModel) -> Tensor:
     ids = torch.arange(2 * 16).reshape(2, 16)
     with torch.inference_mode():
@@ -90,16 +81,6 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 def linear_names(model: PreTrainedModel) -> list[str]:
     return [linear.full_name for linear in read_anatomy(model).linears()]
-
-
-class Says(Silent):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
 
 # The mask
@@ -472,14 +453,7 @@ def interrupt(pruned: Path, text: Path, out: Path, call: int, owner: Any, name: 
     """Run until `owner.name` is called for the time `call` (from 0), and be interrupted there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recovering, "_SAVE_SECONDS", 0.0)
-        real, calls = getattr(owner, name), iter(range(100))
-
-        def stop(*arguments: Any, **named: Any) -> Any:
-            if next(calls) == call:
-                raise KeyboardInterrupt
-            return real(*arguments, **named)
-
-        patch.setattr(owner, name, stop)
+        patch.setattr(owner, name, stop_at(call, getattr(owner, name)))
         with pytest.raises(KeyboardInterrupt):
             prunekit.recover(pruned, data=str(text), out=out, **FAST, **options)
 
@@ -572,18 +546,13 @@ def test_a_finished_folder_gives_its_result_and_is_not_written(whole: Path, prun
 def test_being_told_to_stop_ends_with_130_and_a_sentence(pruned: Path, text: Path, out: Path) -> None:
     words = ["recover", pruned, "--data", text, "--out", out, "--length", "32", "--batch", "4", "--steps", "5"]
     with pytest.MonkeyPatch.context() as patch:
-        real, calls = Training.advance, iter(range(9))
         patch.setattr(recovering, "_SAVE_SECONDS", 0.0)
-        patch.setattr(Training, "advance", lambda self: real(self) if next(calls) < 2 else _stop())
+        patch.setattr(Training, "advance", stop_at(2, Training.advance))
         done = call(*words)
     assert done.code == 130
     assert f"stopped: 2 of 5 steps are saved in '{out}'; the same command with --resume continues" in done.err
     assert "Traceback" not in done.err
     assert call(*words, "--resume").code == 0
-
-
-def _stop() -> float:
-    raise KeyboardInterrupt
 
 
 def test_a_disk_that_refuses_leaves_what_can_be_resumed(

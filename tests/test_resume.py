@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import signal
@@ -17,11 +18,11 @@ import torch
 
 import prunekit
 import tiny
+from helpers import Says, ctrl_c, shards, stop_at
 from prunekit import InputError, PrunekitError, StorageError, VerificationError
 from prunekit.checkpoint import writer
 from prunekit.checkpoint.shard import Piece, write_shard
-from prunekit.checkpoint.writer import JOURNAL_NAME, Journal, Writer
-from prunekit.progress import Silent
+from prunekit.checkpoint.writer import JOURNAL_NAME, MANIFEST_NAME, Journal, Writer
 from prunekit.sparsify.walk import SparsifyWalk
 
 BLOCKS = 3
@@ -55,39 +56,12 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting(tmp_path_factory.mktemp("setting"), "sequential")
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
-class Says(Silent):
-    """Keeps what it is told."""
-
-    def __init__(self, said: list[str]) -> None:
-        self._said = said
-
-    def say(self, text: str) -> None:
-        self._said.append(text)
-
-
-def shards(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
-
-
 def interrupt(
     setting: Setting, out: Path, call: int, owner: Any = Writer, name: str = "write_shard", **options: Any
 ) -> None:
     """Run until `owner.name` is called for the time `call` (from 0), and be interrupted there."""
     with pytest.MonkeyPatch.context() as patch:
-        real = getattr(owner, name)
-        calls = iter(range(SHARDS))
-
-        def stop(self: Any, *arguments: Any, **named: Any) -> Any:
-            if next(calls) == call:
-                raise KeyboardInterrupt
-            return real(self, *arguments, **named)
-
-        patch.setattr(owner, name, stop)
+        patch.setattr(owner, name, stop_at(call, getattr(owner, name)))
         with pytest.raises(KeyboardInterrupt):
             setting.run(out, **options)
 
@@ -374,6 +348,17 @@ def test_interrupted_from_outside(kind: signal.Signals, setting: Setting, out: P
     assert shards(out) == setting.whole
 
 
+@pytest.mark.parametrize(("key", "verb"), [("export", "export"), ("recovery", "recover")])
+def test_what_another_verb_made_of_a_run_is_not_taken_for_the_run(
+    setting: Setting, out: Path, key: str, verb: str
+) -> None:
+    setting.run(out)
+    manifest = json.loads((out / MANIFEST_NAME).read_text())
+    (out / MANIFEST_NAME).write_text(json.dumps({**manifest, key: {}}))
+    with pytest.raises(InputError, match=f"is what {verb} wrote, not prune"):
+        setting.run(out, resume=True)
+
+
 def test_a_finished_folder_that_was_damaged_is_not_passed_by_resuming(setting: Setting, out: Path) -> None:
     setting.run(out)
     (out / "model-00002-of-00004.safetensors").unlink()
@@ -400,10 +385,7 @@ def test_a_reload_check_that_cannot_be_made_keeps_the_shards(
 def test_what_nobody_has_checked_neither_loads_nor_is_evaluated(
     setting: Setting, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("prunekit.pruning.verify", stop)
+    monkeypatch.setattr("prunekit.pruning.verify", ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         setting.run(out)
     assert not loads(out)
@@ -417,10 +399,10 @@ def test_a_run_goes_on_with_the_threads_it_began_with(setting: Setting, out: Pat
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        said: list[str] = []
-        setting.run(out, resume=True, progress=Says(said))
+        says = Says()
+        setting.run(out, resume=True, progress=says)
         assert torch.get_num_threads() == threads
-        assert any(f"computing with {threads} threads" in line for line in said)
+        assert any(f"computing with {threads} threads" in line for line in says.said)
     finally:
         torch.set_num_threads(threads)
     assert shards(out) == setting.whole

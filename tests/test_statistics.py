@@ -17,9 +17,7 @@ from prunekit.statistics import INPUT_SUMS, OUTPUT_SUMS, Collector, Statistics
 ALL = INPUT_SUMS | OUTPUT_SUMS
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def slow_sums(inputs: Tensor, outputs: Tensor, keep: Tensor | None) -> dict[str, Tensor]:

@@ -15,12 +15,12 @@ import matplotlib.image
 import pytest
 
 import prunekit
-import tiny
+from helpers import ctrl_c
 from prunekit import InputError, api, pruning, studying
 from prunekit.evaluation.record import TextFigures
 from prunekit.grid import Grid
 from prunekit.report import plots
-from prunekit.report.findings import spelt
+from prunekit.report.numbers import spelt
 from prunekit.studies import Cell, Claim, Study, read_study
 from test_cli import call
 
@@ -61,16 +61,6 @@ class Setting:
 
     def read(self, suffix: str) -> str:
         return (self.out / f"tiny{suffix}").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny.save_model(folder / "model")
-    tiny.save_model(folder / "other", seed=1)
-    (folder / "text.txt").write_text(tiny.make_text(), encoding="utf-8")
-    (folder / "speech.txt").write_text(tiny.make_text(seed=1), encoding="utf-8")
-    return folder
 
 
 @pytest.fixture
@@ -202,12 +192,9 @@ def test_a_killed_study_goes_on(setting: Setting, ran: list[str], monkeypatch: p
 
 
 def test_a_kill_between_record_and_removal_leaves_no_model(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(path: Path) -> None:
-        raise KeyboardInterrupt
-
     values: dict[str, Any] = {"grid": SMALL, "study": {"rows": "method"}}
     with monkeypatch.context() as patch:
-        patch.setattr("prunekit.sweeping.remove", killed)
+        patch.setattr("prunekit.sweeping.remove", ctrl_c)
         with pytest.raises(KeyboardInterrupt):
             setting.run(**values)
     assert list(setting.out.rglob("*.safetensors"))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import prunekit
 import tiny
+from helpers import ctrl_c, shards
 from prunekit import machine, pruning, sweeping
 from prunekit.checkpoint.shard import Piece
 from prunekit.checkpoint.writer import JOURNAL_NAME, Writer
@@ -54,14 +55,6 @@ class Setting:
         found = json.loads((self.out / "runs" / f"{name}.json").read_text())
         assert isinstance(found, dict)
         return found
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny.save_model(folder / "model")
-    (folder / "text.txt").write_text(tiny.make_text(), encoding="utf-8")
-    return folder
 
 
 @pytest.fixture
@@ -107,10 +100,6 @@ def files(folder: Path) -> dict[str, tuple[int, int, bytes]]:
     }
 
 
-def weights(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
-
-
 def zeros_and_weights(folder: Path) -> tuple[int, int]:
     tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
     linears = [tensor for name, tensor in tensors.items() if name.endswith("_proj.weight")]
@@ -134,7 +123,7 @@ def test_each_run_is_what_prune_alone_gives(setting: Setting) -> None:
         calibration = {"source": str(setting.text), "samples": 3, "length": 32}
         prunekit.prune(setting.model, out=alone, method=method, pattern=pattern, calibration=calibration, seed=1,
                        dtype="float32", overwrite=True)  # fmt: skip
-        assert weights(setting.out / row["name"]) == weights(alone)
+        assert shards(setting.out / row["name"]) == shards(alone)
         zeros, count = zeros_and_weights(alone)
         assert (row["zeros"], row["weights"], row["sparsity"]) == (zeros, count, zeros / count)
         assert (row["method"], row["target"], row["seed"], row["model"]) == (method, pattern, 1, str(setting.model))
@@ -194,11 +183,11 @@ def test_a_lost_or_damaged_record_costs_no_second_pruning(swept: Setting) -> Non
 
 
 def test_a_result_that_was_removed_is_made_again(swept: Setting, ran: list[str]) -> None:
-    before = weights(swept.out / MAGNITUDE)
+    before = shards(swept.out / MAGNITUDE)
     shutil.rmtree(swept.out / MAGNITUDE)
     assert swept.sweep().skipped == 1
     assert ran == [MAGNITUDE]
-    assert weights(swept.out / MAGNITUDE) == before
+    assert shards(swept.out / MAGNITUDE) == before
 
 
 def test_a_result_that_another_run_put_there_is_not_taken_for_ours(swept: Setting) -> None:
@@ -290,7 +279,7 @@ def test_an_interrupt_exits_with_130_and_the_same_command_goes_on(
     assert done.code == 0, done.err
     assert "resuming: 2 of 3 blocks are finished" in done.err
     for name in (WANDA, MAGNITUDE):
-        assert weights(setting.out / name) == weights(finished / name)
+        assert shards(setting.out / name) == shards(finished / name)
     after = files(setting.out / WANDA)
     for shard in ("model-00001-of-00004.safetensors", "model-00003-of-00004.safetensors"):
         assert after[shard] == begun[shard]  # not written a second time
@@ -299,12 +288,9 @@ def test_an_interrupt_exits_with_130_and_the_same_command_goes_on(
 def test_an_interrupted_evaluation_costs_no_second_pruning(
     setting: Setting, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
     axes = {"method": ["magnitude"]}
     with monkeypatch.context() as patch:
-        patch.setattr("prunekit.api.evaluate", interrupt)
+        patch.setattr("prunekit.api.evaluate", ctrl_c)
         assert setting.call(axes=axes, evaluate=setting.evaluation()).code == 130
     assert ran == [MAGNITUDE]
     assert setting.call(axes=axes, evaluate=setting.evaluation()).code == 0
@@ -322,7 +308,7 @@ def test_what_cannot_be_continued_is_begun_again(
     done = setting.call(axes={"method": ["wanda"]})
     assert done.code == 0, done.err
     assert f"{WANDA} cannot be continued and is begun again" in done.err
-    assert weights(setting.out / WANDA) == weights(finished / WANDA)
+    assert shards(setting.out / WANDA) == shards(finished / WANDA)
 
 
 def test_a_changed_base_begins_unfinished_runs_again(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,7 +401,7 @@ def test_a_retry_continues_what_failed(setting: Setting, finished: Path, monkeyp
     assert setting.sweep({"method": ["wanda"]}, retry=True).failed == []
     shard = "model-00003-of-00004.safetensors"
     assert files(setting.out / WANDA)[shard] == begun[shard]
-    assert weights(setting.out / WANDA) == weights(finished / WANDA)
+    assert shards(setting.out / WANDA) == shards(finished / WANDA)
 
 
 def test_a_failed_reload_check_can_be_retried(
@@ -432,7 +418,7 @@ def test_a_failed_reload_check_can_be_retried(
     assert row["error_kind"] == "VerificationError"
     monkeypatch.setattr(Writer, "write_shard", write)
     assert setting.sweep({"method": ["wanda"]}, retry=True).failed == []
-    assert weights(setting.out / WANDA) == weights(finished / WANDA)
+    assert shards(setting.out / WANDA) == shards(finished / WANDA)
 
 
 def test_a_damaged_result_is_only_replaced_by_a_retry(swept: Setting, finished: Path) -> None:
@@ -447,7 +433,7 @@ def test_a_damaged_result_is_only_replaced_by_a_retry(swept: Setting, finished: 
     assert (row["status"], files(swept.out / WANDA)) == ("failed", before)
     assert f"{shard.name} changed since" in row["error"]
     assert swept.sweep(retry=True).failed == []
-    assert weights(swept.out / WANDA) == weights(finished / WANDA)
+    assert shards(swept.out / WANDA) == shards(finished / WANDA)
 
 
 def test_a_failed_evaluation_is_retried_without_pruning(swept: Setting, ran: list[str]) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from helpers import draw_ids
 from prunekit.model.anatomy import Linear
 from prunekit.model.source import ResidentModel
 from prunekit.model.stream import Windows
@@ -15,7 +16,7 @@ from prunekit.shrink.view import BlockView
 
 
 def draw_windows(count: int, length: int, seed: int = 1) -> Windows:
-    return Windows(torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(seed)))
+    return Windows(draw_ids(count, length, seed))
 
 
 def objective_of(model: PreTrainedModel, windows: Windows, number: int, objective: str) -> Tensor:

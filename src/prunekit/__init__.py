@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     )
     from .benching import Bench
     from .comparing import Comparison
-    from .errors import InputError, PrunekitError, StorageError, VerificationError
+    from .errors import HistoryError, InputError, PrunekitError, StorageError, VerificationError
     from .evaluating import Evaluation
     from .exporting import Export
     from .generation.engine import Generation
@@ -56,6 +56,7 @@ _HOMES = {
     "Export": "exporting",
     "Findings": "studying",
     "Generation": "generation.engine",
+    "HistoryError": "errors",
     "InputError": "errors",
     "Inspection": "api",
     "Plan": "api",
@@ -97,6 +98,7 @@ __all__ = [
     "Export",
     "Findings",
     "Generation",
+    "HistoryError",
     "InputError",
     "Inspection",
     "Plan",

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from . import pruning
 from .binding import Bound
-from .calibration.text import documents
-from .calibration.windows import calibration_windows, window_length
+from .calibration.windows import recipe_windows, window_length
 from .catalogue import METHODS, PARTS, UNIT_PARTS, Method, find_method
 from .checkpoint.locate import locate
 from .errors import InputError, nearest
@@ -876,15 +875,8 @@ def _windows(model: PreTrainedModel, tokens: Any, recipe: Recipe) -> Windows:
             raise InputError(f"input_ids and attention_mask must be tables of whole numbers: {problem}") from None
         windows = Windows(ids, None if bool(mask.all()) else mask)
     elif callable(tokens):
-        calibration = recipe.calibration
-        windows = calibration_windows(
-            documents(calibration.source, "calibration"),
-            tokens,
-            samples=calibration.samples,
-            length=window_length(model.config, calibration.length, Silent()),
-            seed=recipe.seed,
-            sampling=calibration.sampling,
-        )
+        length = window_length(model.config, recipe.calibration.length, Silent())
+        windows = recipe_windows(recipe, tokens, length=length)
     else:
         raise InputError(
             f"calibration tokens cannot be {type(tokens).__name__}: give a tokenizer, token ids or a batch"

@@ -22,7 +22,7 @@ from .checkpoint.shard import Piece
 from .checkpoint.writer import MODELING_NAME
 from .distributed import Ranks
 from .machine import return_memory
-from .model.anatomy import Block, Linear
+from .model.anatomy import Block, Stored
 from .model.hidden import HiddenStates, InMemory, Place, room_for
 from .model.resizing import SHAPES
 from .model.source import Source, StreamedModel, exchanged, resizing_code
@@ -33,9 +33,6 @@ from .statistics import Collector
 # activations a block holds at a time, in vectors a token: of the widest linear's width, and of the hidden states' width
 _WIDE, _NARROW = 4, 8
 ERROR_TOKENS = 256  # inputs of the last window on which a linear's output error is measured
-
-# weight and bias of a linear as the checkpoint holds them
-Stored = Callable[[Linear], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import machine
-from .blockwalk import Appetite, activation_bytes
+from .blockwalk import Job, activation_bytes
 from .errors import InputError
 from .model.source import StreamedModel
 
@@ -32,13 +32,12 @@ class Needs:
 
 def needs_of(
     source: StreamedModel,
+    job: Job,
     *,
     windows: int,
     all_windows: int,
     length: int,
     batch: int,
-    width: int,
-    appetite: Appetite,
     budget: int,
     base: int,
 ) -> Needs:
@@ -46,15 +45,14 @@ def needs_of(
 
     Args:
         source: the model.
+        job: what is done to it.
         windows, all_windows: of this process and of all.
         length: tokens per window.
         batch: windows per forward pass.
-        width: of the hidden states.
-        appetite: what the method takes.
         budget: memory budget in bytes.
         base: bytes resident before anything of the model is read.
     """
-    anatomy = source.anatomy
+    anatomy, width, appetite = source.anatomy, _hidden_width(source), job.appetite(windows, length)
     stored = {name: entry.bytes for name, entry in source.reader.entries.items()}
     counts = {name: entry.count for name, entry in source.reader.entries.items()}
     size = source.dtype.itemsize
@@ -89,9 +87,14 @@ def needs_of(
     return Needs(memory, disk, hidden, in_files, activations, block + converted)
 
 
-def hidden_width(source: StreamedModel) -> int:
+def _hidden_width(source: StreamedModel) -> int:
     """Width of the hidden states, as the model's own config gives it."""
     return int(source.module.config.get_text_config().hidden_size)
+
+
+def hidden_room(asked: int | None, processes: int = 1) -> int:
+    """Bytes that the hidden states of each of so many processes may take in memory: as asked, or half of what is free."""
+    return machine.available_memory_bytes() // 2 // processes if asked is None else asked
 
 
 def refuse_memory(needs: Needs, *, base: int, processes: int) -> None:

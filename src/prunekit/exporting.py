@@ -111,14 +111,7 @@ def export_folder(
     reader = Reader(folder)
     manifest = unchanged_manifest(folder)
     check_output(folder, out, resume=None, overwrite=overwrite)
-    texts = None
-    wanted = [Piece.stored(name, reader) for name in reader.entries]
-    if form == "padded":
-        layout, sheets = padded(StreamedModel.open(folder, dtype="float32", device="cpu"))
-        texts = layout.texts
-        wanted = [piece for sheet in sheets for piece in sheet.pieces]
-    else:
-        sheets = packed_sheets(reader) if form == "bitmask" else plain_sheets(reader)
+    sheets, wanted, texts = _laid_out(reader, form)
     after = sum(sheet.bytes for sheet in sheets)
     refuse_no_room(out, after)
     with ExitStack() as held:
@@ -158,6 +151,15 @@ def export_folder(
         seconds=time.perf_counter() - begun,
         peak_rss_bytes=machine.peak_rss_bytes(),
     )
+
+
+def _laid_out(reader: Reader, form: Form) -> tuple[list[Sheet], list[Piece], dict[str, str] | None]:
+    """The files to write, the tensors they stand for, and the texts that go with them."""
+    if form == "padded":
+        layout, sheets = padded(StreamedModel.open(reader.folder, dtype="float32", device="cpu"))
+        return sheets, [piece for sheet in sheets for piece in sheet.pieces], layout.texts
+    sheets = packed_sheets(reader) if form == "bitmask" else plain_sheets(reader)
+    return sheets, [Piece.stored(name, reader) for name in reader.entries], None
 
 
 def write_sheets(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
 from typing import Any
@@ -14,17 +13,16 @@ import torch
 
 from . import machine
 from .blockwalk import BlockWalk, Job, Rehearsal, block_parameters
-from .calibration.windows import load_tokenizer, window_length
-from .checkpoint.locate import locate
+from .calibration.windows import window_length
 from .checkpoint.reader import bytes_of
 from .distributed import Ranks
-from .estimate import Needs, hidden_width, needs_of, refuse_disk, refuse_memory
+from .estimate import Needs, hidden_room, needs_of, refuse_disk, refuse_memory
 from .jobs import job_of
 from .model.source import StreamedModel
 from .model.stream import Walk, Windows, batch_size
+from .opening import find_model, open_model, open_tokenizer
 from .progress import Progress, Silent
 from .recipe import Recipe
-from .sparsify.walk import stored_place
 
 _TRIED = 3  # batches that are sent through the first block
 
@@ -82,29 +80,24 @@ class _Outline:
     @classmethod
     def of(cls, recipe: Recipe, out: Path, progress: Progress, memory_budget: int | None) -> _Outline:
         """Raises `InputError` for what a run would refuse of the model, the method, the budget and the machine."""
-        folder = locate(
-            recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, progress=progress
-        )
-        source = StreamedModel.open(
-            folder, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
-        )
+        folder = find_model(recipe, progress)
+        source = open_model(recipe, folder)
         calibration = recipe.calibration
         job = job_of(recipe, source)
         length = window_length(source.module.config, calibration.length, progress)
         windows = calibration.samples if job.looks_at_data else 1
         batch = min(windows, calibration.batch or batch_size(length))
-        load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)  # a run has its code in memory too
+        open_tokenizer(recipe, folder)  # a run has its code in memory too
         machine.return_memory()
         base = machine.rss_bytes()
         needs = needs_of(
             source,
+            job,
             windows=windows,
             all_windows=windows,
             length=length,
             batch=batch,
-            width=hidden_width(source),
-            appetite=job.appetite(windows, length),
-            budget=machine.available_memory_bytes() // 2 if memory_budget is None else memory_budget,
+            budget=hidden_room(memory_budget),
             base=base,
         )
         refuse_memory(needs, base=base, processes=1)
@@ -175,7 +168,7 @@ class _Trial:
         fastest = [float("inf")] * 4
         for _ in range(3):  # the first one warms up
             trial.seconds.forward = trial.seconds.prune = trial.seconds.tune = 0.0
-            trial.prune_block(block, module, partial(stored_place, source))
+            trial.prune_block(block, module, source.stored_of)
             measured = trial.seconds.forward
             trial.pass_on(0, module)
             taken = (measured, trial.seconds.forward - measured, trial.seconds.prune, trial.seconds.tune)

@@ -19,15 +19,7 @@ from torch import Tensor, nn
 
 from . import machine
 from .blockwalk import BlockWalk, LinearReport, Seconds, block_parameters
-from .calibration.text import documents
-from .calibration.windows import (
-    calibration_windows,
-    check_vocabulary,
-    load_tokenizer,
-    token_hash,
-    window_length,
-)
-from .checkpoint.locate import locate
+from .calibration.windows import check_vocabulary, recipe_windows, token_hash, window_length
 from .checkpoint.lock import LOCK_NAME, locked
 from .checkpoint.manifest import FORMAT, changed_files, read_manifest
 from .checkpoint.output import check_output, orderly_end, refuse_other, take_output
@@ -45,17 +37,17 @@ from .checkpoint.writer import (
 )
 from .distributed import Ranks, find_ranks
 from .errors import InputError, PrunekitError, StorageError, VerificationError
-from .estimate import Needs, hidden_width, needs_of, refuse_disk, refuse_memory
+from .estimate import Needs, hidden_room, needs_of, refuse_disk, refuse_memory
 from .jobs import job_of
 from .keeper import Keeper, saved_blocks
 from .model.hidden import HiddenStates, InFiles, Place
 from .model.source import ResidentModel, StreamedModel, evaluating
 from .model.stream import Walk, Windows, batch_size
+from .opening import find_model, open_model, open_tokenizer
 from .progress import Progress, Silent
 from .recipe import Recipe
 from .report.card import model_card
 from .report.page import run_page
-from .sparsify.walk import resident_place, stored_place
 from .verify import Verification, compared_tokens, verify
 
 if TYPE_CHECKING:
@@ -189,13 +181,7 @@ def run(
     progress = progress if progress is not None and ranks.first else Silent()
     out = out.expanduser()
     with ExitStack() as held:
-        find = partial(
-            locate,
-            recipe.model,
-            revision=recipe.revision,
-            trust_remote_code=recipe.trust_remote_code,
-            progress=progress,
-        )
+        find = partial(find_model, recipe, progress)
         folder = ranks.share(find)  # one process downloads or converts; on other machines each finds its own
         folder = folder if ranks.first else find()
         ranks.share(lambda: check_output(folder, out, resume=resume, overwrite=overwrite))
@@ -246,17 +232,16 @@ def prune_in_memory(
         windows = windows[0 if job.looks_at_data else asked - 1 :]
         walk = Walk(source, windows, recipe.calibration.batch)
         work = job.work(walk, dense=recipe.calibration.mode == "dense", ranks=Ranks(), first=0, total=None)
-        stored = partial(resident_place, model)
         if work.looks_ahead:
             walk.prepare()
             progress.start(f"{work.looks_ahead} looks ahead", work.steps_ahead)
-            work.look_ahead(None, stored, progress.step)
+            work.look_ahead(None, source.stored_of, progress.step)
         work.start()
         reports: list[LinearReport] = []
         progress.start(recipe.method, len(work.blocks))
         for block in work.blocks:
             module = source.load_block(block.index)
-            reports += work.prune_block(block, module, stored)
+            reports += work.prune_block(block, module, source.stored_of)
             work.pass_on(block.index, module)
             progress.step()
         progress.stop()
@@ -276,23 +261,15 @@ def prune_in_memory(
 
 
 def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: Progress, ranks: Ranks) -> _Run:
-    source = StreamedModel.open(
-        folder, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
-    )
+    source = open_model(recipe, folder)
     job = job_of(recipe, source)
     calibration = recipe.calibration
     length = window_length(source.module.config, calibration.length, progress)
 
     def read() -> tuple[Windows, dict[str, str]]:
-        tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
-        windows = calibration_windows(
-            documents(calibration.source, "calibration"),
-            tokenizer,
-            samples=max(ranks.size, calibration.samples if job.looks_at_data else 1),
-            length=length,
-            seed=recipe.seed,
-            sampling=calibration.sampling,
-        )
+        tokenizer = open_tokenizer(recipe, folder)
+        samples = max(ranks.size, calibration.samples if job.looks_at_data else 1)
+        windows = recipe_windows(recipe, tokenizer, length=length, samples=samples)
         check_vocabulary(windows, source.module)
         return windows, source.reader.sha256()
 
@@ -323,16 +300,15 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
     mine = ranks.share_of(-(-len(windows) // batch))
     walk = Walk(source, windows[mine.start * batch : mine.stop * batch], batch)
     work = job.work(walk, dense=calibration.mode == "dense", ranks=ranks, first=mine.start * batch, total=len(windows))
-    room = machine.available_memory_bytes() // 2 // ranks.here if memory_budget is None else memory_budget
+    room = hidden_room(memory_budget, ranks.here)
     base = machine.rss_bytes()
     needs = needs_of(
         source,
+        job,
         windows=len(walk.windows),
         all_windows=len(windows),
         length=length,
         batch=batch,
-        width=hidden_width(source),
-        appetite=job.appetite(len(walk.windows), length),
         budget=room,
         base=base,
     )
@@ -373,6 +349,9 @@ def _finished(out: Path, identity: dict[str, Any]) -> Result | None:
     manifest = read_manifest(out) if out.is_dir() else None
     if manifest is None:
         return None
+    for verb, key in (("recover", "recovery"), ("export", "export")):
+        if manifest.get(key) is not None:
+            raise InputError(f"'{out}' is what {verb} wrote, not prune: choose another --out")
     recipe = {name: value for name, value in manifest["recipe"].items() if name != "model"}
     refuse_other(out, {**{name: manifest[name] for name in identity}, "recipe": recipe}, identity)
     changed = changed_files(out, manifest)
@@ -435,7 +414,7 @@ def _look_ahead(run_: _Run, journal: Journal) -> None:
     if known is None:
         run_.progress.start(f"{work.looks_ahead} looks ahead", work.steps_ahead)
     work.scratch = journal.path.parent
-    found = work.look_ahead(known, partial(stored_place, run_.source), run_.progress.step)
+    found = work.look_ahead(known, run_.source.stored_of, run_.progress.step)
     if known is None:
         journal.profile = found
         run_.ranks.share(journal.save)
@@ -471,7 +450,7 @@ def _walk(run_: _Run, keeper: Keeper, writer: Writer, journal: Journal, begun: f
                 module = source.load_block(block.index)
             if number + 2 not in whole and number + 1 < len(blocks):
                 source.prefetch(blocks[number + 1].index)
-            reports = work.prune_block(block, module, partial(stored_place, source))
+            reports = work.prune_block(block, module, source.stored_of)
         with seconds.timed("write"):
             keeper.settle()
             if not done:
@@ -547,34 +526,57 @@ def _finished_block(run_: _Run, writer: Writer, number: int, noted: Mapping[str,
 
 def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: float) -> Result:
     """Index, config and tokenizer; then the reload check; then the manifest. `final` is [tokens, hidden], behind the last block."""
-    source, seconds, out = run_.source, run_.work.seconds, writer.folder
-    with seconds.timed("verify"):
+    work, source, out = run_.work, run_.source, writer.folder
+    with work.seconds.timed("verify"):
         ids = run_.windows.ids[-1, -len(final) :]
         source.load_outer(ids, "chunked")
-        reference = run_.work.walk.logits(final, ids)
+        reference = work.walk.logits(final, ids)
         source.free_outer()
-    with seconds.timed("write"):
+    with work.seconds.timed("write"):
         writer.write_index(journal.shards)
-        carried = writer.carry_over(
-            source.reader.folder, with_code=run_.recipe.trust_remote_code, written=run_.work.files()
-        )
+        carried = writer.carry_over(source.reader.folder, with_code=run_.recipe.trust_remote_code, written=work.files())
+    verification = _verify(run_, writer, journal, reference)
+    work.seconds.total = time.perf_counter() - begun
+    result = Result(
+        out=out,
+        method=run_.recipe.method,
+        linears=[LinearReport.of(line) for shard in journal.shards for line in shard["linears"]],
+        parameters=source.parameter_count,
+        blocks=len(work.blocks),
+        windows=len(run_.windows),
+        tokens=run_.windows.tokens,
+        seconds=work.seconds,
+        peak_rss_bytes=machine.peak_rss_bytes(),
+        verification=verification,
+        memory={**run_.memory, "verify": machine.peak_rss_bytes()},
+        removed=work.removed,
+        block_parameters=sum(block_parameters(source)),
+        block_removed=work.block_removed,
+        channels=work.channels,
+    )
+    outputs = {name: sha256_file(out / name) for name in (INDEX_NAME, *carried)}
+    manifest = _manifest(run_, result, outputs | {shard["file"]: shard["sha256"] for shard in journal.shards})
+    writer.write_manifest(manifest, model_card(manifest, source.reader.folder), run_page(manifest))
+    return result
+
+
+def _verify(run_: _Run, writer: Writer, journal: Journal, reference: Tensor) -> Verification:
+    """Load what was written and compare its logits with `reference`, [tokens, vocabulary], of the last window."""
+    source, recipe = run_.source, run_.recipe
     width = run_.work.walk.batches[0].stop  # the last batch of all, as it was computed
-    batch = run_.windows[(len(run_.windows) - 1) // width * width :]
-    dtype, device = source.dtype, source.device
-    parameters, blocks = source.parameter_count, len(run_.work.blocks)
     run_.progress.say("loading what was written and comparing its logits")
     run_.work.release()
     machine.return_memory()
-    with seconds.timed("verify"):
+    with run_.work.seconds.timed("verify"):
         try:
-            verification = verify(
-                out,
-                batch,
+            return verify(
+                writer.folder,
+                run_.windows[(len(run_.windows) - 1) // width * width :],
                 reference,
-                dtype=dtype,
-                device=device,
-                whole=parameters * dtype.itemsize <= run_.room,
-                trust_remote_code=run_.recipe.trust_remote_code,
+                dtype=source.dtype,
+                device=source.device,
+                whole=source.parameter_count * source.dtype.itemsize <= run_.room,
+                trust_remote_code=recipe.trust_remote_code,
             )
         except BaseException as problem:
             writer.withdraw_index()  # what nobody has checked must not be taken for finished
@@ -583,29 +585,15 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
                 remove(journal.path)
             elif isinstance(problem, Exception):
                 raise PrunekitError(
-                    f"'{out}' was written, but its reload check could not be made: {problem}"
+                    f"'{writer.folder}' was written, but its reload check could not be made: {problem}"
                 ) from problem
             raise
-    linears = [LinearReport.of(line) for shard in journal.shards for line in shard["linears"]]
-    seconds.total = time.perf_counter() - begun
-    result = Result(
-        out=out,
-        method=run_.recipe.method,
-        linears=linears,
-        parameters=parameters,
-        blocks=blocks,
-        windows=len(run_.windows),
-        tokens=run_.windows.tokens,
-        seconds=seconds,
-        peak_rss_bytes=machine.peak_rss_bytes(),
-        verification=verification,
-        memory={**run_.memory, "verify": machine.peak_rss_bytes()},
-        removed=run_.work.removed,
-        block_parameters=sum(block_parameters(source)),
-        block_removed=run_.work.block_removed,
-        channels=run_.work.channels,
-    )
-    manifest = {
+
+
+def _manifest(run_: _Run, result: Result, outputs: Mapping[str, str]) -> dict[str, Any]:
+    """What `prunekit.json` says; `outputs` are the hashes of the files."""
+    assert result.verification is not None
+    return {
         "format": FORMAT,
         **run_.identity,
         "recipe": run_.recipe.model_dump(),
@@ -613,19 +601,16 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
             name: value for name, value in result.summary().items() if name not in ("out", "method", "verification")
         }
         | {
-            "parameters": parameters,
+            "parameters": result.parameters,
             "removed": result.removed,
             "block_parameters": result.block_parameters,
             "block_removed": result.block_removed,
-            "dropped_blocks": [each.index for each in source.anatomy.blocks if each not in run_.work.blocks],
+            "dropped_blocks": [each.index for each in run_.source.anatomy.blocks if each not in run_.work.blocks],
             "processes": run_.ranks.size,
         },
-        "verification": asdict(verification),
-        "outputs": {name: sha256_file(out / name) for name in (INDEX_NAME, *carried)}
-        | {shard["file"]: shard["sha256"] for shard in journal.shards},
-        "linears": [asdict(linear) for linear in linears],
+        "verification": asdict(result.verification),
+        "outputs": outputs,
+        "linears": [asdict(linear) for linear in result.linears],
         "blocks": run_.blocks,
         **run_.work.told,
     }
-    writer.write_manifest(manifest, model_card(manifest, source.reader.folder), run_page(manifest))
-    return result

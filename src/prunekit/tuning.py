@@ -31,8 +31,7 @@ import torch
 from . import machine
 from .bits import count_zeros
 from .calibration.text import documents
-from .calibration.windows import calibration_windows, check_vocabulary, load_tokenizer, token_hash, window_length
-from .checkpoint.locate import locate
+from .calibration.windows import check_vocabulary, recipe_windows, token_hash, window_length
 from .checkpoint.lock import locked
 from .checkpoint.storage import make_folder, write_json, write_text
 from .distributed import Ranks
@@ -42,6 +41,7 @@ from .jobs import check_options, job_of
 from .model.hidden import room_for
 from .model.source import StreamedModel
 from .model.stream import Walk, Windows
+from .opening import find_model, open_model, open_tokenizer
 from .progress import Progress, Silent
 from .recipe import Recipe
 from .report.plots import check_drawable, draw_front, draw_search
@@ -49,7 +49,6 @@ from .report.tuned import as_markdown
 from .search.recipes import RecipeSpace, values_of
 from .search.texts import windows_apart
 from .search.tpe import ask, complete, fail_running, importances, open_study, require_optuna
-from .sparsify.walk import stored_place
 
 if TYPE_CHECKING:
     import optuna
@@ -201,22 +200,11 @@ class Bench:
     def of(cls, tuning: Tuning, progress: Progress) -> Bench:
         """Raises `InputError` for what is wrong with model or texts."""
         recipe = tuning.recipe
-        folder = locate(
-            recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, progress=progress
-        )
-        source = StreamedModel.open(
-            folder, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
-        )
-        tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
+        folder = find_model(recipe, progress)
+        source = open_model(recipe, folder)
+        tokenizer = open_tokenizer(recipe, folder)
         length = window_length(source.module.config, recipe.calibration.length, progress)
-        windows = calibration_windows(
-            documents(recipe.calibration.source, "calibration"),
-            tokenizer,
-            samples=recipe.calibration.samples,
-            length=length,
-            seed=recipe.seed,
-            sampling=recipe.calibration.sampling,
-        )
+        windows = recipe_windows(recipe, tokenizer, length=length)
         draw = partial(windows_apart, tokenizer=tokenizer, length=length, seed=recipe.seed)
         judged = draw(
             documents(tuning.text or recipe.calibration.source, "calibration"),
@@ -260,12 +248,11 @@ class Bench:
         job = job_of(recipe, self.source)
         walk = Walk(self.source, self.calibration, recipe.calibration.batch)
         work = job.work(walk, dense=recipe.calibration.mode == "dense", ranks=Ranks(), first=0, total=None)
-        stored = partial(stored_place, self.source)
         spent, zeros, weights = 0.0, 0, 0
         begun = time.perf_counter()
         work.prepare()
         if work.looks_ahead:
-            work.look_ahead(None, stored, Silent().step)
+            work.look_ahead(None, self.source.stored_of, Silent().step)
         work.start()
         spent += time.perf_counter() - begun
         evaluation = Walk(self.source, self._texts)
@@ -277,11 +264,11 @@ class Bench:
                 module = self.source.load_block(block.index)
                 self.source.prefetch(block.index + 1)
                 begun = time.perf_counter()
-                work.prune_block(block, module, stored)
+                work.prune_block(block, module, self.source.stored_of)
                 work.pass_on(block.index, module)
                 spent += time.perf_counter() - begun
                 for linear in block.linears:
-                    zeros += count_zeros(stored(linear)[0])
+                    zeros += count_zeros(self.source.stored_of(linear)[0])
                     weights += linear.count
                 evaluation.run(block.index, module)
                 self.source.free_block(block.index)

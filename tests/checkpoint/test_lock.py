@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import prunekit
+from helpers import contents
 from prunekit.checkpoint import lock
 from prunekit.checkpoint.lock import LOCK_NAME, locked, refuse_locked
 from prunekit.errors import InputError
@@ -53,22 +54,18 @@ def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def listing(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def test_a_lock_is_there_while_it_is_held_and_says_by_whom(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     with locked(tmp_path):
         owner = json.loads((tmp_path / LOCK_NAME).read_text())
         assert (owner["process"], owner["host"]) == (os.getpid(), socket.gethostname())
-    assert listing(tmp_path) == {"mine": b"mine"}
+    assert contents(tmp_path) == {"mine": b"mine"}
 
 
 def test_an_error_inside_gives_the_lock_back(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), locked(tmp_path):
         _ = 1 / 0
-    assert listing(tmp_path) == {}
+    assert contents(tmp_path) == {}
     with locked(tmp_path):
         pass
 
@@ -76,19 +73,19 @@ def test_an_error_inside_gives_the_lock_back(tmp_path: Path) -> None:
 def test_another_process_is_refused_and_told_who_writes(tmp_path: Path) -> None:
     (tmp_path / "theirs").write_text("half a model")
     with holder(tmp_path) as process:
-        before = listing(tmp_path)
+        before = contents(tmp_path)
         told = rf"is being written by process {process.pid} on {re.escape(socket.gethostname())}, since 2"
         with pytest.raises(InputError, match=told), locked(tmp_path):
             pass
         with pytest.raises(InputError, match=told):
             refuse_locked(tmp_path)
-        assert listing(tmp_path) == before, "not even the lock file is touched"
+        assert contents(tmp_path) == before, "not even the lock file is touched"
         with pytest.raises(InputError, match=told), locked(tmp_path):  # being refused has not taken the lock away
             pass
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait(timeout=60) == 0
-    assert listing(tmp_path) == {"theirs": b"half a model"}
+    assert contents(tmp_path) == {"theirs": b"half a model"}
     with locked(tmp_path):
         pass
 
@@ -109,7 +106,7 @@ def test_what_a_killed_process_leaves_is_no_lock(tmp_path: Path) -> None:
         assert (tmp_path / LOCK_NAME).exists(), "looking takes nothing"
         with locked(tmp_path):
             assert json.loads((tmp_path / LOCK_NAME).read_text())["process"] == os.getpid()
-    assert listing(tmp_path) == {}
+    assert contents(tmp_path) == {}
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"process": 1}', "\udcff"])
@@ -130,7 +127,7 @@ def test_a_longer_line_of_an_earlier_owner_is_not_left_behind(tmp_path: Path) ->
 def test_no_folder_is_not_locked(tmp_path: Path) -> None:
     refuse_locked(tmp_path)
     refuse_locked(tmp_path / "nowhere")
-    assert listing(tmp_path) == {}
+    assert contents(tmp_path) == {}
 
 
 def test_a_file_that_its_owner_removes_meanwhile_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +204,7 @@ def test_of_many_processes_one_at_a_time_is_inside(tmp_path: Path) -> None:
         for process in processes:
             process.kill()
             process.communicate()
-    assert listing(tmp_path) == {}
+    assert contents(tmp_path) == {}
 
 
 def test_the_command_line_refuses_a_folder_in_use_with_exit_code_2(llama_folder: Path, tmp_path: Path) -> None:
@@ -215,9 +212,9 @@ def test_the_command_line_refuses_a_folder_in_use_with_exit_code_2(llama_folder:
     out.mkdir()
     command = [sys.executable, "-m", "prunekit", "prune", str(llama_folder), "--out", str(out), "--resume"]
     with holder(out) as process:
-        before = listing(out)
+        before = contents(out)
         done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
         assert done.returncode == 2
         assert f"is being written by process {process.pid} on {socket.gethostname()}" in done.stderr
         assert done.stderr.count("\n") == 1, "one sentence"
-        assert listing(out) == before
+        assert contents(out) == before

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from helpers import edit_config, streamed
 from prunekit.checkpoint.reader import INDEX_NAME, SINGLE_NAME, Reader, read_file, sha256_file
 from prunekit.errors import InputError, StorageError
-from prunekit.model.source import StreamedModel
 
 Tensors = dict[str, torch.Tensor]
 
@@ -35,23 +35,14 @@ def write_index(folder: Path, weight_map: Any) -> None:
     (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
 
 
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
 def edit_weights(folder: Path, change: Callable[[Tensors], object]) -> None:
     tensors = load_file(folder / SINGLE_NAME)
     change(tensors)
     save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt"})
 
 
-def open_model(folder: Path) -> StreamedModel:
-    return StreamedModel(Reader(folder), torch.float32, torch.device("cpu"))
-
-
 def load_all(folder: Path) -> None:
-    source = open_model(folder)
+    source = streamed(folder)
     source.load_outer(torch.zeros(1, dtype=torch.long), "whole")
     for block in source.anatomy.blocks:
         source.load_block(block.index)
@@ -281,19 +272,19 @@ UP = "model.layers.2.mlp.up_proj.weight"
 def test_refuses_a_missing_tensor(llama_folder: Path) -> None:
     edit_weights(llama_folder, lambda tensors: tensors.pop(UP))
     with pytest.raises(InputError, match=f"lacks 1 tensors its config.json asks for: '{re.escape(UP)}'"):
-        open_model(llama_folder)
+        streamed(llama_folder)
 
 
 def test_refuses_an_unexpected_tensor(llama_folder: Path) -> None:
     edit_weights(llama_folder, lambda tensors: tensors.update({"model.layers.9.extra.weight": torch.ones(2)}))
     with pytest.raises(InputError, match=re.escape("does not know: 'model.layers.9.extra.weight'")):
-        open_model(llama_folder)
+        streamed(llama_folder)
 
 
 def test_refuses_a_wrong_shape(llama_folder: Path) -> None:
     edit_weights(llama_folder, lambda tensors: tensors.update({UP: torch.ones(48, 31)}))
     with pytest.raises(InputError) as caught:
-        open_model(llama_folder)
+        streamed(llama_folder)
     for part in (UP, "[48, 31]", "[48, 32]"):
         assert part in str(caught.value)
 
@@ -320,23 +311,23 @@ def test_refuses_the_folders_own_code_unless_it_is_trusted(llama_folder: Path) -
     edit_config(llama_folder, model_type="strange", auto_map={"AutoConfig": "code.StrangeConfig"})
     (llama_folder / "code.py").write_text("raise SystemExit('it ran')")
     with pytest.raises(InputError, match="--trust-remote-code"):
-        open_model(llama_folder)
+        streamed(llama_folder)
 
 
 def test_refuses_an_unknown_model_type(llama_folder: Path) -> None:
     edit_config(llama_folder, model_type="strange")
     with pytest.raises(InputError, match=r"not a config transformers knows.*strange"):
-        open_model(llama_folder)
+        streamed(llama_folder)
 
 
 @pytest.mark.parametrize("model_type", ["t5", "vit", "clip"])
 def test_refuses_what_is_no_causal_language_model(llama_folder: Path, model_type: str) -> None:
     (llama_folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(InputError, match="does not describe a causal language model"):
-        open_model(llama_folder)
+        streamed(llama_folder)
 
 
 def test_refuses_mixtures_of_experts_for_now(tmp_path: Path) -> None:
     tiny.save_model(tmp_path, "mixtral")
     with pytest.raises(InputError):  # stored per expert or stacked, by release: either is refused
-        open_model(tmp_path)
+        streamed(tmp_path)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import prunekit
+from helpers import read_only
 from limits import small_files
 from prunekit.checkpoint import reader
 from prunekit.checkpoint.reader import DTYPES, Reader
@@ -175,11 +176,8 @@ def test_a_disk_that_cannot_even_remove_says_what_happened_first(
     def damaged(handle: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    def refuse(self: Path, missing_ok: bool = False) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
     monkeypatch.setattr(os, "fsync", damaged)
-    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(Path, "unlink", read_only)
     with pytest.raises(StorageError, match="Input/output error"):
         write_shard(tmp_path / "it", [Piece.of("it", torch.ones(3))])
 

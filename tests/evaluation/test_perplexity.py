@@ -13,12 +13,14 @@ from transformers import PreTrainedModel
 
 import prunekit
 import tiny
-from prunekit.checkpoint.reader import Reader
+from helpers import draw_ids, streamed
 from prunekit.errors import InputError
 from prunekit.evaluation import perplexity as module
 from prunekit.evaluation.perplexity import chunk_tokens, negative_log_likelihood, perplexity
-from prunekit.model.source import ResidentModel, StreamedModel
+from prunekit.model.source import ResidentModel
 from prunekit.model.stream import Windows
+
+IDS = draw_ids(3, 20, seed=2)
 
 
 def slow_perplexity(model: PreTrainedModel, ids: torch.Tensor) -> float:
@@ -34,31 +36,24 @@ def slow_perplexity(model: PreTrainedModel, ids: torch.Tensor) -> float:
     return math.exp(math.fsum(losses) / len(losses))
 
 
-def draw_ids(count: int = 3, length: int = 20) -> torch.Tensor:
-    return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(2))
-
-
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_streamed_perplexity_is_the_plain_definition(family: str, tmp_path: Path) -> None:
     model = tiny.save_model(tmp_path, family)
-    ids = draw_ids()
-    source = StreamedModel(Reader(tmp_path), torch.float32, torch.device("cpu"))
-    found, predictions = perplexity(source, Windows(ids), batch=2)
+    source = streamed(tmp_path)
+    found, predictions = perplexity(source, Windows(IDS), batch=2)
     assert predictions == 3 * 19
-    assert found == pytest.approx(slow_perplexity(model, ids), rel=1e-5)
+    assert found == pytest.approx(slow_perplexity(model, IDS), rel=1e-5)
     assert all(parameter.device.type == "meta" for parameter in source.module.parameters())
 
 
 def test_soft_capping_is_part_of_the_model() -> None:
     # Logits far beyond the cap, so that leaving it out would show.
     model = tiny.make_model("gemma2", final_logit_softcapping=0.5)
-    found, _ = perplexity(ResidentModel(model), Windows(draw_ids()))
-    assert found == pytest.approx(slow_perplexity(model, draw_ids()), rel=1e-5)
+    found, _ = perplexity(ResidentModel(model), Windows(IDS))
+    assert found == pytest.approx(slow_perplexity(model, IDS), rel=1e-5)
     # with logits within ±0.5 no token can be e times more likely than another
     assert 288 / math.e < found < 288 * math.e
-    uncapped, _ = perplexity(
-        ResidentModel(tiny.make_model("gemma2", final_logit_softcapping=None)), Windows(draw_ids())
-    )
+    uncapped, _ = perplexity(ResidentModel(tiny.make_model("gemma2", final_logit_softcapping=None)), Windows(IDS))
     assert abs(uncapped - found) > 1
 
 
@@ -66,7 +61,7 @@ def test_soft_capping_is_part_of_the_model() -> None:
 @pytest.mark.parametrize("tokens", [1, 7, 19, 1000])
 def test_how_the_head_is_chunked_does_not_matter(family: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     source = ResidentModel(tiny.make_model(family))
-    expected, predictions = perplexity(source, Windows(draw_ids()))
+    expected, predictions = perplexity(source, Windows(IDS))
     monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * 288 * tokens)
     assert chunk_tokens(288) == tokens
     sizes = []
@@ -77,7 +72,7 @@ def test_how_the_head_is_chunked_does_not_matter(family: str, tokens: int, monke
         return original(logits, targets)
 
     monkeypatch.setattr(module, "negative_log_likelihood", watched)
-    found, counted = perplexity(source, Windows(draw_ids()))
+    found, counted = perplexity(source, Windows(IDS))
     assert max(sizes) == min(tokens, 19)
     assert counted == sum(sizes) == predictions
     assert found == pytest.approx(expected, rel=1e-6)
@@ -90,8 +85,8 @@ def test_a_vocabulary_larger_than_a_chunk_still_takes_one_token_at_a_time() -> N
 @pytest.mark.parametrize("batch", [1, 2, 3, None])
 def test_how_windows_are_batched_does_not_matter(batch: int | None) -> None:
     model = tiny.make_model("llama")
-    found, _ = perplexity(ResidentModel(model), Windows(draw_ids()), batch=batch)
-    assert found == pytest.approx(slow_perplexity(model, draw_ids()), rel=1e-5)
+    found, _ = perplexity(ResidentModel(model), Windows(IDS), batch=batch)
+    assert found == pytest.approx(slow_perplexity(model, IDS), rel=1e-5)
 
 
 def test_windows_of_two_tokens_are_the_shortest_that_predict() -> None:
@@ -113,12 +108,12 @@ def test_negative_log_likelihood_of_half_precision_logits() -> None:
 def test_padded_windows_are_refused() -> None:
     keep = torch.ones(3, 20, dtype=torch.bool)
     with pytest.raises(InputError, match="give windows without padding"):
-        perplexity(ResidentModel(tiny.make_model("llama")), Windows(draw_ids(), keep))
+        perplexity(ResidentModel(tiny.make_model("llama")), Windows(IDS, keep))
 
 
 def test_a_step_a_block_and_one_for_the_head() -> None:
     steps: list[None] = []
-    perplexity(ResidentModel(tiny.make_model("llama")), Windows(draw_ids()), step=lambda: steps.append(None))
+    perplexity(ResidentModel(tiny.make_model("llama")), Windows(IDS), step=lambda: steps.append(None))
     assert len(steps) == 4
 
 
@@ -127,14 +122,14 @@ def test_logits_that_are_not_finite_are_refused() -> None:
     with torch.no_grad():
         model.lm_head.weight.fill_(math.nan)
     with pytest.raises(InputError, match=r"logits are NaN or infinite in torch\.float32"):
-        perplexity(ResidentModel(model), Windows(draw_ids()))
+        perplexity(ResidentModel(model), Windows(IDS))
 
 
 def test_a_hopeless_model_has_infinite_perplexity() -> None:
     model = tiny.make_model("llama")
     with torch.no_grad():
         model.lm_head.weight.mul_(1e6)  # certain of the wrong token: exp of the mean is beyond float64
-    found, _ = perplexity(ResidentModel(model), Windows(draw_ids()))
+    found, _ = perplexity(ResidentModel(model), Windows(IDS))
     assert found == math.inf
 
 

@@ -40,6 +40,7 @@ from disk import ERRORS, KILLS, Disk, Fault
 from transformers.utils import logging
 
 import tiny
+from helpers import contents
 from prunekit import cli, keeper, machine, pruning
 from prunekit.blockwalk import BlockWalk
 from prunekit.checkpoint import lock, shard, storage, writer
@@ -114,9 +115,9 @@ class Driver:
             self.seconds[setting] = time.monotonic() - begun
             self.whole[setting] = contents(out)
         for mode in _MODES:
-            in_memory, in_files = (shards(self.whole[f"{mode}-{where}"]) for where in ("memory", "files"))
+            in_memory, in_files = (weights(self.whole[f"{mode}-{where}"]) for where in ("memory", "files"))
             assert in_memory == in_files, "where hidden states are kept changes no bit"
-        told = {tuple(shards(self.whole[f"{mode}-memory"]).values()) for mode in _MODES}
+        told = {tuple(weights(self.whole[f"{mode}-memory"]).values()) for mode in _MODES}
         assert len(told) == len(_MODES), "each does something else"
         self._make_starts()
         self._prepared: dict[tuple[Any, ...], Any] = {}
@@ -325,12 +326,7 @@ def _untimed(manifest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file's bytes, by name."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def shards(files: dict[str, bytes]) -> dict[str, bytes]:
+def weights(files: dict[str, bytes]) -> dict[str, bytes]:
     """The weights among them."""
     return {name: content for name, content in files.items() if name.endswith(".safetensors")}
 

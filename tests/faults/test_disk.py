@@ -22,14 +22,14 @@ pytestmark = [
 ]
 
 
-def in_child(root: Path, work: Callable[[], None], fault: Fault | None = None) -> tuple[int, list[str], list[str]]:
+def in_child(out: Path, work: Callable[[], None], fault: Fault | None = None) -> tuple[int, list[str], list[str]]:
     """Do `work` in a process whose disk fails; returns its exit status, the operations, and what the disk has not seen."""
-    report = root.parent / "report.json"
+    report = out.parent / "report.json"
     sys.stdout.flush()
     child = os.fork()
     if not child:
         try:
-            disk = Disk(root, fault)
+            disk = Disk(out, fault)
             disk.install()
             work()
             report.write_text(json.dumps([disk.labels, disk.unseen()]))
@@ -44,40 +44,35 @@ def in_child(root: Path, work: Callable[[], None], fault: Fault | None = None) -
     return status, labels, unseen
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
-def test_every_way_of_writing_is_seen(root: Path, tmp_path: Path) -> None:
+def test_every_way_of_writing_is_seen(out: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(b"x" * 1000)
 
     def work() -> None:
-        root.mkdir()
-        (root / "text").write_text("some text")
-        with (root / "raw").open("wb", buffering=0) as stream:
+        out.mkdir()
+        (out / "text").write_text("some text")
+        with (out / "raw").open("wb", buffering=0) as stream:
             stream.write(b"raw")
             os.fsync(stream.fileno())
-        with (root / "raw").open("r+b") as both:
+        with (out / "raw").open("r+b") as both:
             both.seek(1)
             both.write(b"ewritten")
-        shutil.copyfile(source, root / "copy")
-        (root / "moved").touch()
-        (root / "copy").replace(root / "moved")
-        handle = os.open(root / "number", os.O_RDWR | os.O_CREAT)
+        shutil.copyfile(source, out / "copy")
+        (out / "moved").touch()
+        (out / "copy").replace(out / "moved")
+        handle = os.open(out / "number", os.O_RDWR | os.O_CREAT)
         os.write(handle, b"12345")
         os.ftruncate(handle, 2)
         os.close(handle)
-        (root / "below").mkdir()
-        (root / "below" / "gone").write_text("gone")
-        (root / "below" / "too").write_text("gone too")
-        (root / "below" / "gone").unlink()
-        shutil.rmtree(root / "below")
-        (root / "text").chmod(0o600)
+        (out / "below").mkdir()
+        (out / "below" / "gone").write_text("gone")
+        (out / "below" / "too").write_text("gone too")
+        (out / "below" / "gone").unlink()
+        shutil.rmtree(out / "below")
+        (out / "text").chmod(0o600)
         (tmp_path / "elsewhere").write_text("not ours")
 
-    status, labels, unseen = in_child(root, work)
+    status, labels, unseen = in_child(out, work)
     assert (status, unseen) == (0, [])
     assert labels == [
         "mkdir out#1",
@@ -92,15 +87,15 @@ def test_every_way_of_writing_is_seen(root: Path, tmp_path: Path) -> None:
         *("remove out/below/gone#1", "remove out/below/too#1", "rmdir out/below#1"),
         "chmod out/text#1",
     ]
-    assert (root / "moved").read_bytes() == b"x" * 1000
-    assert (root / "raw").read_bytes() == b"rewritten"
+    assert (out / "moved").read_bytes() == b"x" * 1000
+    assert (out / "raw").read_bytes() == b"rewritten"
 
 
-def write_twice(root: Path) -> Callable[[], None]:
+def write_twice(out: Path) -> Callable[[], None]:
     def work() -> None:
-        root.mkdir()
-        (root / "a").write_text("first")
-        (root / "a").write_text("second!!")
+        out.mkdir()
+        (out / "a").write_text("first")
+        (out / "a").write_text("second!!")
 
     return work
 
@@ -116,10 +111,10 @@ def write_twice(root: Path) -> Callable[[], None]:
         ("kill", "mkdir out#1", None),
     ],
 )
-def test_a_kill_leaves_what_was_done(root: Path, kind: str, at: str | int, left: str | None) -> None:
-    status, *_ = in_child(root, write_twice(root), Fault(kind, at))
+def test_a_kill_leaves_what_was_done(out: Path, kind: str, at: str | int, left: str | None) -> None:
+    status, *_ = in_child(out, write_twice(out), Fault(kind, at))
     assert status == -signal.SIGKILL
-    assert ((root / "a").read_text() if root.exists() else None) == left
+    assert ((out / "a").read_text() if out.exists() else None) == left
 
 
 @pytest.mark.parametrize(
@@ -131,21 +126,21 @@ def test_a_kill_leaves_what_was_done(root: Path, kind: str, at: str | int, left:
         ("readonly", "empty out/a#1", errno.EROFS, "first"),
     ],
 )
-def test_an_error_is_the_systems(root: Path, kind: str, at: str, number: int, left: str | None) -> None:
-    status, *_ = in_child(root, write_twice(root), Fault(kind, at))
+def test_an_error_is_the_systems(out: Path, kind: str, at: str, number: int, left: str | None) -> None:
+    status, *_ = in_child(out, write_twice(out), Fault(kind, at))
     assert status == number
-    assert ((root / "a").read_text() if root.exists() else None) == left
+    assert ((out / "a").read_text() if out.exists() else None) == left
 
 
-def test_a_failing_write_may_have_written_half(root: Path) -> None:
-    root.mkdir()
+def test_a_failing_write_may_have_written_half(out: Path) -> None:
+    out.mkdir()
 
     def work() -> None:
-        with (root / "a").open("wb", buffering=0) as stream:
+        with (out / "a").open("wb", buffering=0) as stream:
             stream.write(b"first")
 
-    assert in_child(root, work, Fault("error", "write out/a#1"))[0] == errno.ENOSPC
-    assert (root / "a").read_bytes() == b"fi"
+    assert in_child(out, work, Fault("error", "write out/a#1"))[0] == errno.ENOSPC
+    assert (out / "a").read_bytes() == b"fi"
 
 
 def sync(path: Path) -> None:
@@ -154,27 +149,27 @@ def sync(path: Path) -> None:
     os.close(handle)
 
 
-def test_what_was_synced_survives_every_power_failure(root: Path) -> None:
+def test_what_was_synced_survives_every_power_failure(out: Path) -> None:
     def work() -> None:
-        root.mkdir()
-        sync(root.parent)
-        (root / "a").write_text("safe")
-        sync(root / "a")
-        sync(root)
-        (root / "b").write_text("named, not synced" * 100)
-        sync(root)
-        (root / "c").write_text("synced, not named")
-        sync(root / "c")
-        (root / "d").write_text("new")
-        (root / "d").replace(root / "a")
-        (root / "e").touch()
+        out.mkdir()
+        sync(out.parent)
+        (out / "a").write_text("safe")
+        sync(out / "a")
+        sync(out)
+        (out / "b").write_text("named, not synced" * 100)
+        sync(out)
+        (out / "c").write_text("synced, not named")
+        sync(out / "c")
+        (out / "d").write_text("new")
+        (out / "d").replace(out / "a")
+        (out / "e").touch()
 
     found: dict[str, set[str | None]] = {name: set() for name in "abcde"}
     for seed in range(60):
-        assert in_child(root, work, Fault("power", "create out/e#1", seed))[0] == -signal.SIGKILL
+        assert in_child(out, work, Fault("power", "create out/e#1", seed))[0] == -signal.SIGKILL
         for name, contents in found.items():
-            contents.add((root / name).read_text() if (root / name).exists() else None)
-        shutil.rmtree(root)
+            contents.add((out / name).read_text() if (out / name).exists() else None)
+        shutil.rmtree(out)
     assert found["a"] >= {"safe", "new", ""}, "not renamed, renamed with its bytes, renamed without them"
     assert found["a"] <= {"safe", "new", "", "\0\0\0"}
     assert {"named, not synced" * 100, ""} < found["b"], "and it may be torn"
@@ -184,17 +179,17 @@ def test_what_was_synced_survives_every_power_failure(root: Path) -> None:
     assert found["e"] == {None}
 
 
-def test_a_folder_whose_name_was_not_synced_may_be_gone(root: Path) -> None:
+def test_a_folder_whose_name_was_not_synced_may_be_gone(out: Path) -> None:
     def work() -> None:
-        root.mkdir()
-        (root / "a").write_text("safe")
-        sync(root / "a")
-        sync(root)
-        (root / "b").touch()
+        out.mkdir()
+        (out / "a").write_text("safe")
+        sync(out / "a")
+        sync(out)
+        (out / "b").touch()
 
     found = set()
     for seed in range(20):
-        in_child(root, work, Fault("power", "create out/b#1", seed))
-        found.add((root / "a").read_text() if root.exists() else None)
-        shutil.rmtree(root, ignore_errors=True)
+        in_child(out, work, Fault("power", "create out/b#1", seed))
+        found.add((out / "a").read_text() if out.exists() else None)
+        shutil.rmtree(out, ignore_errors=True)
     assert found == {None, "safe"}

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 
 import prunekit
 import tiny
+from helpers import contents, read_only, shards, stop_at
 from prunekit import InputError, StorageError, machine, pruning
 from prunekit.checkpoint import storage, writer
 from prunekit.checkpoint.lock import LOCK_NAME
@@ -51,27 +51,6 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting(tmp_path_factory.mktemp("recovery"))
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def stop_at(call: int, real: Callable[..., Any]) -> Callable[..., Any]:
-    """`real`, interrupted when it is called for that time (from 0)."""
-    calls = iter(range(1000))
-
-    def wrapped(*arguments: Any, **named: Any) -> Any:
-        if next(calls) == call:
-            raise KeyboardInterrupt
-        return real(*arguments, **named)
-
-    return wrapped
-
-
 def interrupt(setting: Setting, out: Path, owner: Any, name: str, call: int = 0, **options: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, stop_at(call, getattr(owner, name)))
@@ -100,10 +79,7 @@ def test_a_finished_folder_that_cannot_be_tidied_is_finished(
     interrupt(setting, out, writer, "remove", 2)
     assert (out / JOURNAL_NAME).exists()
 
-    def refuse(self: Path, missing_ok: bool = False) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(Path, "unlink", read_only)
     assert setting.run(out, resume=True).verification is not None
 
 
@@ -184,7 +160,7 @@ def test_a_finished_shard_that_cannot_be_read_does_not_cost_the_others(
     setting: Setting, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt(setting, out, Writer, "write_index")
-    before = {name for name in contents(out) if name.endswith(".safetensors")}
+    before = set(shards(out))
 
     def damaged(path: Path) -> None:
         raise InputError(f"'{path}' is not a whole safetensors file (Input/output error): copy or download it again")
@@ -193,7 +169,7 @@ def test_a_finished_shard_that_cannot_be_read_does_not_cost_the_others(
         patch.setattr(pruning, "read_file", damaged)
         with pytest.raises(StorageError, match=r"model-00004-of-00004\.safetensors' cannot be read again"):
             setting.run(out, resume=True)
-    assert {name for name in contents(out) if name.endswith(".safetensors")} == before
+    assert set(shards(out)) == before
     setting.run(out, resume=True)
     assert setting.same(out)
 
@@ -235,13 +211,10 @@ def test_a_folder_below_one_that_may_not_be_listed(tmp_path: Path, monkeypatch: 
 
 
 def test_a_removal_that_fails_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
-    monkeypatch.setattr(Path, "unlink", refuse)
-    monkeypatch.setattr(shutil, "rmtree", refuse)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    monkeypatch.setattr(shutil, "rmtree", read_only)
     for name in ("file", "folder"):
         with pytest.raises(StorageError, match=f"cannot remove '.*{name}': Read-only file system"):
             storage.remove(tmp_path / name)

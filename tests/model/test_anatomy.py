@@ -24,9 +24,7 @@ BLOCKS_NAMES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def found(family: str) -> tuple[nn.Module, Anatomy]:

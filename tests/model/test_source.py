@@ -16,18 +16,14 @@ from safetensors.torch import load_file, save_file
 
 import prunekit
 import tiny
+from helpers import streamed
 from prunekit.checkpoint.reader import SINGLE_NAME, Reader
 from prunekit.errors import InputError, StorageError
-from prunekit.model.source import ResidentModel, StreamedModel
+from prunekit.model.source import ResidentModel
 from prunekit.model.stream import Walk, Windows
 
-CPU = torch.device("cpu")
 # tied and not, with and without projections, scaling, soft-capping, biases and norms behind the embedding
 FAMILIES = ["llama", "gemma2", "gpt2", "opt", "falcon", "bloom", "gpt_neox"]
-
-
-def streamed(folder: Path, dtype: torch.dtype = torch.float32) -> StreamedModel:
-    return StreamedModel(Reader(folder), dtype, CPU)
 
 
 def some_ids() -> torch.Tensor:

@@ -10,17 +10,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tiny
-from prunekit.checkpoint.reader import Reader
+from helpers import draw_ids, streamed
 from prunekit.errors import InputError
 from prunekit.model.source import ResidentModel, StreamedModel
 from prunekit.model.stream import Recorder, Walk, Windows, split_call
 
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def streamed_logits(source: StreamedModel | ResidentModel, windows: Windows, batch: int) -> torch.Tensor:
@@ -43,15 +38,7 @@ def plain_logits(model: PreTrainedModel, windows: Windows, batch: int) -> torch.
     return torch.cat(parts)
 
 
-def draw_ids(count: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(seed))
-
-
-def streamed(folder: Path, dtype: torch.dtype = torch.float32) -> StreamedModel:
-    return StreamedModel(Reader(folder), dtype, CPU)
-
-
-def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-6) -> None:
+def assert_same(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-6) -> None:
     assert found.shape == expected.shape
     assert found.dtype == expected.dtype
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
@@ -60,13 +47,12 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float =
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_streamed_blocks_reproduce_the_plain_logits(family: str, tmp_path: Path) -> None:
     model = tiny.save_model(tmp_path, family)
-    ids = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(1))
+    ids = draw_ids(3, 24)
     with torch.inference_mode():
         expected = torch.cat([model(ids[:2]).logits, model(ids[2:]).logits])
-    source = StreamedModel(Reader(tmp_path), torch.float32, torch.device("cpu"))
+    source = streamed(tmp_path)
     found = streamed_logits(source, Windows(ids), batch=2)
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -76,7 +62,7 @@ def test_a_resident_model_gives_the_same_and_is_left_as_it_was(family: str) -> N
     modules = [(name, id(module)) for name, module in model.named_modules()]
     windows = Windows(draw_ids(3, 24))
     expected = plain_logits(model, windows, batch=2)
-    assert_close(streamed_logits(ResidentModel(model), windows, batch=2), expected)
+    assert_same(streamed_logits(ResidentModel(model), windows, batch=2), expected)
     assert [(name, id(module)) for name, module in model.named_modules()] == modules
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -94,7 +80,7 @@ def test_padded_windows_reproduce_the_logits_of_real_tokens(family: str, side: s
     assert windows.tokens == sum(lengths)
     expected = plain_logits(model, windows, batch=2)
     found = streamed_logits(streamed(tmp_path), windows, batch=2)
-    assert_close(found[windows.keep], expected[windows.keep])
+    assert_same(found[windows.keep], expected[windows.keep])
     # The mask must have mattered, or the comparison above says nothing.
     unmasked = plain_logits(model, Windows(windows.ids), batch=2)
     if side == "left":
@@ -108,7 +94,7 @@ def test_how_windows_are_batched_does_not_matter(family: str) -> None:
     keep[3, 9:] = False
     windows = Windows(draw_ids(5, 16), keep)
     one, three = (streamed_logits(source, windows, batch)[keep] for batch in (1, 3))
-    assert_close(three, one, 1e-5)
+    assert_same(three, one, 1e-5)
 
 
 def test_batches_cover_every_window_once_and_the_last_may_be_short() -> None:
@@ -116,7 +102,7 @@ def test_batches_cover_every_window_once_and_the_last_may_be_short() -> None:
     windows = Windows(draw_ids(5, 7))  # an odd length, too
     walk = Walk(source, windows, 2)
     assert [(part.start, part.stop) for part in walk.batches] == [(0, 2), (2, 4), (4, 5)]
-    assert_close(streamed_logits(source, windows, 2), plain_logits(source.module, windows, 5), 1e-5)
+    assert_same(streamed_logits(source, windows, 2), plain_logits(source.module, windows, 5), 1e-5)
     assert [(part.start, part.stop) for part in Walk(source, windows, 9).batches] == [(0, 5)]
     # by default as many windows as hold 2048 tokens, and at least one
     assert [part.stop - part.start for part in Walk(source, Windows(torch.zeros(5, 1000).long())).batches] == [2, 2, 1]
@@ -140,7 +126,7 @@ def test_a_base_models_checkpoint_without_prefix(family: str, tmp_path: Path) ->
     source = streamed(tmp_path)
     assert not any(key.startswith(("model.", "transformer.")) for key in source.reader.entries)
     windows = Windows(draw_ids(2, 16))
-    assert_close(streamed_logits(source, windows, batch=2), plain_logits(model, windows, batch=2))
+    assert_same(streamed_logits(source, windows, batch=2), plain_logits(model, windows, batch=2))
 
 
 def test_a_base_models_checkpoint_without_its_head_is_refused(tmp_path: Path) -> None:
@@ -233,7 +219,7 @@ def test_hidden_states_are_what_the_model_hands_its_blocks() -> None:
     walk = Walk(source, windows, 3)
     walk.start()
     for index, block in enumerate(model.model.layers):
-        assert_close(walk.hidden[:], seen[index][0])
+        assert_same(walk.hidden[:], seen[index][0])
         walk.run(index, block)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,6 @@ EVALUATION = EvaluationRecord(
         TaskFigures(task="piqa", metric="acc_norm", n=9, value=0.25, stderr=0.1),
     ),
 )
-
-
-@pytest.fixture(scope="module")
-def manifest(finished_run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((finished_run / "prunekit.json").read_text(encoding="utf-8"))
-    return found
 
 
 def metadata(card: str) -> dict[str, Any]:
@@ -73,6 +66,24 @@ def test_a_card_is_ours_whatever_it_shows(
     assert not is_ours(card.replace("Made by prunekit", "Made by me"), manifest, finished_run)
     assert not is_ours(card.replace("- sparse\n", "- sparse\n- mine\n"), manifest, finished_run)
     assert not is_ours(card + "\nUse it well.\n", manifest, finished_run)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({}, "kept weights are bit-identical to the original's."),
+        ({"reconstruct": {"name": "sparsegpt"}}, "kept weights were refitted (sparsegpt)."),
+        ({"reconstruct": {"name": "alps"}, "tune": {"name": "blockwise"}}, "kept weights were tuned towards"),
+        ({"pattern": {"permute": True}}, "channels of linears were put into another order"),
+    ],
+)
+def test_the_card_says_what_became_of_the_weights_that_are_kept(
+    finished_run: Path, manifest: dict[str, Any], parts: dict[str, Any], said: str
+) -> None:
+    recipe = {**manifest["recipe"], "parts": {**manifest["recipe"]["parts"], **parts}}
+    card = model_card({**manifest, "recipe": recipe}, finished_run)
+    assert said in card
+    assert ("bit-identical" in card) == (not {"reconstruct", "tune"} & parts.keys())
 
 
 def test_the_card_a_run_wrote_is_ours(finished_run: Path, manifest: dict[str, Any]) -> None:

@@ -83,12 +83,6 @@ class Text(HTMLParser):
         return [[" ".join(cell.split()) for cell in row] for row in found]
 
 
-@pytest.fixture(scope="module")
-def manifest(finished_run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((finished_run / "prunekit.json").read_text(encoding="utf-8"))
-    return found
-
-
 def test_a_run_leaves_the_page_of_its_manifest(finished_run: Path, manifest: dict[str, Any]) -> None:
     page = (finished_run / "report.html").read_text(encoding="utf-8")
     assert page == run_page(manifest)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tiny
-from prunekit.checkpoint.reader import Reader
+from helpers import streamed
 from prunekit.errors import InputError, PrunekitError
 from prunekit.model import hidden
 from prunekit.model.anatomy import Linear
@@ -22,8 +22,6 @@ from prunekit.shrink.gradients import GRADIENTS, measure_gradients
 from prunekit.shrink.units import find_structures
 from prunekit.shrink.view import BlockView, Gradients
 from whole import draw_windows, entry_products, views, weight_in, window_gradients
-
-CPU = torch.device("cpu")
 
 
 def stored_in(source: StreamedModel, linear: Linear) -> Tensor:
@@ -63,7 +61,7 @@ def test_streamed_sums_are_those_of_autograd_over_the_whole_model(family: str, o
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
     windows = draw_windows(5, 12)
     gradients = window_gradients(model, windows, objective)
-    source = StreamedModel(Reader(tmp_path), torch.float64, CPU)
+    source = streamed(tmp_path, torch.float64)
     found = flat(measure(source, windows, objective, batch=2))
     wanted = {}
     for block, structures in zip(source.anatomy.blocks, find_structures(model, source.anatomy), strict=True):
@@ -93,7 +91,7 @@ def test_what_goes_together_does_not_matter(objective: str, monkeypatch: pytest.
 
 def test_inputs_in_files_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.save_model(tmp_path)
-    source = StreamedModel(Reader(tmp_path), torch.bfloat16, CPU)
+    source = streamed(tmp_path, torch.bfloat16)
     in_memory = flat(measure(source, draw_windows(3, 8), batch=2))
     monkeypatch.setattr(hidden, "available_memory_bytes", lambda: 0)
     monkeypatch.setattr(hidden.InMemory, "__init__", None)  # nothing is held there now
@@ -103,7 +101,7 @@ def test_inputs_in_files_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.
 
 def test_inputs_that_take_more_than_the_weights_go_to_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.save_model(tmp_path)
-    source = StreamedModel(Reader(tmp_path), torch.bfloat16, CPU)
+    source = streamed(tmp_path, torch.bfloat16)
     made: list[tuple[int, ...]] = []
     real = hidden.InFiles.__init__
 
@@ -146,7 +144,7 @@ def test_padding_takes_no_part(objective: str) -> None:
 
 def test_no_more_than_two_blocks_are_in_memory_and_none_stays(tmp_path: Path) -> None:
     tiny.save_model(tmp_path)
-    source = StreamedModel(Reader(tmp_path), torch.float32, CPU)
+    source = streamed(tmp_path)
     counts: list[int] = []
     measure(source, draw_windows(3, 8), step=lambda: counts.append(len(source.stored)))
     assert len(counts) == 2 * len(source.anatomy.blocks)
@@ -175,8 +173,8 @@ def test_a_model_in_memory_is_left_as_it_was() -> None:
 def test_sixteen_bits_lose_bits_but_nothing_vanishes(dtype: torch.dtype, objective: str, tmp_path: Path) -> None:
     tiny.save_model(tmp_path)
     windows = draw_windows(4, 32)
-    exact = flat(measure(StreamedModel(Reader(tmp_path), torch.float32, CPU), windows, objective))
-    found = flat(measure(StreamedModel(Reader(tmp_path), dtype, CPU), windows, objective))
+    exact = flat(measure(streamed(tmp_path), windows, objective))
+    found = flat(measure(streamed(tmp_path, dtype), windows, objective))
     for key, value in exact.items():
         if key[3] != "gradient_signed":  # of opposite signs
             assert (found[key] > 0).all()

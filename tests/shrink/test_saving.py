@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 import prunekit
 import tiny
+from helpers import near
 from prunekit.model.anatomy import read_anatomy
 from prunekit.model.resizing import SHAPES, resized
 from prunekit.model.source import StreamedModel
@@ -70,11 +71,6 @@ def masked_outputs(model: PreTrainedModel, plan: Plan) -> tuple[torch.Tensor, to
     anatomy = read_anatomy(model)
     with masked(model, anatomy, find_structures(model, anatomy), plan):
         return outputs(model)
-
-
-def near(family: str) -> dict[str, float]:
-    # Gemma's norms are float32 whatever the model is
-    return {"rtol": 1e-4, "atol": 1e-5} if family.startswith("gemma") else {"rtol": 1e-10, "atol": 1e-10}
 
 
 def load_anywhere(folder: Path, *, trusted: bool) -> PreTrainedModel:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import prunekit
 import tiny
+from helpers import shards, stop_at
 from prunekit import InputError
 from prunekit.calibration.text import documents
 from prunekit.calibration.windows import calibration_windows, load_tokenizer
@@ -321,10 +322,6 @@ def test_as_many_parameters_go_as_were_asked_for(tmp_path: Path) -> None:
 # Resuming
 
 
-def shards(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     """A folder with a model and the output of a run that nobody interrupted."""
@@ -342,15 +339,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
 def test_a_killed_run_ends_in_the_same_bytes(
     owner: Any, name: str, call: int, lost: bool, whole: Path, text: Path, tmp_path: Path
 ) -> None:
-    real, calls = getattr(owner, name), iter(range(9))
-
-    def stop(self: Any, *arguments: Any, **named: Any) -> Any:
-        if next(calls) == call:
-            raise KeyboardInterrupt
-        return real(self, *arguments, **named)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, stop)
+        patch.setattr(owner, name, stop_at(call, getattr(owner, name)))
         with pytest.raises(KeyboardInterrupt):
             cut(whole / "base", tmp_path / "out", text)
     if lost:

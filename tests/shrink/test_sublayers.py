@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import prunekit
 import tiny
+from helpers import near
 from prunekit import InputError
 from prunekit.blockwalk import Seconds
 from prunekit.checkpoint.writer import PLAN_NAME
@@ -57,11 +58,6 @@ def without(structures: Structures, *gone: tuple[int, str] | int) -> Plan:
 def outputs(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Logits, and what is generated with a cache."""
     return model(IDS).logits, model.generate(IDS[:1], max_new_tokens=12, do_sample=False, eos_token_id=-1)
-
-
-def near(family: str) -> dict[str, float]:
-    # Gemma's norms are float32 whatever the model is
-    return {"rtol": 1e-4, "atol": 1e-5} if family.startswith("gemma") else {"rtol": 1e-10, "atol": 1e-10}
 
 
 @pytest.mark.parametrize(

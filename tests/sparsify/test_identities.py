@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ few = settings(deadline=None, max_examples=25, database=None)
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.integers(1, 6)
 patterns = st.sampled_from(["0.3", "0.5", "0.9", "2:4", "1:4", "3:4"])
+assert_close = partial(torch.testing.assert_close, rtol=1e-10, atol=0)
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -89,10 +91,6 @@ def one_by_one(weight: Tensor, g: Callable[[Tensor, int, int], float]) -> Tensor
 
 def alone(weight: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return one_by_one(weight, lambda kept, k, j: objective(weight, kept, x, y))
-
-
-def assert_close(found: Tensor, expected: Tensor, rtol: float = 1e-10) -> None:
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=0)
 
 
 def nothing(*shape: int) -> Tensor:
@@ -360,10 +358,10 @@ def test_scores_follow_their_channels_and_not_the_order_of_tokens(seed: int, nam
     generator = torch.Generator().manual_seed(seed)
     tokens, columns, rows = (torch.randperm(n, generator=generator) for n in (9, 8, 5))
     found = score(name, weight, measured(weight, inputs, outputs))
-    assert_close(score(name, weight, measured(weight, inputs[tokens], outputs[tokens])), found, 1e-8)
+    assert_close(score(name, weight, measured(weight, inputs[tokens], outputs[tokens])), found, rtol=1e-8)
     moved = weight[rows][:, columns]
     assert_close(
-        score(name, moved, measured(moved, inputs[:, columns], outputs[:, rows])), found[rows][:, columns], 1e-8
+        score(name, moved, measured(moved, inputs[:, columns], outputs[:, rows])), found[rows][:, columns], rtol=1e-8
     )
     if name != "symmetric":
         kept = keep(found, "0.5")

@@ -160,7 +160,9 @@ def test_only_rowwise_scores_are_asked_in_chunks(rowwise: bool, monkeypatch: pyt
 
 
 def part(function: Callable[..., Tensor], rowwise: bool = True) -> Bound:
-    return Bound(Part("score", "homemade", function, frozenset(), "", rowwise, {}))
+    return Bound(
+        Part(kind="score", name="homemade", function=function, needs=frozenset(), paper="", rowwise=rowwise, options={})
+    )
 
 
 @pytest.mark.parametrize("group", ["row", "layer"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from prunekit.parts import find_part, parts
 from prunekit.sparsify.scores import stochastic
 from prunekit.sparsify.scores.stochastic import sample_indices
 from prunekit.statistics import INPUT_SUMS, OUTPUT_SUMS, Statistics
+
+assert_close = partial(torch.testing.assert_close, rtol=1e-13, atol=0)
 
 
 def draw(rows: int = 5, columns: int = 7, seed: int = 0) -> tuple[Tensor, Statistics, list[list[float]]]:
@@ -59,10 +62,6 @@ def norm(values: list[float], p: float) -> float:
     if p == math.inf:
         return max(map(abs, values))
     return float(math.fsum(abs(value) ** p for value in values) ** (1 / p))
-
-
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
 
 
 def test_magnitude_is_the_absolute_value_and_looks_at_no_data() -> None:

@@ -16,12 +16,13 @@ from transformers import BatchEncoding, PreTrainedModel
 
 import prunekit
 import tiny
+from helpers import draw_ids
 from prunekit.errors import InputError
+from prunekit.model.anatomy import in_module
 from prunekit.model.source import ResidentModel
 from prunekit.model.stream import Walk, Windows
 from prunekit.progress import Silent
 from prunekit.recipe import Pattern, Recipe
-from prunekit.sparsify.folding import in_module
 from prunekit.sparsify.walk import Sparsification
 
 BLOCKS = {
@@ -37,10 +38,7 @@ BLOCKS = {
     "falcon": "transformer.h",
     "bloom": "transformer.h",
 }
-
-
-def draw_ids(count: int = 4, length: int = 16, seed: int = 3) -> Tensor:
-    return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(seed))
+IDS = draw_ids(4, 16, seed=3)
 
 
 def padding(count: int = 4, length: int = 16, side: str = "right") -> Tensor:
@@ -154,8 +152,8 @@ def assert_same_zeros(model: nn.Module, expected: dict[str, Tensor]) -> None:
 def test_sequential_wanda(family: str) -> None:
     model = tiny.make_model(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    oracle = Oracle(model, family, draw_ids()).prune({}, 0.5)
-    result = prunekit.prune_(model, draw_ids(), sparsity=0.5)
+    oracle = Oracle(model, family, IDS).prune({}, 0.5)
+    result = prunekit.prune_(model, IDS, sparsity=0.5)
     assert_same_zeros(model, oracle.zeros())
 
     linears = {f"{name}.weight" for name in oracle.zeros()}
@@ -181,9 +179,9 @@ def test_sequential_wanda(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
 def test_dense_wanda_measures_the_dense_model_throughout(family: str) -> None:
     model = tiny.make_model(family)
-    sequential = Oracle(model, family, draw_ids()).prune({}, 0.5)
-    dense = Oracle(model, family, draw_ids()).prune({}, 0.5, dense=True)
-    prunekit.prune_(model, draw_ids(), sparsity=0.5, calibration={"mode": "dense", "batch": 3})
+    sequential = Oracle(model, family, IDS).prune({}, 0.5)
+    dense = Oracle(model, family, IDS).prune({}, 0.5, dense=True)
+    prunekit.prune_(model, IDS, sparsity=0.5, calibration={"mode": "dense", "batch": 3})
     assert_same_zeros(model, dense.zeros())
     assert any(not torch.equal(a, b) for a, b in zip(sequential.zeros().values(), dense.zeros().values(), strict=True))
 
@@ -191,8 +189,8 @@ def test_dense_wanda_measures_the_dense_model_throughout(family: str) -> None:
 @pytest.mark.parametrize("pattern", ["2:4", "1:8", "3:4"])
 def test_groups(pattern: str) -> None:
     model = tiny.make_model("qwen2")
-    oracle = Oracle(model, "qwen2", draw_ids()).prune({}, pattern)
-    result = prunekit.prune_(model, draw_ids(), pattern=pattern)
+    oracle = Oracle(model, "qwen2", IDS).prune({}, pattern)
+    result = prunekit.prune_(model, IDS, pattern=pattern)
     assert_same_zeros(model, oracle.zeros())
     assert {linear.pattern for linear in result.linears} == {pattern}
     assert result.sparsity == float(Pattern.parse(pattern).fraction)
@@ -201,8 +199,8 @@ def test_groups(pattern: str) -> None:
 @pytest.mark.parametrize("batch", [1, 3, 4, 9])
 def test_the_batch_does_not_change_the_masks(batch: int) -> None:
     model = tiny.make_model("llama")
-    oracle = Oracle(model, "llama", draw_ids(5)).prune({}, 0.6)
-    prunekit.prune_(model, draw_ids(5), sparsity=0.6, calibration={"batch": batch})
+    oracle = Oracle(model, "llama", draw_ids(5, 16, seed=3)).prune({}, 0.6)
+    prunekit.prune_(model, draw_ids(5, 16, seed=3), sparsity=0.6, calibration={"batch": batch})
     assert_same_zeros(model, oracle.zeros())
 
 
@@ -211,9 +209,9 @@ def test_the_batch_does_not_change_the_masks(batch: int) -> None:
 def test_padding_is_not_measured(family: str, side: str) -> None:
     model = tiny.make_model(family)
     keep = padding(side=side)
-    oracle = Oracle(model, family, draw_ids(), keep).prune({}, 0.5)
-    careless = Oracle(model, family, draw_ids()).prune({}, 0.5)
-    result = prunekit.prune_(model, Windows(draw_ids(), keep), sparsity=0.5)
+    oracle = Oracle(model, family, IDS, keep).prune({}, 0.5)
+    careless = Oracle(model, family, IDS).prune({}, 0.5)
+    result = prunekit.prune_(model, Windows(IDS, keep), sparsity=0.5)
     assert_same_zeros(model, oracle.zeros())
     assert result.tokens == int(keep.sum())
     assert any(not torch.equal(a, b) for a, b in zip(oracle.zeros().values(), careless.zeros().values(), strict=True))
@@ -226,13 +224,13 @@ def test_overrides_and_ignores() -> None:
     for index in range(3):
         block = f"model.layers.{index}"
         named |= {f"{block}.mlp.down_proj": 0.25, f"{block}.self_attn.o_proj": None, f"{block}.self_attn.q_proj": "1:4"}
-    named |= dict.fromkeys(Oracle(model, "llama", draw_ids()).names([1]))
-    oracle = Oracle(model, "llama", draw_ids()).prune(named, 0.5)
+    named |= dict.fromkeys(Oracle(model, "llama", IDS).names([1]))
+    oracle = Oracle(model, "llama", IDS).prune(named, 0.5)
     budget = {
         "overrides": {"*.down_proj": 0.25, "self_attn.q_proj": "1:4"},
         "ignore": ["*.o_proj", "model.layers.1"],
     }
-    result = prunekit.prune_(model, draw_ids(), sparsity=0.5, parts={"budget": budget})
+    result = prunekit.prune_(model, IDS, sparsity=0.5, parts={"budget": budget})
     assert_same_zeros(model, oracle.zeros())
     for linear in result.linears:
         pattern = named.get(linear.name, 0.5)
@@ -245,15 +243,15 @@ def test_overrides_and_ignores() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_magnitude_goes_by_layer(family: str) -> None:
     model = tiny.make_model(family)
-    names = Oracle(model, family, draw_ids()).names(range(3))
+    names = Oracle(model, family, IDS).names(range(3))
     expected = {}
     for name in names:
-        matrix = Oracle(model, family, draw_ids()).matrix(name)
+        matrix = Oracle(model, family, IDS).matrix(name)
         flat = [abs(value) for row in matrix.tolist() for value in row]
         mask = torch.zeros(len(flat), dtype=torch.bool)
         mask[lowest(flat, int(len(flat) * Fraction(3, 10)))] = True
         expected[name] = mask.reshape(matrix.shape)
-    result = prunekit.prune_(model, draw_ids(), method="magnitude", sparsity=0.3)
+    result = prunekit.prune_(model, IDS, method="magnitude", sparsity=0.3)
     assert_same_zeros(model, expected)
     assert result.windows == 1, "no data is looked at, but for the output errors"
 
@@ -263,8 +261,8 @@ def test_magnitude_goes_by_layer(family: str) -> None:
 def test_output_error_is_the_relative_change_of_the_products(family: str, padded: bool) -> None:
     model = tiny.make_model(family)
     keep = padding() if padded else None
-    oracle = Oracle(model, family, draw_ids(), keep).prune({}, 0.5)
-    result = prunekit.prune_(model, Windows(draw_ids(), keep), sparsity=0.5, calibration={"batch": 3})
+    oracle = Oracle(model, family, IDS, keep).prune({}, 0.5)
+    result = prunekit.prune_(model, Windows(IDS, keep), sparsity=0.5, calibration={"batch": 3})
     for linear in result.linears:
         assert linear.output_error == pytest.approx(oracle.errors[linear.name], rel=1e-4), linear.name
         assert linear.output_error > 0.01
@@ -274,9 +272,9 @@ def test_output_error_of_nothing_removed_and_of_nothing_to_lose_is_zero() -> Non
     model = tiny.make_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.zero_()
-    result = prunekit.prune_(model, draw_ids(), sparsity=0)
+    result = prunekit.prune_(model, IDS, sparsity=0)
     assert {linear.output_error for linear in result.linears} == {0.0}
-    result = prunekit.prune_(model, draw_ids(), sparsity=0.5)
+    result = prunekit.prune_(model, IDS, sparsity=0.5)
     errors = {linear.name: linear.output_error for linear in result.linears}
     assert errors["model.layers.1.mlp.down_proj"] == 0.0
     assert errors["model.layers.2.mlp.down_proj"] > 0
@@ -284,9 +282,9 @@ def test_output_error_of_nothing_removed_and_of_nothing_to_lose_is_zero() -> Non
 
 def test_pruning_again_with_the_same_target_changes_nothing_by_magnitude() -> None:
     model = tiny.make_model("llama")
-    prunekit.prune_(model, draw_ids(), method="magnitude", sparsity=0.4)
+    prunekit.prune_(model, IDS, method="magnitude", sparsity=0.4)
     before = copy.deepcopy(model.state_dict())
-    prunekit.prune_(model, draw_ids(), method="magnitude", sparsity=0.4)
+    prunekit.prune_(model, IDS, method="magnitude", sparsity=0.4)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -295,7 +293,7 @@ def test_check_is_what_the_pruned_model_computes(dense: bool) -> None:
     # `check` is what a reload is compared with, so it must be the last batch's hidden states behind all pruned blocks.
     model = tiny.make_model("llama")
     source = ResidentModel(model)
-    walk = Walk(source, Windows(draw_ids(5)), 2)
+    walk = Walk(source, Windows(draw_ids(5, 16, seed=3)), 2)
     recipe = Recipe(model="", method="wanda", sparsity=0.5)
     sparsify = Sparsification.of(recipe, source.anatomy).work(walk, dense=dense)
     sparsify.start()
@@ -305,8 +303,10 @@ def test_check_is_what_the_pruned_model_computes(dense: bool) -> None:
         sparsify.pass_on(block.index, module)
     assert sparsify.check is not None
     with torch.no_grad():
-        expected = model(draw_ids(5)[4:]).logits
-    torch.testing.assert_close(walk.logits(sparsify.check[:][0], draw_ids(5)[4]), expected[0], rtol=1e-4, atol=1e-4)
+        expected = model(draw_ids(5, 16, seed=3)[4:]).logits
+    torch.testing.assert_close(
+        walk.logits(sparsify.check[:][0], draw_ids(5, 16, seed=3)[4]), expected[0], rtol=1e-4, atol=1e-4
+    )
 
 
 def pruned_by(tokens: Any, **options: Any) -> tuple[dict[str, Tensor], prunekit.Result]:
@@ -316,7 +316,7 @@ def pruned_by(tokens: Any, **options: Any) -> tuple[dict[str, Tensor], prunekit.
 
 
 def test_every_form_of_tokens_means_the_same() -> None:
-    ids, keep = draw_ids(), padding()
+    ids, keep = IDS, padding()
     plain, _ = pruned_by(ids)
     full = torch.ones_like(ids)
     for tokens in (
@@ -387,39 +387,39 @@ def test_tokens_that_make_no_sense_are_refused_before_anything_changes(tokens: A
 def test_training_mode_is_restored_whatever_happens(training: bool) -> None:
     # Dropout would make the walk random: with it on, masks would not be the oracle's.
     model = tiny.make_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5).train(training)
-    oracle = Oracle(model, "gpt2", draw_ids()).prune({}, 0.5)
-    prunekit.prune_(model, draw_ids(), sparsity=0.5)
+    oracle = Oracle(model, "gpt2", IDS).prune({}, 0.5)
+    prunekit.prune_(model, IDS, sparsity=0.5)
     assert_same_zeros(model, oracle.zeros())
     assert {module.training for module in model.modules()} == {training}
 
     with torch.no_grad():
         model.transformer.h[1].mlp.c_fc.weight.fill_(math.nan)
     with pytest.raises(InputError, match="block 1"):
-        prunekit.prune_(model, draw_ids(), sparsity=0.5)
+        prunekit.prune_(model, IDS, sparsity=0.5)
     assert {module.training for module in model.modules()} == {training}
 
 
 def test_training_mode_of_parts_is_restored() -> None:
     model = tiny.make_model("llama").train()
     model.model.layers[0].eval()
-    prunekit.prune_(model, draw_ids())
+    prunekit.prune_(model, IDS)
     assert model.training
     assert not model.model.layers[0].training
 
 
 def test_a_mask_of_whole_numbers_is_a_mask() -> None:
     # an integer tensor would index rows instead of choosing them
-    mask = torch.ones(draw_ids().shape, dtype=torch.long)
+    mask = torch.ones(IDS.shape, dtype=torch.long)
     mask[:, -3:] = 0
     models = [tiny.make_model("llama") for _ in range(2)]
     for model, keep in zip(models, (mask, mask.bool()), strict=True):
-        prunekit.prune_(model, Windows(draw_ids(), keep))
+        prunekit.prune_(model, Windows(IDS, keep))
     assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models), strict=True))
 
 
 def test_blocks_that_flatten_their_tokens_may_be_wider_than_the_error_sample() -> None:
     result = prunekit.prune_(
-        tiny.make_model("opt", hidden_size=288, ffn_dim=300, word_embed_proj_dim=288), draw_ids(), sparsity=0.5
+        tiny.make_model("opt", hidden_size=288, ffn_dim=300, word_embed_proj_dim=288), IDS, sparsity=0.5
     )
     assert all(linear.output_error is not None and 0 < linear.output_error < 1 for linear in result.linears)
 
@@ -431,9 +431,9 @@ def test_parameters_keep_their_identity_and_gradients_and_can_be_trained(family:
     frozen = set(list(parameters)[::3])
     for name, parameter in parameters.items():
         parameter.requires_grad_(name not in frozen)
-    model(draw_ids(), labels=draw_ids(), use_cache=False).loss.backward()
+    model(IDS, labels=IDS, use_cache=False).loss.backward()
     gradients = {name: None if p.grad is None else p.grad.clone() for name, p in parameters.items()}
-    prunekit.prune_(model, draw_ids(), sparsity=0.5)
+    prunekit.prune_(model, IDS, sparsity=0.5)
     for name, parameter in model.named_parameters():
         assert parameter is parameters[name]
         assert parameter.requires_grad == (name not in frozen)
@@ -444,7 +444,7 @@ def test_parameters_keep_their_identity_and_gradients_and_can_be_trained(family:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     # Nothing that inference mode made may be left in the model: training would fail on it.
     model.zero_grad()
-    model(draw_ids(), labels=draw_ids(), use_cache=False).loss.backward()
+    model(IDS, labels=IDS, use_cache=False).loss.backward()
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
 
 
@@ -452,7 +452,7 @@ def test_parameters_keep_their_identity_and_gradients_and_can_be_trained(family:
 def test_models_of_other_dtypes_keep_exactly_the_asked_number(dtype: torch.dtype) -> None:
     model = tiny.make_model("llama", dtype=dtype)
     before = copy.deepcopy(model.state_dict())
-    result = prunekit.prune_(model, draw_ids(), sparsity=0.5)
+    result = prunekit.prune_(model, IDS, sparsity=0.5)
     assert result.sparsity == 0.5
     for linear in result.linears:
         weight = model.state_dict()[f"{linear.name}.weight"]
@@ -466,7 +466,7 @@ def test_models_of_other_dtypes_keep_exactly_the_asked_number(dtype: torch.dtype
 def test_a_tied_head_stays_tied_and_untouched() -> None:
     model = tiny.make_model("llama", tie_word_embeddings=True)
     before = model.lm_head.weight.clone()
-    prunekit.prune_(model, draw_ids(), sparsity=0.5)
+    prunekit.prune_(model, IDS, sparsity=0.5)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, before)
 
@@ -484,7 +484,7 @@ def test_progress_is_told_of_every_block() -> None:
         def stop(self, *args: Any, **kwargs: Any) -> None:
             told.append("stop")
 
-    prunekit.prune_(tiny.make_model("llama"), draw_ids(), progress=Listening())
+    prunekit.prune_(tiny.make_model("llama"), IDS, progress=Listening())
     assert told == ["start", "step", "step", "step", "stop"]
 
 
@@ -504,5 +504,5 @@ def test_recipes_that_make_no_sense_are_refused(options: dict[str, Any], message
     model = tiny.make_model("llama")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(InputError, match=message):
-        prunekit.prune_(model, draw_ids(), **options)
+        prunekit.prune_(model, IDS, **options)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -15,8 +15,9 @@ from ..errors import InputError
 from ..model.anatomy import longest_context
 from ..model.stream import Windows
 from ..progress import Progress
-from ..recipe import DEFAULT_LENGTH
+from ..recipe import DEFAULT_LENGTH, Recipe
 from .document import Document
+from .text import documents as documents_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -113,6 +114,22 @@ def calibration_windows(
     starts = sorted(draw.sample(range(len(stream) - length + 1), samples))
     draw.shuffle(starts)
     return Windows(torch.stack([stream[start : start + length] for start in starts]))
+
+
+def recipe_windows(recipe: Recipe, tokenizer: Any, *, length: int, samples: int | None = None) -> Windows:
+    """The calibration windows a recipe asks for, of `length` tokens; so many of them as it says, or `samples`.
+
+    Raises `InputError` for a text that cannot be read or holds fewer.
+    """
+    calibration = recipe.calibration
+    return calibration_windows(
+        documents_of(calibration.source, "calibration"),
+        tokenizer,
+        samples=calibration.samples if samples is None else samples,
+        length=length,
+        seed=recipe.seed,
+        sampling=calibration.sampling,
+    )
 
 
 def evaluation_windows(

@@ -7,7 +7,7 @@ of a kind prunekit does not yet understand (mixture-of-experts, state space, ...
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from inspect import signature
@@ -53,6 +53,10 @@ class Linear:
     def matches(self, glob: str) -> bool:
         """Whether a glob means it: by its name in the model, its name in its block, or the name of its block."""
         return any(fnmatchcase(name, glob) for name in (self.full_name, self.name, self.block))
+
+
+# weight and bias of a linear where they lie: among what was read of the checkpoint, or in a module
+Stored = Callable[[Linear], tuple[Tensor, Tensor | None]]
 
 
 def place_of(full_name: str) -> tuple[int, str]:
@@ -214,3 +218,14 @@ def weight_of(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     return weight.detach()
+
+
+def tensors_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight of a linear module and its bias, if it has one, without their gradient bookkeeping."""
+    bias = module.bias
+    return weight_of(module), bias.detach() if isinstance(bias, Tensor) else None
+
+
+def in_module(block: nn.Module) -> Stored:
+    """Where a block's linears have their weights and biases while it computes."""
+    return lambda linear: tensors_of(block.get_submodule(linear.name))

@@ -36,7 +36,7 @@ from ..checkpoint.writer import refuse_unfinished
 from ..errors import InputError
 from ..machine import resolve_device, resolve_dtype
 from . import resizing
-from .anatomy import Anatomy, Linear, read_anatomy, tied_names
+from .anatomy import Anatomy, Linear, read_anatomy, tensors_of, tied_names
 from .resizing import REMOVED, SHAPES, SHORTCUTS, resize
 
 if TYPE_CHECKING:
@@ -74,6 +74,9 @@ class Source(Protocol):
     def load_block(self, index: int) -> nn.Module:
         """Make a block usable and return it."""
 
+    def stored_of(self, linear: Linear) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a linear as they are stored, which scores see; its block is loaded."""
+
     def free_block(self, index: int) -> None:
         """Give a block's memory back where it can be read again."""
 
@@ -101,6 +104,10 @@ class ResidentModel:
 
     def prefetch(self, index: int) -> None:
         """Nothing to do."""
+
+    def stored_of(self, linear: Linear) -> tuple[Tensor, Tensor | None]:
+        """A linear's weight and bias."""
+        return tensors_of(self.module.get_submodule(linear.full_name))
 
     def load_block(self, index: int) -> nn.Module:
         """The block as it is."""
@@ -207,6 +214,12 @@ class StreamedModel:
         """Names of the parameters and persistent buffers outside the blocks."""
         prefix = self.anatomy.blocks_name + "."
         return [name for name in self._shapes if not name.startswith(prefix)]
+
+    def stored_of(self, linear: Linear) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a linear, whose block is loaded, as the checkpoint holds them."""
+        tensors = self.stored[linear.index]
+        bias = self.key_of.get(f"{linear.full_name}.bias")
+        return tensors[self.key_of[f"{linear.full_name}.weight"]], None if bias is None else tensors[bias]
 
     def block_keys(self, index: int) -> list[str]:
         """Stored names of a block's tensors."""

@@ -5,12 +5,12 @@ Equal figures give equal text, so that a study that is repeated shows in a diff 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..grid import label_of
 from ..studies import DENSE, Cell, Study, Verdict
+from .numbers import spelt
 
 
 def findings(
@@ -48,17 +48,6 @@ def findings(
         parts += ["## Beside published figures", _beside(study, cells, dense)]
     parts += ["## How to repeat it", f"```\n{command}\n```", "\n".join(map(_made, made_on))]
     return "\n\n".join(parts) + "\n"
-
-
-def spelt(value: float | None) -> str:
-    """A perplexity for people: four figures, and never more digits than a table can hold."""
-    if value is None:
-        return "failed"
-    if not math.isfinite(value):
-        return "∞"
-    if value >= 1e5:
-        return f"{value:.1e}"
-    return f"{value:.2f}" if value < 100 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
 def _conditions(study: Study) -> str:

@@ -20,7 +20,7 @@ from ..model.anatomy import place_of
 from ..recipe import Recipe
 from ..recovery.options import RecoveryOptions
 from .charts import Chart, Error, Moment, error_chart, memory_chart, recovery_chart, search_chart
-from .findings import spelt
+from .numbers import spelt
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import __version__
 from .charts import GLYPHS, Candidate, front_chart, pareto, style_of
-from .findings import spelt
+from .numbers import spelt
 from .page import change, duration, render, short
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .findings import spelt
+from .numbers import spelt
 
 
 def as_markdown(found: Mapping[str, Any]) -> str:

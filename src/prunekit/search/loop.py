@@ -101,15 +101,6 @@ class Found:
     course: list[tuple[int, float]] = field(default_factory=list)
     proposed: int = 0
 
-    @property
-    def best_so_far(self) -> list[tuple[int, float]]:
-        """(how many were proposed, least value so far), where it fell; it never rises."""
-        fallen: list[tuple[int, float]] = []
-        for number, value in self.course:
-            if not fallen or value < fallen[-1][1]:
-                fallen.append((number, value))
-        return fallen
-
 
 def search(proposals: Proposals, judge: Judge, step: Callable[[float], None] = lambda best: None) -> Found:
     """Judge everything that is proposed. `step` is told the least value so far, once for every candidate."""

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from ..binding import Bound, bind
 from ..bits import count_zeros
-from ..blockwalk import Appetite, BlockWalk, LinearReport, Rehearsal, Stored, block_parameters
+from ..blockwalk import Appetite, BlockWalk, LinearReport, Rehearsal, block_parameters
 from ..catalogue import Method, find_method
 from ..checkpoint.shard import Piece
 from ..checkpoint.writer import MODELING_NAME
 from ..distributed import Ranks
 from ..errors import InputError
-from ..model.anatomy import Block, Linear, weight_of
+from ..model.anatomy import Block, Linear, Stored, weight_of
 from ..model.hidden import HiddenStates, InMemory, Place
 from ..model.resizing import add_shortcuts, widened
 from ..model.source import StreamedModel

@@ -23,7 +23,21 @@ from ..model.anatomy import Anatomy, Block, Linear
 from ..model.resizing import Removed
 from ..model.source import evaluating
 from .plan import Plan, Structures
-from .units import ATTENTION, MLP, TOKENS, Answer, Slices, Structure, Sublayer, Tracer, likeness, near, shared_path
+from .units import (
+    ATTENTION,
+    MLP,
+    TOKENS,
+    Answer,
+    Slices,
+    Structure,
+    Sublayer,
+    Tracer,
+    feels_earlier_tokens,
+    gradients_of,
+    likeness,
+    near,
+    shared_path,
+)
 
 _ADDS_NOTHING: Mapping[str, Any] = {"returns": None, "outputs": 0, "empty": None}
 _HANDS_ON: Mapping[str, Any] = {"returns": 0, "outputs": 0, "empty": None}
@@ -194,15 +208,11 @@ class _Tried:
         weighted = (value * self._tracer.random(*value.shape).detach()).sum()
         if not weighted.requires_grad:
             return set()
-        gradients = torch.autograd.grad(weighted, list(leaves.values()), retain_graph=True, allow_unused=True)
-        pairs = zip(leaves, gradients, strict=True)
-        return {name for name, gradient in pairs if gradient is not None and bool((gradient != 0).any())}
+        return {name for name, gradient in gradients_of(weighted, leaves).items() if bool((gradient != 0).any())}
 
     def _kind(self, value: Tensor, producers: Sequence[str]) -> str:
-        outputs = [self._outputs[name] for name in producers]
-        weighted = value.reshape(-1, value.shape[-1])[-1].sum()
-        gradients = torch.autograd.grad(weighted, outputs, retain_graph=True, allow_unused=True)
-        mixes = any(gradient is not None and bool((gradient[0, :-1] != 0).any()) for gradient in gradients)
+        last = value.reshape(-1, value.shape[-1])[-1].sum()
+        mixes = feels_earlier_tokens(last, {name: self._outputs[name] for name in producers})
         return ATTENTION if mixes else MLP
 
     def _modules(self, consumer: _Consumer) -> dict[str, Mapping[str, Any]]:

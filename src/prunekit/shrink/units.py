@@ -403,11 +403,9 @@ class _Dependence:
     def _felt(self, chosen: Tensor) -> dict[str, Tensor]:
         """Which entries of every value the `chosen` inputs [in] depend on: bool by name."""
         weighted = (self._inputs * self._weights * chosen.to(self._weights)).sum()
-        gradients = torch.autograd.grad(weighted, list(self._leaves.values()), retain_graph=True, allow_unused=True)
         return {
             name: (gradient.reshape(-1, gradient.shape[-1]) != 0).any(0).cpu()
-            for name, gradient in zip(self._leaves, gradients, strict=True)
-            if gradient is not None
+            for name, gradient in gradients_of(weighted, self._leaves).items()
         }
 
     def _split(self, chosen: Tensor) -> list[tuple[str, Tensor, Tensor]]:
@@ -456,10 +454,19 @@ class _Dependence:
 
     def mixes_tokens(self) -> bool:
         """Whether the last token's inputs depend on what the linears return for tokens before it."""
-        value = (self._inputs[-1] * self._weights[-1]).sum()
-        outputs = [self._leaves[name] for name in sorted(self.linears)]
-        gradients = torch.autograd.grad(value, outputs, retain_graph=True, allow_unused=True)
-        return any(gradient is not None and bool((gradient[0, :-1] != 0).any()) for gradient in gradients)
+        outputs = {name: self._leaves[name] for name in self.linears}
+        return feels_earlier_tokens((self._inputs[-1] * self._weights[-1]).sum(), outputs)
+
+
+def gradients_of(value: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of a scalar for what it is made of, by name; those of `leaves` that are no part of it are missing."""
+    gradients = torch.autograd.grad(value, list(leaves.values()), retain_graph=True, allow_unused=True)
+    return {name: gradient for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
+
+
+def feels_earlier_tokens(value: Tensor, outputs: Mapping[str, Tensor]) -> bool:
+    """Whether a scalar made of the last token depends on what linears return for tokens before it, [1, tokens, out] by name."""
+    return any(bool((gradient[0, :-1] != 0).any()) for gradient in gradients_of(value, outputs).values())
 
 
 def _answer(inputs: dict[str, Tensor], outputs: Mapping[str, Answer], name: str, value: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ proved with the real weights before it is believed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..bits import row_chunks
-from ..model.anatomy import Block, Linear
+from ..model.anatomy import Block, Linear, Stored, in_module
 from ..statistics import Statistics
 from .permutation import channel_permutation
 from .probing import Stubs, feeding_rows
 
-Place = Callable[[Linear], tuple[Tensor, Tensor | None]]
 Run = Callable[[nn.Module], Tensor]
 
 # how far a block's tensors may move, relative to their norm, when its channels are permuted: sums in another order, nothing else
@@ -84,7 +83,7 @@ def _moved(size: int, places: Tensor, order: Tensor) -> Tensor:
     return result
 
 
-def fold(space: Space, order: Tensor, *places: Place) -> None:
+def fold(space: Space, order: Tensor, *places: Stored) -> None:
     """Permute, in place, the consumer's columns and its producers' rows and biases.
 
     Shapes: order [slots]. A place gives a linear's weight as it is stored and its bias or None: one for the module that runs, one for
@@ -111,30 +110,12 @@ def _permute(matrix: Tensor, order: Tensor, seen: set[int]) -> None:
         matrix[:, columns] = matrix[order, columns]
 
 
-def in_module(module: nn.Module) -> Place:
-    """The place of a block's own parameters."""
-
-    def place(linear: Linear) -> tuple[Tensor, Tensor | None]:
-        child = module.get_submodule(linear.name)
-        weight, bias = child.weight, child.bias
-        assert isinstance(weight, Tensor)
-        return weight.detach(), bias.detach() if isinstance(bias, Tensor) else None
-
-    return place
-
-
 def permute_statistics(space: Space, order: Tensor, statistics: MutableMapping[str, Statistics]) -> None:
     """Replace the statistics (by a linear's name in its block) of the linears of a space by those they would have behind `fold`."""
     statistics[space.consumer.name] = statistics[space.consumer.name].permuted(space.input_order(order))
     for producer, _ in space.producers:
         rows = space.output_order(producer, order)
         statistics[producer.name] = statistics[producer.name].permuted_outputs(rows)
-
-
-def unfoldable(block: Block, spaces: Iterable[Space], group: int | None = None) -> list[str]:
-    """Full names of the linears whose inputs keep their order: they have no space, or none that groups of `group` fit."""
-    free = {space.consumer.name for space in spaces if group is None or space.fits(group)}
-    return [linear.full_name for linear in block.linears if linear.name not in free]
 
 
 @torch.inference_mode()
@@ -168,8 +149,9 @@ def _candidates(block: Block, module: nn.Module, run: Run) -> list[Space]:
                         break
                     lanes.append((producer, rows))
             space = _slots(consumer, lanes)
-            if space is not None:
-                found += _widest(space, stubs, draw)
+            narrowed = None if space is None else _narrowed(space, stubs, draw)
+            if narrowed is not None:
+                found.append(narrowed)
     return found
 
 
@@ -192,8 +174,8 @@ def _slots(consumer: Linear, lanes: list[tuple[Linear, Tensor]]) -> Space | None
     return Space(consumer, channels, tuple(producers), len(channels))
 
 
-def _widest(space: Space, stubs: Stubs, draw: torch.Generator) -> Iterator[Space]:
-    """The space with the widest windows within which slots may be permuted, if there is one."""
+def _narrowed(space: Space, stubs: Stubs, draw: torch.Generator) -> Space | None:
+    """The space with the widest windows within which slots may be permuted, or None."""
     outputs = stubs.random_outputs(draw)
     before = stubs.inputs(outputs)[space.consumer.name]
     slots = len(space.channels)
@@ -205,8 +187,8 @@ def _widest(space: Space, stubs: Stubs, draw: torch.Generator) -> Iterator[Space
             moved[producer.name] = outputs[producer.name][..., space.output_order(producer, order)]
         after = stubs.inputs(moved)[space.consumer.name]
         if _close(after, before[:, space.input_order(order)], by_channel=True):
-            yield narrower
-            return
+            return narrower
+    return None
 
 
 def _draw_order(space: Space, draw: torch.Generator) -> Tensor:

@@ -91,7 +91,7 @@ def feeding_rows(stubs: Stubs, producer: Linear, consumer: Linear) -> Tensor | N
     width = consumer.in_features if producer.out_features % consumer.in_features == 0 else producer.out_features
     stretches = []
     for start in range(0, producer.out_features, width):
-        rows = _feeding_row(stubs, producer, consumer, torch.arange(start, start + width))
+        rows = _row_of_each_input(stubs, producer, consumer, torch.arange(start, start + width))
         if rows is None:
             return None
         stretches.append(rows)
@@ -102,7 +102,7 @@ def feeding_rows(stubs: Stubs, producer: Linear, consumer: Linear) -> Tensor | N
     return found[-int(parts[0]) :]
 
 
-def _feeding_row(stubs: Stubs, producer: Linear, consumer: Linear, rows: Tensor) -> Tensor | None:
+def _row_of_each_input(stubs: Stubs, producer: Linear, consumer: Linear, rows: Tensor) -> Tensor | None:
     """The one among `rows` that feeds each input, or −1: [in]. None where several feed one.
 
     Bit by bit of the row's number, the rows with that bit and then those without it are changed. An input that feels both has

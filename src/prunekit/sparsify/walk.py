@@ -17,18 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from ..bits import apply_mask, count_zeros, removed_part
-from ..blockwalk import Appetite, BlockWalk, LinearReport, Stored, dense_blocks
+from ..blockwalk import Appetite, BlockWalk, LinearReport, dense_blocks
 from ..catalogue import find_method
 from ..distributed import Ranks
 from ..errors import InputError
-from ..model.anatomy import Anatomy, Block, Linear, weight_of
+from ..model.anatomy import Anatomy, Block, Linear, Stored, in_module, weight_of
 from ..model.hidden import HiddenStates, room_for
-from ..model.source import StreamedModel
 from ..model.stream import Walk
 from ..recipe import Pattern, Recipe, refuse_choices
 from ..statistics import Collector, Statistics
 from .budget import Budget
-from .folding import find_spaces, fold, in_module, permute_statistics
+from .folding import find_spaces, fold, permute_statistics
 from .linear import Sparsifier
 
 _CHUNKS = 32 << 20
@@ -131,8 +130,9 @@ class SparsifyWalk(BlockWalk):
             walk = self.walk
             wanted = stack.enter_context(room_for(walk.shape, walk.dtype, walk.source.device))
             measured = self.measure(block, module, self.sparsifier.needs, outputs=wanted)
+            measured, permuted = self._put_in_order(block, module, stored, measured)
             dense = {linear.name: linear.matrix(stored(linear)[0]).clone() for linear in block.linears}
-            reports = self.prune_measured(block, module, stored, measured)
+            reports = self._prune_linears(block, module, stored, measured, permuted)
             with self.seconds.timed("tune"):
                 self._tune(block, module, stored, wanted)
             return [
@@ -156,20 +156,39 @@ class SparsifyWalk(BlockWalk):
     @torch.inference_mode()
     def prune_measured(self, block: Block, module: nn.Module, stored: Stored, measured: Measured) -> list[LinearReport]:
         """Prune one block in place by what was measured of it, which is left as it is."""
-        statistics, samples = dict(measured.statistics), dict(measured.samples)
+        return self._prune_linears(block, module, stored, *self._put_in_order(block, module, stored, measured))
+
+    @torch.inference_mode()
+    def _prune_linears(
+        self, block: Block, module: nn.Module, stored: Stored, measured: Measured, permuted: set[str] | None
+    ) -> list[LinearReport]:
         with self.seconds.timed("prune"):
-            permuted = self._permute(block, module, stored, statistics, samples) if self.sparsifier.permute else None
             return [
                 self._prune_linear(
                     linear,
                     module,
                     stored(linear)[0],
-                    statistics[linear.name],
-                    samples[linear.name],
+                    measured.statistics[linear.name],
+                    measured.samples[linear.name],
                     None if permuted is None else linear.name in permuted,
                 )
                 for linear in block.linears
             ]
+
+    @torch.inference_mode()
+    def _put_in_order(
+        self, block: Block, module: nn.Module, stored: Stored, measured: Measured
+    ) -> tuple[Measured, set[str] | None]:
+        """Give linears of a K:G pattern the order of inputs in which most is retained, where producers can take it over.
+
+        Returns what was measured in the new order, and the names of the linears that have one; None where none was asked for.
+        """
+        if not self.sparsifier.permute:
+            return measured, None
+        with self.seconds.timed("prune"):
+            statistics, samples = dict(measured.statistics), dict(measured.samples)
+            moved = self._permute(block, module, stored, statistics, samples)
+        return Measured(statistics, samples), moved
 
     def _permute(
         self,
@@ -179,10 +198,7 @@ class SparsifyWalk(BlockWalk):
         statistics: dict[str, Statistics],
         samples: dict[str, Tensor],
     ) -> set[str]:
-        """Give linears of a K:G pattern the order of inputs in which most is retained, where producers can take it over.
-
-        Returns the names of those that have a new order; what is known of them is put into it.
-        """
+        """Put linears, statistics and samples into their new order; returns the names of the linears."""
         moved: set[str] = set()
         for space in find_spaces(block, module, partial(self.walk.run_probe, block.index)):
             consumer = space.consumer
@@ -305,17 +321,3 @@ class SparsifyWalk(BlockWalk):
         """Statistics of a block's linears, and its outputs where they are wanted, be it in the place of its inputs."""
         linears = {linear.name: module.get_submodule(linear.name) for linear in block.linears}
         return self._collect(block, module, linears, needs, outputs)
-
-
-def stored_place(source: StreamedModel, linear: Linear) -> tuple[Tensor, Tensor | None]:
-    """A linear's weight and bias as the checkpoint holds them."""
-    tensors = source.stored[linear.index]
-    bias = source.key_of.get(f"{linear.full_name}.bias")
-    return tensors[source.key_of[f"{linear.full_name}.weight"]], None if bias is None else tensors[bias]
-
-
-def resident_place(model: nn.Module, linear: Linear) -> tuple[Tensor, Tensor | None]:
-    """A linear's weight and bias in a model that lies in memory."""
-    module = model.get_submodule(linear.full_name)
-    bias = module.bias
-    return weight_of(module), bias.detach() if isinstance(bias, Tensor) else None
