@@ -379,14 +379,17 @@ class BlockWalk(ABC):
         outputs: HiddenStates | None,
         follow: Callable[[int], None] | None = None,
         norms: Mapping[str, nn.Module] | None = None,
+        watched: Mapping[str, tuple[nn.Module, str]] | None = None,
     ) -> Collector:
         """Statistics of some of a block's linears and norms, and its outputs where they are wanted, be it in the place of its inputs.
+
+        `watched` are more modules, each with the sum that is wanted of it.
 
         `follow(position)`, where there is one, sends a batch of the dense model through the block first; what linears give then is the
         target of what they are fed by ours.
         """
         used = outputs is not None or follow is not None
-        collector = Collector(linears, needs, result_used=used, norms=norms)
+        collector = Collector(linears, needs, result_used=used, norms=norms, watched=watched)
         last = len(self.walk.batches) - 1
         with self.seconds.timed("forward"), self.ranks.together(), collector:
             for position, batch in enumerate(self.walk.batches):

@@ -203,10 +203,11 @@ def unit_score(
 ) -> Callable[[Function], Function]:
     """Register `function(view, structure, *, options...) -> importance` of the units of a structure, [units]; larger is kept.
 
-    `view` shows the structure's block, see `shrink/view.py`. `needs` may name sums of gradients (`gradient_abs`, ...; see
-    `shrink/gradients.py`) of an `objective`, and `reads(**options)` say which of all these the options at hand ask for. One that
-    is `coupled` reads statistics of the linears that produce units as well as of the one that consumes them. `channels(norms)`, where
-    it is given, ranks the channels of the residual stream [channels] by what it `needs` of the outputs of all the blocks' norms.
+        `view` shows the structure's block, see `shrink/view.py`. `needs` may name sums of gradients (`gradient_abs`, ...; see
+    `shrink/gradients.py`) of an `objective`, and the `gate` and the `norm` of the block's perceptron (see `shrink/perceptron.py`);
+    `reads(**options)` say which of all these the options at hand ask for. One that is `coupled` reads statistics of the linears that
+    produce units as well as of the one that consumes them. `channels(norms)`, where it is given, ranks the channels of the residual
+    stream [channels] by what it `needs` of the outputs of all the blocks' norms.
     """
     return _register(
         "unit-score",

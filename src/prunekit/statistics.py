@@ -21,7 +21,7 @@ from .bits import row_chunks
 from .errors import PrunekitError
 
 INPUT_SUMS = frozenset({"input_sum", "input_square", "input_abs", "window_abs", "gram", "half_gram"})
-OUTPUT_SUMS = frozenset({"output_square"})
+OUTPUT_SUMS = frozenset({"output_square", "output_abs"})
 # of what a linear gives in the dense model, with what it is fed behind pruned blocks
 TARGET_SUMS = frozenset({"target", "half_target"})
 # tokens whose products are summed in float32 before they join the float64 sums; few enough to stay in cache
@@ -33,8 +33,8 @@ _GRAM_ROWS, _GRAM_PANEL = 512, 512
 class Statistics:
     """Sums over the calibration tokens that a linear has seen, and the norms of its weight's columns.
 
-    Shapes: input_sum, input_square, input_abs, window_abs [in]; output_square [out] (of the module's output, bias included); gram,
-    half_gram [in, in]; target, half_target [out, in];
+    Shapes: input_sum, input_square, input_abs, window_abs [in]; output_square, output_abs [out] (of the module's output, bias
+    included); inverse_rms []; gram, half_gram [in, in]; target, half_target [out, in];
     count is the number of tokens. Sums are kept in float64 (the gram matrix in float32) and handed out in float64, or in what `to`
     was told; what is derived of them is computed before that cast. Reading a sum that was not measured raises `PrunekitError`.
     """
@@ -88,6 +88,16 @@ class Statistics:
     def output_square(self) -> Tensor:
         """Σ y², [out]."""
         return self._out(self._get("output_square"))
+
+    @property
+    def output_abs(self) -> Tensor:
+        """Σ |y|, [out]."""
+        return self._out(self._get("output_abs"))
+
+    @property
+    def inverse_rms(self) -> Tensor:
+        """Σ 1 / √(mean of x² over all inputs), a scalar."""
+        return self._out(self._get("inverse_rms"))
 
     @property
     def gram(self) -> Tensor:
@@ -243,6 +253,10 @@ class Sums:
                 self._accumulate("input_sum", exact.sum(0))
             if "input_abs" in self.wanted:
                 self._accumulate("input_abs", exact.abs().sum(0))
+            if "output_abs" in self.wanted:
+                self._accumulate("output_abs", exact.abs().sum(0))
+            if "inverse_rms" in self.wanted:
+                self._accumulate("inverse_rms", exact.square().mean(1).rsqrt().sum(0))
             for name in ("input_square", "output_square"):
                 if name in self.wanted:  # last, because a copy of our own may be squared in place
                     square = exact.square() if exact.dtype == chunk.dtype else exact.mul_(exact)
@@ -324,6 +338,7 @@ class Collector:
     once the first batch has shown which one that is, its product is left out and zeros are returned in its place.
 
     `norms` are modules whose outputs are summed as inputs of linears are.
+    `watched` are more modules, of any kind, each with the one sum over its outputs or tokens that is wanted of it.
     """
 
     def __init__(
@@ -333,6 +348,7 @@ class Collector:
         *,
         result_used: bool = True,
         norms: Mapping[str, nn.Module] | None = None,
+        watched: Mapping[str, tuple[nn.Module, str]] | None = None,
     ) -> None:
         self.windows = 1
         self.keep: Tensor | None = None
@@ -348,6 +364,8 @@ class Collector:
         self._norm_sums: dict[str, Sums] = {}
         self._input_sums: dict[str, Sums] = {}  # by the first linear that is fed the tensor
         self._output_sums: dict[str, Sums] = {}
+        self._watched = dict(watched or {})
+        self._watched_sums = {name: Sums(frozenset({wanted})) for name, (_, wanted) in self._watched.items()}
         self._leader: dict[str, str] = {}  # linear -> the linear it shares its input with
         self._live: list[tuple[str, Tensor]] = []  # inputs of the batch under way, held so that identity means sameness
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -362,6 +380,8 @@ class Collector:
             self._handles.append(module.register_forward_hook(self._hook(name)))
         for name, module in self._norms.items():
             self._handles.append(module.register_forward_hook(partial(self._see_norm, name)))
+        for name, (module, wanted) in self._watched.items():
+            self._handles.append(module.register_forward_hook(self._watch(name, wanted)))
         return self
 
     def __exit__(
@@ -409,6 +429,13 @@ class Collector:
 
         return hook
 
+    def _watch(self, name: str, wanted: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if not self._following:
+                self._watched_sums[name].add(output if wanted in OUTPUT_SUMS else inputs[0], self.keep)
+
+        return hook
+
     def _see_input(self, name: str, value: Tensor) -> None:
         for leader, tensor in self._live:
             if tensor is value and leader != name:
@@ -441,7 +468,7 @@ class Collector:
 
         Raises `PrunekitError` for a linear that no token went through.
         """
-        _sum_up([*self._input_sums.values(), *self._output_sums.values()], sum_up)
+        _sum_up([*self._input_sums.values(), *self._output_sums.values(), *self._watched_sums.values()], sum_up)
         found: dict[str, Statistics] = {}
         for name in self._linears:
             if name not in self._leader:
@@ -451,6 +478,11 @@ class Collector:
             source = self._input_sums[self._leader[name]]
             outputs = self._output_sums[name].sums if name in self._output_sums else {}
             found[name] = Statistics(source.count, {**source.sums, **outputs})
+        for name, sums in self._watched_sums.items():
+            if not sums.count:
+                raise PrunekitError(f"'{name}' was never called: the block computes past it, so it cannot be measured")
+            known = found[name]._sums if name in found else {}
+            found[name] = Statistics(sums.count, {**known, **sums.sums})
         return found
 
     def norm_statistics(self, sum_up: Callable[[list[Tensor]], None] = lambda tensors: None) -> list[Statistics]:

@@ -16,6 +16,7 @@ from ..recipe import Recipe, refuse_choices
 from .budget import Counts, blocks_to_remove, no_scores, plan_of
 from .gradients import gradient_bytes
 from .narrowing import Narrowing
+from .perceptron import Perceptron, find_perceptrons
 from .plan import Structures
 from .saving import Form
 from .searching import trial_bytes
@@ -33,6 +34,7 @@ class Shrinking:
 
     Where the residual stream is to be narrower, `narrowing` says how, and the structures are those of the narrower model: the same
     units.
+    `perceptrons`, by block, are for a score that looks at gates or norms; there are none otherwise.
     """
 
     shrinker: Shrinker
@@ -42,6 +44,7 @@ class Shrinking:
     source: StreamedModel
     form: Form | None
     narrowing: Narrowing | None = None
+    perceptrons: tuple[Perceptron | None, ...] = ()
 
     @classmethod
     def of(cls, recipe: Recipe, source: StreamedModel) -> Shrinking:
@@ -76,6 +79,8 @@ class Shrinking:
             raise InputError(f"{type(source.module).__name__} has no units that can be taken out")
         if shrinker.sublayers:
             structures = find_sublayers(source.module, source.anatomy, structures)
+        around = shrinker.around
+        perceptrons = find_perceptrons(source.module, source.anatomy, structures, around) if around else ()
         parameters = block_parameters(shaped)
         # what the ratio or the alignment cannot be is refused before anything is measured
         chance = no_scores(structures)
@@ -90,7 +95,8 @@ class Shrinking:
         counts = shrinker.budget.counts(structures, parameters, recipe.target.fraction, chance)
         if narrowing is not None or not shrinker.plans_first:
             form = form_of(shaped, structures, plan_of(structures, counts, chance), shrinker)
-        return cls(shrinker, structures, None if shrinker.plans_first else counts, recipe, source, form, narrowing)
+        known = None if shrinker.plans_first else counts
+        return cls(shrinker, structures, known, recipe, source, form, narrowing, perceptrons)
 
     @property
     def looks_at_data(self) -> bool:
@@ -159,6 +165,7 @@ class Shrinking:
             self.counts,
             form=self.form,
             narrowing=self.narrowing,
+            perceptrons=self.perceptrons,
             dense=dense,
             ranks=Ranks() if ranks is None else ranks,
             first=first,

@@ -14,6 +14,7 @@ from ..catalogue import Method
 from ..errors import InputError, PrunekitError
 from ..statistics import TARGET_SUMS, Statistics
 from .budget import UnitBudget
+from .perceptron import AROUND
 from .plan import Structures
 from .units import Structure
 from .view import BlockView
@@ -84,12 +85,17 @@ class Shrinker:
     @property
     def measured(self) -> frozenset[str]:
         """Statistics its score reads."""
-        return frozenset(name for name in self._needs if not name.startswith(GRADIENTS))
+        return frozenset(name for name in self._needs - AROUND if not name.startswith(GRADIENTS))
 
     @property
     def gradients(self) -> frozenset[str]:
         """Sums of gradients its score reads."""
-        return self._needs - self.measured
+        return self._needs - self.measured - AROUND
+
+    @property
+    def around(self) -> frozenset[str]:
+        """What its score wants to know of the perceptron besides its linears: its gate, its norm."""
+        return self._needs & AROUND
 
     @property
     def _needs(self) -> frozenset[str]:

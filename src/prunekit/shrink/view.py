@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import PrunekitError
 from ..statistics import Statistics
+from .perceptron import Perceptron
 from .units import Structure
 
 
@@ -27,15 +28,19 @@ class BlockView:
 
     Attributes:
         weights: [out, in] each, as the checkpoint holds them.
-        statistics: sums over what each linear was fed.
+        statistics: sums over what each linear was fed, and of the modules of `perceptron` over what it names.
         gradients: sums over what each linear's weight does to an objective.
         structures: what can go from it.
+        perceptron: its gate and its norm, where the score needs them.
+        gains: what that norm multiplies channels by, in absolute value, [hidden].
     """
 
     weights: Mapping[str, Tensor]
     statistics: Mapping[str, Statistics] = field(default_factory=dict)
     gradients: Mapping[str, Gradients] = field(default_factory=dict)
     structures: tuple[Structure, ...] = ()
+    perceptron: Perceptron | None = None
+    gains: Tensor | None = None
 
     def other(self, structure: Structure) -> Structure | None:
         """The block's first structure of the other kind."""

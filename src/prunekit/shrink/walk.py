@@ -42,6 +42,7 @@ from .gradients import measure_gradients
 from .influence import Influence
 from .installing import install
 from .narrowing import Narrowing
+from .perceptron import Perceptron
 from .plan import Channels, Plan, Structures
 from .saving import Form, choose_form
 from .searching import HISTORY_NAME, Answer, Drawing, Ground, Texts
@@ -68,6 +69,7 @@ class ShrinkWalk(BlockWalk):
         plan: what stays, where that is decided before the first block is cut.
         form: how the smaller model is saved, where that is known before anything is scored.
         narrowing: how the residual stream becomes narrower; the model that is walked has fewer channels once they are chosen.
+        perceptrons: by block, the gates and norms that the score looks at; empty where it looks at none.
         kept: what stays of the blocks that are done.
         biases: consumers that were given a bias they did not have, by full name.
         added: how many parameters those are in every block that is done.
@@ -84,6 +86,7 @@ class ShrinkWalk(BlockWalk):
     plan: Plan | None = None
     form: Form | None = None
     narrowing: Narrowing | None = None
+    perceptrons: Sequence[Perceptron | None] = ()
     kept: dict[int, Kept] = field(default_factory=dict, kw_only=True)
     biases: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
     added: dict[int, int] = field(default_factory=dict, kw_only=True)
@@ -334,16 +337,38 @@ class ShrinkWalk(BlockWalk):
             measured = self._measured(block, module)
             names = [] if self.narrowing is None else self.narrowing.norms(block)
             own = {name: module.get_submodule(name) for name in names}
-            collector = self._collect(block, module, measured, self.shrinker.measured, self.walk.hidden, norms=own)
+            watched = self._watched(block, module)
+            collector = self._collect(
+                block, module, measured, self.shrinker.measured, self.walk.hidden, norms=own, watched=watched
+            )
             with self.seconds.timed("prune"), self.ranks.together():
                 if norms is not None:
                     norms += collector.norm_statistics(self.ranks.sum_up)
-                found.append(self._scores(block, stored, collector.statistics(self.ranks.sum_up)))
+                found.append(self._scores(block, module, stored, collector.statistics(self.ranks.sum_up)))
         return found
 
-    def _scores(self, block: Block, stored: Stored, statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:
+    def _scores(
+        self, block: Block, module: nn.Module, stored: Stored, statistics: Mapping[str, Statistics]
+    ) -> dict[str, Tensor]:
         weights = {linear.name: linear.matrix(stored(linear)[0]) for linear in block.linears}
-        return self.shrinker.scores(BlockView(weights, statistics, {}, tuple(self.structures[block.index])))
+        perceptron = self._perceptron(block)
+        norm = None if perceptron is None else perceptron.norm
+        view = BlockView(
+            weights,
+            statistics,
+            structures=tuple(self.structures[block.index]),
+            perceptron=perceptron,
+            gains=None if norm is None else norm.gains(module),
+        )
+        return self.shrinker.scores(view)
+
+    def _perceptron(self, block: Block) -> Perceptron | None:
+        return self.perceptrons[block.index] if self.perceptrons else None
+
+    def _watched(self, block: Block, module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+        """The modules the score looks at that are no linears it wants the inputs of."""
+        perceptron = self._perceptron(block)
+        return {} if perceptron is None else perceptron.watched(module)
 
     def start(self, hidden: HiddenStates | None = None, *, keep: bool = True) -> None:
         """Run the model around its blocks; the dense model's first hidden states are the same as ours."""
@@ -412,13 +437,14 @@ class ShrinkWalk(BlockWalk):
             needs = self.shrinker.refits | (frozenset() if settled is not None else self.shrinker.measured)
             linears = self._measured(block, module) if settled is None else self._consumers(block, module)
             follow = None if self.beside is None else partial(self._follow, block, module)
-            collector = self._collect(block, module, linears, needs, outputs, follow)
+            watched = self._watched(block, module) if settled is None else {}
+            collector = self._collect(block, module, linears, needs, outputs, follow, watched=watched)
             if self.beside is not None:
                 self.beside.turn()
             begun = time.perf_counter()
             with self.seconds.timed("prune"), self.ranks.together():
                 statistics = collector.statistics(self.ranks.sum_up)
-                kept = settled if settled is not None else self._choose(block, stored, statistics)
+                kept = settled if settled is not None else self._choose(block, module, stored, statistics)
                 self.kept[block.index] = kept
                 left = [each for each in self.structures[block.index] if kept[each.name]]
                 lost = [each for each in left if len(kept[each.name]) < each.count]
@@ -466,9 +492,9 @@ class ShrinkWalk(BlockWalk):
             )
         return reports
 
-    def _choose(self, block: Block, stored: Stored, statistics: Mapping[str, Statistics]) -> Kept:
+    def _choose(self, block: Block, module: nn.Module, stored: Stored, statistics: Mapping[str, Statistics]) -> Kept:
         assert self.counts is not None
-        scores = self._scores(block, stored, statistics)
+        scores = self._scores(block, module, stored, statistics)
         return {name: top_units(scores[name], count) for name, count in self.counts[block.index].items()}
 
     def _cut(self, structure: Structure, module: nn.Module, stored: Stored, statistics: Statistics) -> Tensor:
