@@ -355,10 +355,9 @@ def work_on(study: optuna.Study, tuning: Tuning, bench: Bench, *, told: _Told | 
         under_way = len(_running(study))
         if len(done) + under_way >= tuning.trials:
             return
-        _queue_preset(study, tuning, space)
+        preset = _next_preset(study, tuning, space)
         trial = ask(study, tuning.recipe.seed, len(done) + under_way)
         trial.set_user_attr("worker", who)
-        preset = trial.user_attrs.get("preset")  # of this trial: another worker may have taken the one we queued
         point = space.drawn(trial, settled=preset is not None)
         _tell(study, trial, _tried(point, tuning, bench), point, preset)
 
@@ -419,16 +418,18 @@ def _running(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return list(study.get_trials(deepcopy=False, states=[TrialState.RUNNING]))
 
 
-def _queue_preset(study: optuna.Study, tuning: Tuning, space: RecipeSpace) -> None:
-    """Put the first method that has not been tried as it is in the queue; the trial that is asked for next will be of it."""
+def _next_preset(study: optuna.Study, tuning: Tuning, space: RecipeSpace) -> str | None:
+    """The first method that has not been tried as it is; the trial that is asked for next will be its."""
     from optuna.trial import TrialState
 
-    if study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
-        return
+    waiting = study.get_trials(deepcopy=False, states=[TrialState.WAITING])
+    if waiting:
+        return str(waiting[0].user_attrs["preset"])
     taken = {trial.user_attrs.get("preset") for trial in [*complete(study), *_running(study)]}
     preset = next((name for name in tuning.presets if name not in taken), None)
     if preset is not None:
         study.enqueue_trial(space.settled(preset), user_attrs={"preset": preset})
+    return preset
 
 
 def _tried(point: Mapping[str, Any], tuning: Tuning, bench: Bench) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from prunekit.progress import Silent
 from prunekit.recipe import Recipe
 from prunekit.search.recipes import SPACES, RecipeSpace, values_of
 from prunekit.search.texts import sharing
-from prunekit.search.tpe import ask, open_study
 from prunekit.tuning import Bench, Tuning
 from test_cli import call
 
@@ -185,26 +184,6 @@ def test_several_processes_share_a_search(asked: dict[str, Any], tmp_path: Path)
     assert len(found.trials) == 6
     assert sorted(trial.preset for trial in found.presets if trial.preset) == ["ria", "sparsegpt", "wanda"]
     assert found.best.loss == min(trial.loss for trial in found.trials)
-
-
-def test_a_preset_another_process_took_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    study, first = open_study(None, {}), True
-
-    def ask_second(study: Any, seed: int, drawn: int) -> Any:
-        nonlocal first
-        if first:
-            study.ask()  # another process has seen the same waiting trial, and is faster
-            first = False
-        return ask(study, seed, drawn)
-
-    monkeypatch.setattr(tuning, "ask", ask_second)
-    monkeypatch.setattr(tuning, "_tried", lambda *_: {"loss": 1.0})
-    space = {"method": ["ria"], "parts.score.alpha": {"low": 0.1, "high": 1.0}}
-    tuning.work_on(study, Tuning({"model": "m"}, space, 2, ("ria",), "", 1, "", 1), Bench.__new__(Bench))
-    theirs, ours = study.trials
-    assert theirs.user_attrs["preset"] == "ria"
-    assert ours.user_attrs["preset"] is None
-    assert set(ours.user_attrs["point"]) == {"method", "parts.score.alpha"}, "a drawn point has its numbers"
 
 
 def test_recipes_that_do_not_go_together_cost_nothing_and_are_told(
