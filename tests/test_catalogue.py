@@ -12,7 +12,7 @@ import prunekit
 import tiny
 from prunekit import InputError
 from prunekit.api import addable
-from prunekit.catalogue import METHODS, PARTS, UNIT_PARTS, find_method
+from prunekit.catalogue import GIVEN_BUDGETS, METHODS, PARTS, UNIT_PARTS, find_method
 from prunekit.parts import find_part, parts
 from prunekit.report.methods import as_markdown
 from prunekit.shrink.shrinker import Shrinker
@@ -60,6 +60,7 @@ def test_every_registered_part_is_used_or_can_be_added() -> None:
     assert set(parts("budget")) == {"uniform", *(name for name, its in PARTS.items() if its == "budget")}
     assert set(parts("score")) == {row.score for row in SPARSIFY if row.score is not None}
     assert set(parts("compensate")) == {name for name, its in UNIT_PARTS.items() if its == "compensate"}
+    assert {name for name, part in parts("unit-budget").items() if part.given} == GIVEN_BUDGETS
     assert set(parts("unit-score")) == {row.score for row in SHRINK if row.score is not None}
     assert set(parts("search")) == {row.search for row in SHRINK if row.search is not None}
     assert set(parts("depth")) == {row.depth for row in SHRINK if row.depth is not None}

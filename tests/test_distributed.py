@@ -137,6 +137,7 @@ def test_two_processes_refit_and_measure_as_one_does(folder: Path) -> None:
         "numerical": {"method": "numerical", "ratio": 0.3},
         "followed": {"method": "wanda-sp+least-squares", "ratio": 0.3, "parts": {"compensate": {"target": "dense"}}},
         "shortgpt": {"method": "shortgpt", "ratio": 0.3},
+        "narrowed": {"method": "minitron", "parts": {"budget": {"name": "widths", "hidden": 18, "mlp": 30}}},
     }
     scenarios |= {name: options(folder, folder / f"pair-{name}", **changes) for name, changes in shrinking.items()}
     scenarios["gradients"] = options(folder, folder / "pair-gradients", method="nirvana", ratio=0.3)

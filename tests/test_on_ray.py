@@ -1,4 +1,4 @@
-"""Runs as Ray tasks: against a real Ray that is started for it on this machine, as the command line does it."""
+"""Runs and searches as Ray tasks: against a real Ray that is started for it on this machine, as the command line does it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,7 +43,7 @@ SLOW_DISK = """
 import os
 import time
 
-replace = os.replace
+replace, fsync = os.replace, os.fsync
 
 
 def slowly(source, target, **options):
@@ -52,7 +52,13 @@ def slowly(source, target, **options):
     replace(source, target, **options)
 
 
-os.replace = slowly
+def slowly_noted(descriptor):
+    if os.readlink(f"/proc/self/fd/{descriptor}").endswith("study.log"):
+        time.sleep(0.2)
+    fsync(descriptor)
+
+
+os.replace, os.fsync = slowly, slowly_noted
 """
 
 
@@ -75,18 +81,18 @@ def one_thread() -> Iterator[None]:
 
 
 @dataclass
-class Sweeping:
-    """`prunekit sweep grid.json --out out --ray local` in a process of its own, with its workers on a slow disk.
+class Started:
+    """`prunekit ... --out out --ray local` in a process of its own, with its workers on a slow disk.
 
-    The disk takes its time over every shard, so what is done to a run after its third shard is in time on any machine.
+    The disk takes its time over every shard and every line of a journal, so what is done to a run after its third shard, or to a trial
+    after its first line, is in time on any machine.
     """
 
     folder: Path
-    grid: dict[str, Any]
+    words: list[str]
 
-    def __enter__(self) -> Sweeping:
-        (self.folder / "grid.json").write_text(json.dumps(GRID | self.grid))
-        words = ["sweep", "grid.json", "--out", "out", "--ray", "local", "--cpus-per-run", "1", "--json"]
+    def __enter__(self) -> Started:
+        words = [*self.words, "--out", "out", "--ray", "local", "--cpus-per-run", "1", "--json"]
         disk = self.folder / "disk"
         disk.mkdir()
         (disk / "sitecustomize.py").write_text(SLOW_DISK)
@@ -110,13 +116,14 @@ class Sweeping:
         self.out.close()
         self.err.close()
 
-    def wait_for(self, path: str) -> None:
-        """Wait until a file is there."""
+    def wait_for(self, found: Callable[[], Any]) -> Any:
+        """What is found, once something is."""
         end = time.monotonic() + SECONDS
-        while not (self.folder / "out" / path).exists():
+        while not (something := found()):
             assert self.process.poll() is None, (self.folder / "stderr").read_text()
             assert time.monotonic() < end, (self.folder / "stderr").read_text()
             time.sleep(0.02)
+        return something
 
     def worker(self, name: str) -> int | None:
         """Process id of the worker that carries out run `name`, known by its title and its working folder."""
@@ -126,6 +133,11 @@ class Sweeping:
                 if title.startswith(f"ray::{name}") and (process / "cwd").resolve() == self.folder:
                     return int(process.name)
         return None
+
+
+def sweeping(folder: Path, grid: dict[str, Any]) -> Started:
+    (folder / "grid.json").write_text(json.dumps(GRID | grid))
+    return Started(folder, ["sweep", "grid.json"])
 
 
 @needs_ray
@@ -139,8 +151,8 @@ def test_runs_on_a_real_ray_fail_alone_and_succeed_as_in_this_process(folder: Pa
     slow, late, good = (f"{name}_wanda_0.5_seed0" for name in ("slow", "late", "good"))
     evaluation = {"text": "text.txt", "length": 32, "samples": 4, "dtype": "float32"}
     grid = {"grid": {"model": ["slow", "late", "good"]}, "evaluate": evaluation}
-    with Sweeping(folder, grid) as sweep:
-        sweep.wait_for(f"{slow}/model-00003-of-00041.safetensors")
+    with sweeping(folder, grid) as sweep:
+        sweep.wait_for((folder / "out" / slow / "model-00003-of-00041.safetensors").exists)
         worker = sweep.worker(slow)
         assert worker is not None
         os.kill(worker, signal.SIGKILL)  # as the system does where memory runs out
@@ -177,8 +189,8 @@ def test_runs_on_a_real_ray_fail_alone_and_succeed_as_in_this_process(folder: Pa
 def test_an_interrupt_ends_the_tasks_and_the_same_command_goes_on(folder: Path) -> None:
     tiny.save_model(folder / "slow", num_hidden_layers=40)
     name = "slow_wanda_0.5_seed0"
-    with Sweeping(folder, {"model": "slow"}) as sweep:
-        sweep.wait_for(f"{name}/model-00003-of-00041.safetensors")
+    with sweeping(folder, {"model": "slow"}) as sweep:
+        sweep.wait_for((folder / "out" / name / "model-00003-of-00041.safetensors").exists)
         os.killpg(sweep.process.pid, signal.SIGINT)
         assert sweep.process.wait(SECONDS) == 130
         end = time.monotonic() + SECONDS
@@ -190,6 +202,58 @@ def test_an_interrupt_ends_the_tasks_and_the_same_command_goes_on(folder: Path) 
     done = call("sweep", "grid.json", "--out", "out", "--json")
     assert done.code == 0, done.err
     assert "resuming: " in done.err
+
+
+@needs_ray
+def test_tasks_share_a_search_and_what_one_leaves_undone_is_done_all_the_same(folder: Path) -> None:
+    few = ["--samples", "2", "--length", "32", "--text-samples", "2", "--test-samples", "2", "--dtype", "float32"]
+    words = [
+        "tune",
+        "good",
+        "--space",
+        "scores",
+        "--presets",
+        "wanda,ria,stade",
+        "--calibration",
+        "text.txt",
+        "--test",
+        "text.txt",
+    ]
+    words += [*few, "--trials", "4"]
+
+    def begun() -> list[int]:
+        """Process ids of those who have begun a trial."""
+        log = folder / "out" / "study.log"
+        lines = log.read_text().splitlines()[:-1] if log.exists() else []
+        noted = (json.loads(line).get("user_attr", {}).get("worker", "") for line in lines)
+        return [int(who.split()[1]) for who in noted if who]
+
+    with Started(folder, words) as search:
+        victim = search.wait_for(begun)[0]
+        assert victim != search.process.pid
+        os.kill(victim, signal.SIGKILL)
+        code = search.process.wait(SECONDS)
+    stderr = (folder / "stderr").read_text()
+    assert code == 0, stderr
+    assert stderr.count("a task of the search ended") == 1, stderr
+    found = json.loads((folder / "stdout").read_text())
+    assert found["trials"] == 4
+    assert sorted(trial["preset"] for trial in found["presets"]) == ["ria", "stade", "wanda"]
+    trials = [json.loads(line) for line in (folder / "out" / "trials.jsonl").read_text().splitlines()]
+    assert len({trial["number"] for trial in trials}) == 4
+    assert len(set(begun())) > 1, "another took over"
+
+    # what was tried there is tried no more, and what a method gives does not depend on who tries it
+    more = call(*words[:-1], "5", "--out", "out", "--json")
+    assert more.code == 0, more.err
+    assert more.json["trials"] == 5
+    assert more.json["presets"] == found["presets"]
+    alone = call(*words[:-1], "3", "--out", "alone", "--json")
+    figures = ("recipe", "perplexity", "test_perplexity", "sparsity")
+    here, there = (
+        {each["preset"]: [each[name] for name in figures] for each in one.json["presets"]} for one in (alone, more)
+    )
+    assert here == there
 
 
 # What needs no Ray

@@ -405,12 +405,12 @@ def tune(
         HistoryError: `out` holds another search, or a damaged one; nothing was changed.
         StorageError: the disk refused a result.
     """
-    from .search.recipes import RecipeSpace
+    from .search.recipes import RecipeSpace, section_of
     from .tuning import Tuning, tune_recipes
 
     base = {"model": str(model), "sparsity": target_sparsity, "pattern": pattern}
     base = {name: value for name, value in base.items() if value is not None}
-    given = space if isinstance(space, str) else dict(space)
+    given = section_of(space)
     made = Tuning(
         {**base, "calibration": _calibration(calibration), **settings},
         given,
@@ -426,7 +426,7 @@ def tune(
         from .on_ray import ray_workers
 
         options: dict[str, Any] = {"cpus": cpus_per_run, "gpus": gpus_per_run, "progress": progress}
-        elsewhere = ray_workers(ray, Path(out), workers=workers if workers > 1 else None, **options)
+        elsewhere = ray_workers(ray, made.recipe, Path(out), workers=workers if workers > 1 else None, **options)
     elif cpus_per_run is not None or gpus_per_run is not None:
         raise InputError("--cpus-per-run and --gpus-per-run are what a Ray task declares: give --ray ADDRESS too")
     return tune_recipes(made, Path(out), workers=workers, run_elsewhere=elsewhere, progress=progress)

@@ -119,12 +119,14 @@ class Rehearsal:
     """What can be said of a run before it looks at any data.
 
     Attributes:
-        removed: how many parameters go with structures, as nearly as that is known.
+        removed: how many parameters of blocks go with structures, as nearly as that is known.
         passes: what `look_ahead` takes, in forward passes of all windows through all blocks.
+        outside: how many parameters go that are in no block.
     """
 
     removed: int
     passes: float
+    outside: int = 0
 
 
 class Job(Protocol):
@@ -365,13 +367,15 @@ class BlockWalk(ABC):
         needs: frozenset[str],
         outputs: HiddenStates | None,
         follow: Callable[[int], None] | None = None,
+        norms: Mapping[str, nn.Module] | None = None,
     ) -> Collector:
-        """Statistics of some of a block's linears, and its outputs where they are wanted, be it in the place of its inputs.
+        """Statistics of some of a block's linears and norms, and its outputs where they are wanted, be it in the place of its inputs.
 
         `follow(position)`, where there is one, sends a batch of the dense model through the block first; what linears give then is the
         target of what they are fed by ours.
         """
-        collector = Collector(linears, needs, result_used=outputs is not None or follow is not None)
+        used = outputs is not None or follow is not None
+        collector = Collector(linears, needs, result_used=used, norms=norms)
         last = len(self.walk.batches) - 1
         with self.seconds.timed("forward"), self.ranks.together(), collector:
             for position, batch in enumerate(self.walk.batches):

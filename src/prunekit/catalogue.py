@@ -34,6 +34,8 @@ UNIT_PARTS: dict[str, str] = {
     "blockwise": "tune",
     "evolution": "search",
 }
+# Budgets of those methods whose options say how many units stay, in the place of a ratio.
+GIVEN_BUDGETS = frozenset({"widths"})
 
 
 @dataclass(frozen=True)
@@ -281,7 +283,7 @@ METHODS: dict[str, Method] = {
         Method(
             name="minitron",
             kind="shrink",
-            summary="Remove the units that are least active; widths may be given with --set budget.name=widths.",
+            summary="Remove the units that are least active; of given widths (--set budget.name=widths) channels of the stream, too.",
             score="minitron",
             group="unit",
             paper="Muralidharan et al. 2024, https://arxiv.org/abs/2407.14679",

@@ -214,6 +214,7 @@ def prune(
         summary,
         f"{recipe.model} pruned with {result.method} -> {result.out}\n"
         + _what_went(result)
+        + _what_was_searched(result.out)
         + (
             ""
             if result.permuted is None
@@ -229,6 +230,18 @@ def prune(
         f"(through {summary['verification']['through']})\n"
         f"  report      {result.out}/{PAGE_NAME}",
     )
+
+
+def _what_was_searched(out: Path | None) -> str:
+    """A line on the search of a finished run; nothing where there was none."""
+    from .checkpoint.manifest import read_manifest
+
+    search = None if out is None else (read_manifest(out) or {}).get("search")
+    if search is None:
+        return ""
+    figures = [search["first"], search["best"], *search["held_out"]]
+    first, best, *held_out = ("infinite" if figure is None else f"{figure:.2f}" for figure in figures)
+    return f"  search      {search['proposed']} candidates: perplexity {first} -> {best}, on text held out {' -> '.join(held_out)}\n"
 
 
 @app.command("eval")
@@ -1063,6 +1076,8 @@ def _print_tuned(found: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from .report.tuned import chosen
+
     table = Table("recipe", "perplexity", "on the test text", "seconds", "sparsity")
     for name, trial in [("best", found.best), *[(trial.preset, trial) for trial in found.presets]]:
         figures = [
@@ -1074,12 +1089,11 @@ def _print_tuned(found: Any) -> None:
         table.add_row(name, *(figures if trial.refused is None else ["refused", "", "", ""]))
     Console(width=None if sys.stdout.isatty() else 120).print(table, markup=False)
     typer.echo(f"dense       {found.dense[0]:.4f}, {found.dense[1]:.4f} on the test text")
-    typer.echo(
-        "best        " + ", ".join(f"{name}={value}" for name, value in found.best.point.items() if value != "none")
-    )
-    if found.importance:
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in list(found.importance.items())[:5])
-        typer.echo(f"importance  {shares}")
+    typer.echo(f"best        {', '.join(chosen(found.best.point))}")
+    for trial in found.front:
+        typer.echo(f"front       {trial.perplexity:.4f} in {trial.seconds:.1f} s: {', '.join(chosen(trial.point))}")
+    shares = [f"{name} {share:.0%}" for name, share in found.importance.items()]
+    typer.echo(f"importance  {', '.join(shares) or 'too few trials, or too equal ones, to say'}")
     refused = sum(trial.refused is not None for trial in found.trials)
     typer.echo(f"trials      {len(found.trials)}, {refused} refused; {found.seconds:.0f} s")
     typer.echo(f"written     {found.out}/recipe.toml, tune.md, trials.jsonl, history.svg, front.svg")

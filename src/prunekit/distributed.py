@@ -161,9 +161,14 @@ class TorchRanks(Ranks):
         return torch.from_numpy(whole).view(part.dtype).to(part.device)
 
 
+def among_several() -> bool:
+    """Whether torchrun started this process and others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def find_ranks(device: str) -> Ranks:
     """The processes of this run: those torchrun started, or this one alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not among_several():
         return Ranks()
     return TorchRanks(device)
 

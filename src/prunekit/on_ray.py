@@ -1,4 +1,4 @@
-"""The runs of a sweep as Ray tasks, on one machine or a cluster. Ray is imported here and nowhere else.
+"""The runs of a sweep as Ray tasks, on one machine or a cluster, and tasks that work on a search. Ray is imported here only.
 
 Each run is one task that declares processors, accelerators and memory; Ray decides where and when. A task writes into the sweep's
 folder and sends its record back; records and table are written by the one process that started the sweep. So the output folder, and
@@ -93,6 +93,7 @@ class _Job:
 
 def ray_workers(
     address: str,
+    recipe: Recipe,
     out: Path,
     *,
     workers: int | None = None,
@@ -102,24 +103,24 @@ def ray_workers(
 ) -> Callable[[Callable[[], bool]], None]:
     """What lets Ray tasks work on the study in `out`, which all nodes must see, until it is done.
 
-    `workers` are as many as the cluster has processors for by default; the other arguments are those of `ray_executor`.
+    `recipe` is one of those it tries. `workers` are as many as the cluster has processors for by default; the other arguments are
+    those of `ray_executor`.
     """
     check_ray(address, cpus, gpus)
 
     def run(done: Callable[[], bool]) -> None:
         with _session(address) as ray:
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            threads = cpus or max(1, min(torch.get_num_threads(), int(max(node.get("CPU", 0) for node in nodes))))
-            need = {"num_cpus": threads, "num_gpus": gpus or 0}
-            if address == "local" and not _fitting(nodes, need):
-                raise InputError(f"this Ray has no {threads} processors: ask for less with --cpus-per-run")
+            nodes = _alive(ray)
+            threads = cpus or _threads(nodes)
+            need = {"num_cpus": threads, "num_gpus": _gpus(recipe, gpus, nodes)}
+            if not _fitting(nodes, need):
+                _lacking(need, "the search", address == "local", progress or Silent())
             fit = max(1, sum(int(node.get("CPU", 0)) // threads for node in nodes))
             task = ray.remote(_help).options(**need, max_retries=0, name="tune")
             waiting = [task.remote(str(Path.cwd()), str(out.resolve()), threads) for _ in range(workers or fit)]
             try:
-                while waiting:
+                while waiting and not done():  # tasks that no node was free for are not waited for
                     ended, waiting = ray.wait(waiting, num_returns=1, timeout=_POLL_SECONDS)
-                    done()
                     for reference in ended:
                         try:
                             ray.get(reference)
@@ -148,15 +149,12 @@ def _help(folder: str, out: str, threads: int) -> None:
 def _execute(
     ray: Any, runs: list[Run], cpus: int | None, gpus: float | None, local: bool, progress: Progress
 ) -> Generator[tuple[Run, Record], None, None]:
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus = cpus or max(1, min(torch.get_num_threads(), int(max(node.get("CPU", 0) for node in nodes))))
+    nodes = _alive(ray)
+    cpus = cpus or _threads(nodes)
     needs = {run.name: {"num_cpus": cpus, "num_gpus": _gpus(run.recipe, gpus, nodes)} for run in runs}
     for name, need in needs.items():
         if not _fitting(nodes, need):
-            lacking = f"no node of this Ray has {cpus} processors and {need['num_gpus']:g} accelerators for '{name}'"
-            if local:
-                raise InputError(f"{lacking}: ask for less with --cpus-per-run and --gpus-per-run")
-            progress.say(f"{lacking}: it waits until one joins")
+            _lacking(need, f"'{name}'", local, progress)
     task = ray.remote(_task)
     predicted: dict[str, int] = {}
     waiting: dict[Any, Run] = {}
@@ -234,6 +232,24 @@ def _gpus(recipe: Recipe, asked: float | None, nodes: list[dict[str, float]]) ->
         return asked
     has_any = any(node.get("GPU", 0) >= 1 for node in nodes)
     return 1 if recipe.device == "cuda" or (recipe.device == "auto" and has_any) else 0
+
+
+def _alive(ray: Any) -> list[dict[str, float]]:
+    """What every node that is there has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _threads(nodes: list[dict[str, float]]) -> int:
+    """As many as torch uses here, or the largest node's where that has less."""
+    return max(1, min(torch.get_num_threads(), int(max(node.get("CPU", 0) for node in nodes))))
+
+
+def _lacking(need: dict[str, float], what: str, local: bool, progress: Progress) -> None:
+    """Say that no node has what is needed. Raises `InputError` where none can join."""
+    lacking = f"no node of this Ray has {need['num_cpus']} processors and {need['num_gpus']:g} accelerators for {what}"
+    if local:
+        raise InputError(f"{lacking}: ask for less with --cpus-per-run and --gpus-per-run")
+    progress.say(f"{lacking}: it waits until one joins")
 
 
 def _fitting(nodes: list[dict[str, float]], need: dict[str, float]) -> list[dict[str, float]]:

@@ -88,6 +88,10 @@ class Part:
         shifts: of a compensation, that it adds to the linear's output, which needs a bias for that.
         candidates: of a depth that removes sublayers, which of them may go.
         given: of a budget of units, that its options say how many stay, and no ratio does.
+        channels: of a score of units, what ranks the channels of the residual stream, where it does that too.
+        even: of a budget of units, that it asks the same of every block.
+        sizes: of a search, that it says itself how many units of each block stay.
+        varies: of a search, the score of units whose options it chooses.
         options: its keyword-only parameters.
     """
 
@@ -110,6 +114,10 @@ class Part:
     shifts: bool = False
     given: bool = False
     candidates: Callable[..., Sequence[Any]] | None = None
+    channels: Callable[..., Any] | None = None
+    even: bool = False
+    sizes: bool = False
+    varies: Callable[..., Any] | None = None
 
     @property
     def word(self) -> str:
@@ -191,24 +199,37 @@ def unit_score(
     reads: Callable[..., set[str]] | None = None,
     note: str = "",
     coupled: bool = False,
+    channels: Callable[..., Any] | None = None,
 ) -> Callable[[Function], Function]:
     """Register `function(view, structure, *, options...) -> importance` of the units of a structure, [units]; larger is kept.
 
     `view` shows the structure's block, see `shrink/view.py`. `needs` may name sums of gradients (`gradient_abs`, ...; see
     `shrink/gradients.py`) of an `objective`, and `reads(**options)` say which of all these the options at hand ask for. One that
-    is `coupled` reads statistics of the linears that produce units as well as of the one that consumes them.
+    is `coupled` reads statistics of the linears that produce units as well as of the one that consumes them. `channels(norms)`, where
+    it is given, ranks the channels of the residual stream [channels] by what it `needs` of the outputs of all the blocks' norms.
     """
     return _register(
-        "unit-score", needs, paper, objective=objective, random=random, reads=reads, note=note, coupled=coupled
+        "unit-score",
+        needs,
+        paper,
+        objective=objective,
+        random=random,
+        reads=reads,
+        note=note,
+        coupled=coupled,
+        channels=channels,
     )
 
 
-def unit_budget(*, paper: str = "", scored: bool = False, given: bool = False) -> Callable[[Function], Function]:
+def unit_budget(
+    *, paper: str = "", scored: bool = False, given: bool = False, even: bool = False
+) -> Callable[[Function], Function]:
     """Register `function(demand, *, options...) -> how many units of each structure stay`; see `shrink/budget.py`.
 
-    One that is `scored` wants the scores of all blocks first; one that is `given` has the numbers among its options.
+    One that is `scored` wants the scores of all blocks first; one that is `given` has the numbers among its options; one that is
+    `even` asks the same of every block, so that a search may ask something else without contradicting it.
     """
-    return _register("unit-budget", {"scores"} if scored else set(), paper, given=given)
+    return _register("unit-budget", {"scores"} if scored else set(), paper, given=given, even=even)
 
 
 def depth(
@@ -238,14 +259,17 @@ def search(
     steps: Callable[..., int],
     needs: set[str] | None = None,
     reads: Callable[..., set[str]] | None = None,
+    sizes: bool = False,
+    varies: Callable[..., Any] | None = None,
 ) -> Callable[[Function], Function]:
     """Register `function(ground, *, options...) -> Answer`, which makes a plan by trying many; see `shrink/searching.py`.
 
     `draws(drawing, **options)` gives its texts, and `steps(blocks, **options)` how often it says that a step is done. `needs` are sums
     of gradients it looks at, `reads(**options)` those that the options at hand ask for. It has options called `trials`, `samples`,
-    `length` and `text`.
+    `length` and `text`. One that `sizes` says itself how many units stay, and takes no other budget than an even one; one that `varies`
+    a score computes it with options of its own choice, and takes no other score and none of its options.
     """
-    return _register("search", needs or set(), paper, reads=reads, steps=steps, draws=draws)
+    return _register("search", needs or set(), paper, reads=reads, steps=steps, draws=draws, sizes=sizes, varies=varies)
 
 
 def compensate(
@@ -277,6 +301,10 @@ def _register(
     shifts: bool = False,
     given: bool = False,
     candidates: Callable[..., Sequence[Any]] | None = None,
+    channels: Callable[..., Any] | None = None,
+    even: bool = False,
+    sizes: bool = False,
+    varies: Callable[..., Any] | None = None,
 ) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
         name = function.__name__.replace("_", "-")
@@ -307,6 +335,10 @@ def _register(
             shifts=shifts,
             given=given,
             candidates=candidates,
+            channels=channels,
+            even=even,
+            sizes=sizes,
+            varies=varies,
         )
         return function
 
@@ -352,4 +384,6 @@ def _spell(wanted: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(wanted)))
     if typing.get_origin(wanted) in (typing.Union, types.UnionType):
         return " or ".join(map(_spell, typing.get_args(wanted)))
-    return {float: "a number", int: "a whole number", bool: "true or false", str: "text"}.get(wanted, str(wanted))
+    return {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}.get(
+        wanted, str(wanted)
+    )

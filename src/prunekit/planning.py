@@ -35,7 +35,7 @@ class Plan:
         memory: the process's peak up to the end of each phase: `start` (embeddings and first hidden states), `walk`, `verify`;
             `peak` is the last.
         memory_available: what this machine could give now.
-        removed: parameters that go with structures, about; `ratio` is their share of the block parameters.
+        removed: parameters that go with structures, about; `ratio` is the share of the block parameters that does.
         hidden_states: the buffer of windows × length × hidden, part of `walk`; in files beyond the memory budget.
         disk: `weights` of the output folder, `hidden` while the run lasts, `peak` both; `disk_available` is what is free.
         seconds: by phase, as a run's own figures: `start`, `forward`, `prune`, `tune`, `write` (what is waited for), `read`, `verify`;
@@ -122,7 +122,9 @@ def make_plan(recipe: Recipe, out: Path, progress: Progress, memory_budget: int 
     dense = recipe.calibration.mode == "dense"
     trial = outline.job.work(walk, dense=dense, ranks=Ranks(), first=0, total=None)
     rehearsal = trial.rehearse()
-    seconds = _Trial(trial, rehearsal, source, out).extrapolate(batches, needs.hidden)
+    walked = walk.source
+    assert isinstance(walked, StreamedModel)
+    seconds = _Trial(trial, rehearsal, walked, out).extrapolate(batches, needs.hidden)
     seconds["start"] += opened
     seconds["total"] = sum(seconds.values())
     return Plan(
@@ -131,7 +133,7 @@ def make_plan(recipe: Recipe, out: Path, progress: Progress, memory_budget: int 
         blocks=len(source.anatomy.blocks),
         linears=sum(1 for _ in source.anatomy.linears()),
         parameters=source.parameter_count,
-        removed=rehearsal.removed,
+        removed=rehearsal.removed + rehearsal.outside,
         ratio=rehearsal.removed / sum(block_parameters(source)),
         weights=sum(linear.count for linear in source.anatomy.linears()),
         windows=outline.windows,

@@ -59,7 +59,7 @@ class Result:
     """What a run did. `linears` has one report per linear, in the model's order; `out` is None for a model pruned in memory.
 
     `parameters` are those of the dense model, `block_parameters` those of its blocks; of them `removed` and `block_removed` are gone.
-    `channels` is how many the residual stream had and has, where it was sliced.
+    `channels` is how many the residual stream had and has, where it became narrower.
 
     `memory` is the process's peak in bytes up to the end of each phase, as `Plan.memory` predicts it.
     """
@@ -147,6 +147,13 @@ class _Run:
     ranks: Ranks
     memory: dict[str, int] = field(default_factory=dict)
     blocks: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def walked(self) -> StreamedModel:
+        """The model that is walked: the source, or that with channels of its residual stream left out."""
+        source = self.work.walk.source
+        assert isinstance(source, StreamedModel)
+        return source
 
 
 def run(
@@ -425,7 +432,7 @@ def _walk(run_: _Run, keeper: Keeper, writer: Writer, journal: Journal, begun: f
 
     Blocks are numbered as they are written: those that go are not walked.
     """
-    source, work, progress = run_.source, run_.work, run_.progress
+    source, work, progress = run_.walked, run_.work, run_.progress
     seconds = work.seconds
     blocks = work.blocks
     whole = run_.ranks.share(lambda: {shard["position"]: shard["noted"] for shard in journal.shards})
@@ -510,7 +517,7 @@ def _start(run_: _Run, out: Path, journal: Journal, whole: Mapping[int, Any]) ->
 
 def _finished_block(run_: _Run, writer: Writer, number: int, noted: Mapping[str, Any]) -> nn.Module:
     """A block that an earlier run has finished, as it wrote it."""
-    source, work = run_.source, run_.work
+    source, work = run_.walked, run_.work
     block = work.blocks[number]
     if work.dense:
         work.pass_on_dense(block.index, source.load_block(block.index))
@@ -529,9 +536,9 @@ def _finish(run_: _Run, writer: Writer, journal: Journal, final: Tensor, begun: 
     work, source, out = run_.work, run_.source, writer.folder
     with work.seconds.timed("verify"):
         ids = run_.windows.ids[-1, -len(final) :]
-        source.load_outer(ids, "chunked")
+        run_.walked.load_outer(ids, "chunked")
         reference = work.walk.logits(final, ids)
-        source.free_outer()
+        run_.walked.free_outer()
     with work.seconds.timed("write"):
         writer.write_index(journal.shards)
         carried = writer.carry_over(source.reader.folder, with_code=run_.recipe.trust_remote_code, written=work.files())
@@ -605,7 +612,9 @@ def _manifest(run_: _Run, result: Result, outputs: Mapping[str, str]) -> dict[st
             "removed": result.removed,
             "block_parameters": result.block_parameters,
             "block_removed": result.block_removed,
-            "dropped_blocks": [each.index for each in run_.source.anatomy.blocks if each not in run_.work.blocks],
+            "dropped_blocks": sorted(
+                {each.index for each in run_.source.anatomy.blocks} - {each.index for each in run_.work.blocks}
+            ),
             "processes": run_.ranks.size,
         },
         "verification": asdict(result.verification),

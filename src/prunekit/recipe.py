@@ -30,7 +30,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .catalogue import METHODS, find_method
+from .catalogue import GIVEN_BUDGETS, METHODS, find_method
 from .errors import InputError
 
 if sys.version_info >= (3, 11):
@@ -179,7 +179,8 @@ class Recipe(_Section):
                 )
             if self.ratio is not None and self.sized:
                 raise ValueError(
-                    f"ratio {self.ratio} and budget 'widths' both say how much goes: leave out --ratio, or the widths"
+                    f"ratio {self.ratio} and budget '{self.parts['budget']['name']}' both say how much goes: leave out --ratio, or the "
+                    "budget"
                 )
         elif self.ratio is not None:
             raise ValueError(
@@ -204,7 +205,7 @@ class Recipe(_Section):
     @property
     def sized(self) -> bool:
         """Whether numbers of units are given in the place of a ratio."""
-        return self.removes and self.parts.get("budget", {}).get("name") == "widths"
+        return self.removes and self.parts.get("budget", {}).get("name") in GIVEN_BUDGETS
 
     @property
     def asked(self) -> str:

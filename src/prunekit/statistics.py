@@ -322,9 +322,18 @@ class Collector:
 
     Where nobody uses what the block returns (`result_used=False`), nothing behind the linear that is called last is seen by anyone:
     once the first batch has shown which one that is, its product is left out and zeros are returned in its place.
+
+    `norms` are modules whose outputs are summed as inputs of linears are.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Module], needs: Iterable[str], *, result_used: bool = True) -> None:
+    def __init__(
+        self,
+        linears: Mapping[str, nn.Module],
+        needs: Iterable[str],
+        *,
+        result_used: bool = True,
+        norms: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         self.windows = 1
         self.keep: Tensor | None = None
         self.sample_tokens = 0
@@ -335,6 +344,8 @@ class Collector:
         known = INPUT_SUMS | OUTPUT_SUMS | TARGET_SUMS
         if not frozenset(needs) <= known:
             raise PrunekitError(f"unknown statistics {sorted(frozenset(needs) - known)}: known are {sorted(known)}")
+        self._norms = {} if norms is None else dict(norms)
+        self._norm_sums: dict[str, Sums] = {}
         self._input_sums: dict[str, Sums] = {}  # by the first linear that is fed the tensor
         self._output_sums: dict[str, Sums] = {}
         self._leader: dict[str, str] = {}  # linear -> the linear it shares its input with
@@ -349,6 +360,8 @@ class Collector:
     def __enter__(self) -> Collector:
         for name, module in self._linears.items():
             self._handles.append(module.register_forward_hook(self._hook(name)))
+        for name, module in self._norms.items():
+            self._handles.append(module.register_forward_hook(partial(self._see_norm, name)))
         return self
 
     def __exit__(
@@ -409,6 +422,9 @@ class Collector:
         if self.sample_tokens:
             self._samples[name] = self._last(value).clone()
 
+    def _see_norm(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._norm_sums.setdefault(name, Sums(self._inputs_wanted)).add(output, self.keep, self.windows)
+
     def _last(self, values: Tensor) -> Tensor:
         """The last `sample_tokens` vectors of the last window, padding left out; some blocks flatten windows and length to one axis."""
         last = values.reshape(self.windows, -1, values.shape[-1])[-1]
@@ -425,11 +441,7 @@ class Collector:
 
         Raises `PrunekitError` for a linear that no token went through.
         """
-        for sums in (*self._input_sums.values(), *self._output_sums.values()):
-            count = torch.tensor([sums.count], dtype=torch.int64)
-            sum_up([count, *(sums.sums[name] for name in sorted(sums.sums))])
-            sums.count = int(count)
-            sums.finish()
+        _sum_up([*self._input_sums.values(), *self._output_sums.values()], sum_up)
         found: dict[str, Statistics] = {}
         for name in self._linears:
             if name not in self._leader:
@@ -440,3 +452,17 @@ class Collector:
             outputs = self._output_sums[name].sums if name in self._output_sums else {}
             found[name] = Statistics(source.count, {**source.sums, **outputs})
         return found
+
+    def norm_statistics(self, sum_up: Callable[[list[Tensor]], None] = lambda tensors: None) -> list[Statistics]:
+        """The sums over what the norms returned, in the order they were given; `sum_up` as for `statistics`."""
+        found = [self._norm_sums[name] for name in self._norms]
+        _sum_up(found, sum_up)
+        return [Statistics(each.count, each.sums) for each in found]
+
+
+def _sum_up(all_sums: Iterable[Sums], sum_up: Callable[[list[Tensor]], None]) -> None:
+    for sums in all_sums:
+        count = torch.tensor([sums.count], dtype=torch.int64)
+        sum_up([count, *(sums.sums[name] for name in sorted(sums.sums))])
+        sums.count = int(count)
+        sums.finish()

@@ -16,13 +16,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +37,8 @@ from .calibration.text import documents
 from .calibration.windows import check_vocabulary, recipe_windows, token_hash, window_length
 from .checkpoint.lock import locked
 from .checkpoint.storage import make_folder, write_json, write_text
-from .distributed import Ranks
-from .errors import HistoryError, InputError, PrunekitError
+from .distributed import Ranks, among_several
+from .errors import HistoryError, InputError, PrunekitError, StorageError
 from .evaluation.perplexity import perplexity_of, window_losses
 from .jobs import check_options, job_of
 from .model.hidden import room_for
@@ -48,7 +51,18 @@ from .report.plots import check_drawable, draw_front, draw_search
 from .report.tuned import as_markdown
 from .search.recipes import RecipeSpace, values_of
 from .search.texts import windows_apart
-from .search.tpe import ask, complete, fail_running, importances, open_study, require_optuna
+from .search.tpe import (
+    START,
+    ask,
+    complete,
+    give_up,
+    importances,
+    line_up,
+    noted,
+    open_study,
+    require_optuna,
+    under_way,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -64,7 +78,7 @@ class Tuning:
 
     Attributes:
         base: a recipe's values that no trial changes: model, target, calibration, seed, dtype, device.
-        space: by name, a file, or plain data.
+        space: names of a recipe and what each may be; see `search/recipes.py`.
         trials: how many recipes are tried.
         presets: methods of the catalogue that are tried as they are before anything is drawn.
         text, samples: what recipes are chosen by, and how many windows of it; empty for the calibration text.
@@ -72,7 +86,7 @@ class Tuning:
     """
 
     base: dict[str, Any]
-    space: str | dict[str, Any]
+    space: dict[str, Any]
     trials: int
     presets: tuple[str, ...]
     text: str
@@ -87,9 +101,9 @@ class Tuning:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a search to go on; how many trials there are may grow."""
+        """What must be equal for a search to go on; there may be more trials, and another path to the same model."""
         plain = asdict(self)
-        del plain["trials"]
+        del plain["trials"], plain["base"]["model"]
         return {**json.loads(json.dumps(plain)), "versions": machine.versions()}
 
 
@@ -317,29 +331,33 @@ def tune_recipes(
         raise InputError(f"output '{out}' is a file: choose another --out")
     _refuse_other(out)
     bench = Bench.of(tuning, progress)
-    make_folder(out)
-    with locked(out):
-        study = open_study(out / STUDY_NAME, {**tuning.identity, "tokens": bench.tokens})
-        fail_running(study)
+    with _taken(out):
+        inputs = bench.source.reader.sha256()
+        study = open_study(out / STUDY_NAME, {**tuning.identity, "tokens": bench.tokens, "inputs": inputs})
+        for trial in complete(study):
+            _trial(trial)
+        _line_up_presets(study, tuning)
         write_json(out / SETTINGS_NAME, {"asked": asdict(tuning)})
         dense = _dense(study, bench)
-        progress.start("tune", tuning.trials)
-        told = _Told(progress)
-        told.up_to(complete(study))
+        done = len(complete(study))
+        if done:
+            progress.say(f"resuming: {done} of {tuning.trials} trials are done")
+        progress.start("tune", max(0, tuning.trials - done))
+        told = _Told(progress, done)
         try:
             if run_elsewhere is not None:
                 run_elsewhere(lambda: told.up_to(complete(study)) >= tuning.trials)
             else:
-                with _helpers(out, workers - 1):
+                with _helpers(out, workers - 1, progress):
                     work_on(study, tuning, bench, told=told)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, StorageError):
             progress.stop()
             progress.say(
                 f"stopped: {len(complete(study))} of {tuning.trials} trials in '{out}' are done; the same command goes on"
             )
             raise
-        fail_running(study)
-        work_on(study, tuning, bench, told=told)  # what a helper that died left undone
+        _line_up_presets(study, tuning)  # what a helper that died left undone
+        work_on(study, tuning, bench, told=told)
         progress.stop()
         return _found(tuning, out, study, bench, dense, time.perf_counter() - begun)
 
@@ -352,14 +370,20 @@ def work_on(study: optuna.Study, tuning: Tuning, bench: Bench, *, told: _Told | 
         done = complete(study)
         if told is not None:
             told.up_to(done)
-        under_way = len(_running(study))
-        if len(done) + under_way >= tuning.trials:
+        place = len(done) + len(under_way(study))
+        if place >= tuning.trials:
             return
-        preset = _next_preset(study, tuning, space)
-        trial = ask(study, tuning.recipe.seed, len(done) + under_way)
+        trial = ask(study, tuning.recipe.seed, place)
+        preset = trial.user_attrs.get(START)
+        if (
+            preset is None
+            and sum(other.number < trial.number for other in [*complete(study), *under_way(study)]) != place
+        ):
+            give_up(study, trial.number)  # another process has just taken the place, and would draw the same
+            continue
         trial.set_user_attr("worker", who)
         point = space.drawn(trial, settled=preset is not None)
-        _tell(study, trial, _tried(point, tuning, bench), point, preset)
+        _tell(study, trial, _tried(point, tuning, bench), point)
 
 
 @dataclass
@@ -381,11 +405,19 @@ class _Told:
 def _refuse(tuning: Tuning, workers: int) -> None:
     if tuning.trials < 1 or workers < 1:
         raise InputError(f"{tuning.trials} trials in {workers} processes are no search: give 1 or more of each")
+    if tuning.samples < 1 or tuning.test_samples < 1:
+        raise InputError(
+            f"{tuning.samples} --text-samples and {tuning.test_samples} --test-samples judge nothing: give 1 or more of each"
+        )
+    if among_several():
+        raise InputError("trials are shared out by --workers or --ray, not by torchrun: start tune without it")
     space = RecipeSpace.of(tuning.space)
     if tuning.recipe.removes:
         raise InputError("tune searches recipes that zero weights: for structures there are search-llm and adapruner")
+    if not space.methods:
+        raise InputError('the space names no methods: give it a list of them, like method = ["wanda", "ria"]')
     for preset in tuning.presets:
-        if space.methods and preset not in space.methods:
+        if preset not in space.methods:
             raise InputError(
                 f"preset '{preset}' is no method of the space, which has {', '.join(space.methods)}: leave it out of --presets"
             )
@@ -403,6 +435,18 @@ def _refuse_other(out: Path) -> None:
         raise InputError(f"output folder '{out}' holds other things: choose another --out")
 
 
+@contextmanager
+def _taken(out: Path) -> Iterator[None]:
+    """Make the folder and lock it meanwhile."""
+    with ExitStack() as held:
+        try:
+            make_folder(out)
+            held.enter_context(locked(out))
+        except OSError as problem:
+            raise InputError(f"output folder '{out}' cannot be used: {problem.strerror}") from None
+        yield
+
+
 def _dense(study: optuna.Study, bench: Bench) -> tuple[float, float]:
     """Perplexity of the dense model, measured once."""
     known = study.user_attrs.get("dense")
@@ -412,24 +456,11 @@ def _dense(study: optuna.Study, bench: Bench) -> tuple[float, float]:
     return math.exp(known[0]), math.exp(known[1])
 
 
-def _running(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    from optuna.trial import TrialState
-
-    return list(study.get_trials(deepcopy=False, states=[TrialState.RUNNING]))
-
-
-def _next_preset(study: optuna.Study, tuning: Tuning, space: RecipeSpace) -> str | None:
-    """The first method that has not been tried as it is; the trial that is asked for next will be its."""
-    from optuna.trial import TrialState
-
-    waiting = study.get_trials(deepcopy=False, states=[TrialState.WAITING])
-    if waiting:
-        return str(waiting[0].user_attrs["preset"])
-    taken = {trial.user_attrs.get("preset") for trial in [*complete(study), *_running(study)]}
-    preset = next((name for name in tuning.presets if name not in taken), None)
-    if preset is not None:
-        study.enqueue_trial(space.settled(preset), user_attrs={"preset": preset})
-    return preset
+def _line_up_presets(study: optuna.Study, tuning: Tuning) -> None:
+    """Have the methods that have not been tried as they are tried next."""
+    space = RecipeSpace.of(tuning.space)
+    tried = {trial.user_attrs.get(START) for trial in complete(study)}
+    line_up(study, {preset: space.settled(preset) for preset in tuning.presets if preset not in tried})
 
 
 def _tried(point: Mapping[str, Any], tuning: Tuning, bench: Bench) -> dict[str, Any]:
@@ -442,34 +473,62 @@ def _tried(point: Mapping[str, Any], tuning: Tuning, bench: Bench) -> dict[str, 
     shown = {"recipe": recipe.model_dump(mode="json", exclude_unset=True)}
     try:
         loss, test, seconds, sparsity = bench.try_recipe(recipe)
+    except StorageError:
+        raise
     except PrunekitError as problem:
         for block in bench.source.anatomy.blocks:
             bench.source.free_block(block.index)
         return {**shown, "refused": str(problem)}
+    if not (math.isfinite(loss) and math.isfinite(test)):
+        return {**shown, "refused": "what it leaves of the model has losses that are not finite: try --dtype float32"}
     return {**shown, "loss": loss, "test": test, "seconds": seconds, "sparsity": sparsity}
 
 
-def _tell(study: optuna.Study, trial: optuna.Trial, figures: Mapping[str, Any], point: Any, preset: str | None) -> None:
-    for name, value in {**figures, "point": point, "preset": preset}.items():
+def _tell(study: optuna.Study, trial: optuna.Trial, figures: Mapping[str, Any], point: Any) -> None:
+    for name, value in {**figures, "point": point}.items():
         trial.set_user_attr(name, value)
-    study.tell(trial, min(figures.get("loss", _WORST), _WORST))
+    study.tell(trial, _value(figures))
+
+
+def _value(figures: Mapping[str, Any]) -> float:
+    """What the search minimises."""
+    return float(min(figures.get("loss", _WORST), _WORST))
 
 
 @contextmanager
-def _helpers(out: Path, count: int) -> Iterator[None]:
+def _helpers(out: Path, count: int, progress: Progress) -> Iterator[None]:
     """Other processes that work on the same study; they end when it does."""
     context = get_context("spawn")  # a process with threads must not be copied
-    helpers = [context.Process(target=help_with, args=(out,), daemon=True) for _ in range(count)]
+    helpers = [context.Process(target=_help, args=(out,), daemon=True) for _ in range(count)]
     for helper in helpers:
         helper.start()
     try:
         yield
         for helper in helpers:
             helper.join()
+            if helper.exitcode:
+                progress.say("a process of the search ended early: what it left undone is done here")
     finally:
         for helper in helpers:
             helper.terminate()
             helper.join()
+
+
+def _help(out: Path) -> None:
+    """Work on the study as the helper of another process, and never longer than that lives."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; who started this one ends it
+    main = parent_process()
+    assert main is not None
+
+    def leave_with_main() -> None:
+        main.join()
+        os._exit(1)  # from a thread there is no other way out
+
+    threading.Thread(target=leave_with_main, daemon=True).start()
+    try:
+        help_with(out)
+    except PrunekitError as problem:
+        sys.exit(str(problem))
 
 
 def help_with(out: Path, threads: int | None = None) -> None:
@@ -512,21 +571,26 @@ def _found(
     found = Tuned(out, tuning, trials, best, front, shares, dense, bench.tokens, seconds)
     write_text(out / TRIALS_NAME, "".join(json.dumps(trial.line(), ensure_ascii=False) + "\n" for trial in trials))
     write_text(out / RECIPE_NAME, Recipe.build(best.recipe).to_toml())
-    draw_search(
-        found.course, dense[0], out / HISTORY_NAME, title=f"{found.summary()['model']} at {tuning.recipe.asked}"
-    )
-    draw_front([(t.seconds, t.perplexity, t in front) for t in good], dense[0], out / FRONT_NAME)
+    title = f"{tuning.base['model']} at {tuning.recipe.asked}"
+    draw_search(found.course, dense[0], out / HISTORY_NAME, title=title)
+    draw_front([(t.seconds, t.perplexity, t in front) for t in good], dense[0], out / FRONT_NAME, title=title)
     write_text(out / PAGE_NAME, as_markdown(found.summary()))
     write_json(out / SETTINGS_NAME, {"asked": asdict(tuning), "found": found.summary()})
     return found
 
 
 def _trial(frozen: optuna.trial.FrozenTrial) -> Trial:
+    """A trial as it was noted. Raises `HistoryError` where it was not as it is."""
     told = frozen.user_attrs
+    if frozen.value != _value(told):
+        raise HistoryError(
+            f"trial {frozen.number} of the study has the value {frozen.value}, and what was noted of it does not come to that: the "
+            "file was damaged and left as it is; begin again elsewhere"
+        )
     return Trial(
         number=frozen.number,
-        point=told["point"],
-        preset=told["preset"],
+        point=noted(frozen, "point"),
+        preset=told.get(START),
         recipe=told.get("recipe", {}),
         loss=told.get("loss", math.inf),
         test=told.get("test", math.inf),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 import prunekit
 import tiny
-from prunekit.checkpoint.reader import sha256_file
+from helpers import shards
 from prunekit.errors import InputError
 from prunekit.model.source import ResidentModel
 from prunekit.model.stream import Windows
@@ -19,6 +18,7 @@ from prunekit.shrink import searching
 from prunekit.shrink.gradients import measure_gradients
 from prunekit.shrink.search.tpe import mean_gradients, scores_at
 from prunekit.shrink.units import find_structures
+from searches import killed_after, search_in
 from whole import draw_windows, weight_in
 
 POINT = {
@@ -49,51 +49,32 @@ def parts(**search: Any) -> dict[str, Any]:
     return {"budget": {"skip_first": 1, "skip_last": 0}, "search": {**SEARCH, **search}}
 
 
-def found(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    manifest = json.loads((folder / "prunekit.json").read_text())
-    return manifest.get("search", {}), [sha256_file(path) for path in sorted(folder.glob("*.safetensors"))]
-
-
 def test_a_space_of_one_point_is_llm_pruner_bit_for_bit(asked: dict[str, Any], tmp_path: Path) -> None:
     prunekit.prune(**asked, parts=parts(**POINT, trials=3), out=tmp_path / "one")
     plain = {**asked, "method": "llm-pruner", "parts": {"budget": {"skip_first": 1, "skip_last": 0}}}
     prunekit.prune(**plain, out=tmp_path / "plain")
-    search, weights = found(tmp_path / "one")
-    assert weights == found(tmp_path / "plain")[1]
+    search = search_in(tmp_path / "one")
+    assert shards(tmp_path / "one") == shards(tmp_path / "plain")
     assert (search["proposed"], search["known"]) == (3, 2), "a point that is known is not measured again"
     assert search["best"] == search["first"]
 
 
 def test_the_search_begins_with_llm_pruner_and_never_ends_worse(asked: dict[str, Any], tmp_path: Path) -> None:
     prunekit.prune(**asked, parts=parts(), out=tmp_path / "out")
-    search, _ = found(tmp_path / "out")
+    search = search_in(tmp_path / "out")
     assert search["course"][0] == [1, search["first"]]
     assert search["best"] == min(value for _, value in search["course"]) <= search["first"]
     assert search["proposed"] == 7
 
 
-@pytest.mark.parametrize("calls", [3])
-def test_a_killed_search_goes_on_to_the_same_folder(
-    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
-) -> None:
+def test_a_killed_search_goes_on_to_the_same_folder(asked: dict[str, Any], tmp_path: Path) -> None:
     prunekit.prune(**asked, parts=parts(), out=tmp_path / "whole")
-    left = iter(range(calls))
-    real = searching.plan_losses
-
-    def dying(*given: Any) -> list[list[float]]:
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return real(*given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(searching, "plan_losses", dying)
-        with pytest.raises(KeyboardInterrupt):
-            prunekit.prune(**asked, parts=parts(), out=tmp_path / "killed")
+    with killed_after(3, searching, "plan_losses"):
+        prunekit.prune(**asked, parts=parts(), out=tmp_path / "killed")
     assert (tmp_path / "killed" / searching.STUDY_NAME).is_file()
     prunekit.prune(**asked, parts=parts(), out=tmp_path / "killed", resume=True)
-    one, other = found(tmp_path / "killed"), found(tmp_path / "whole")
-    assert one[1] == other[1]
-    assert one[0]["course"] == other[0]["course"]
+    assert shards(tmp_path / "killed") == shards(tmp_path / "whole")
+    assert search_in(tmp_path / "killed")["course"] == search_in(tmp_path / "whole")["course"]
     assert not [path for path in (tmp_path / "killed").iterdir() if "search" in path.name]
 
 
@@ -162,6 +143,8 @@ def test_what_is_in_no_space_is_refused_and_leaves_nothing(
 def test_options_that_the_search_would_overrule_are_refused(asked: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="leave out the options of the score"):
         prunekit.prune(**asked, parts={**parts(), "score": {"order": "second"}}, out=tmp_path / "out")
+    with pytest.raises(InputError, match="chooses how 'taylor' computes importance"):
+        prunekit.prune(**asked, parts={**parts(), "score": {"name": "magnitude"}}, out=tmp_path / "out")
     first = {**asked["calibration"], "sampling": "first"}
     with pytest.raises(InputError, match=r"say --set search\.subsets=1"):
         prunekit.prune(**{**asked, "calibration": first}, parts=parts(), out=tmp_path / "out")

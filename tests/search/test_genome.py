@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import tiny
 from prunekit.errors import InputError
 from prunekit.model.source import ResidentModel
 from prunekit.shrink.genome import Genome, Rates, Widths, genome_of
-from prunekit.shrink.plan import Plan
+from prunekit.shrink.plan import Plan, Structures
 from prunekit.shrink.slicing import Slicer
-from prunekit.shrink.units import find_structures
+from prunekit.shrink.units import ATTENTION, find_structures
+
+
+@cache
+def shapes(family: str) -> tuple[Structures, list[int]]:
+    """The structures of a tiny model, and how many parameters every block has."""
+    model = tiny.make_model(family, num_hidden_layers=6) if family == "llama" else tiny.make_model(family)
+    blocks = ResidentModel(model).anatomy.blocks
+    parameters = [sum(p.numel() for p in model.get_submodule(block.name).parameters()) for block in blocks]
+    return find_structures(model, ResidentModel(model).anatomy), parameters
 
 
 def space(family: str = "llama", ratio: float = 0.2, **changes: Any) -> Widths:
-    model = tiny.make_model(family, num_hidden_layers=6) if family == "llama" else tiny.make_model(family)
-    structures = find_structures(model, ResidentModel(model).anatomy)
-    blocks = ResidentModel(model).anatomy.blocks
-    parameters = [sum(p.numel() for p in model.get_submodule(block.name).parameters()) for block in blocks]
+    structures, parameters = shapes(family)
     draw = torch.Generator().manual_seed(3)
     scores = [{each.name: torch.rand(each.count, generator=draw) for each in block} for block in structures]
     made = Widths(
@@ -94,6 +103,73 @@ def test_every_child_is_inside_the_window_and_valid() -> None:
         assert Plan.from_json(made.plan(child).to_json(made.structures), made.structures) == made.plan(child)
     assert any(None in child for child in legal)
     assert len(set(legal)) > 200
+
+
+SIZES = {
+    "ratio": st.floats(0.01, 0.7),
+    "window": st.integers(0, 2000),
+    "attention": st.booleans(),
+    "least": st.floats(0, 1),
+    "step": st.integers(1, 8),
+    "align": st.sampled_from([1, 2, 4, 5, 8, 12, 48]),
+    "dropped": st.integers(0, 3),
+    "overlap": st.floats(0, 1),
+    "reach": st.floats(0.01, 1),
+    "skipped": st.frozensets(st.integers(0, 5), max_size=3),
+    "seed": st.integers(0, 5),
+}
+RATES = st.builds(Rates, *[st.floats(0, 1)] * 3)
+
+
+def check(made: Widths, genome: Genome) -> None:
+    """All that must hold of whatever is proposed."""
+    assert abs(made.removed(genome) - made.target) <= made.window
+    assert sum(genes is None for genes in genome) <= made.dropped
+    for index, (genes, block) in enumerate(zip(genome, made.structures, strict=True)):
+        assert genes is not None or index not in made.skipped
+        for (kept, _), each in zip(genes or (), block, strict=False):
+            if index in made.skipped or (each.kind == ATTENTION and not made.attention):
+                assert kept == each.count
+            assert max(1, made.least * each.count - 1e-9) <= kept <= each.count
+            assert each.kind == ATTENTION or kept % made.align == 0
+    plan = made.plan(genome)
+    assert plan.removed(made.structures, made.parameters) == made.removed(genome)
+    for kept, genes, block in zip(plan.blocks, genome, made.structures, strict=True):
+        for each, (count, _) in zip(block, genes or (), strict=False):
+            assert kept is not None
+            assert len(kept[each.name]) == len(set(kept[each.name])) == count
+
+
+@settings(max_examples=40, deadline=None, database=None)
+@given(
+    family=st.sampled_from(["gpt2", "llama"]),
+    sizes=st.fixed_dictionaries(SIZES),
+    rates=RATES,
+    strong=RATES,
+    seed=st.integers(),
+)
+def test_whatever_is_asked_for_is_met_by_every_genome_or_refused(
+    family: str, sizes: dict[str, Any], rates: Rates, strong: Rates, seed: int
+) -> None:
+    sizes["step"] *= sizes["align"]
+    made = space(family, **sizes, rates=rates, strong=strong)
+    try:
+        made.refuse()
+        population = [genome_of(each) for each in made.first()]
+    except InputError:  # what it says is tested below
+        return
+    draw = random.Random(seed)
+    for genome in population:
+        check(made, genome)
+    for _ in range(12):
+        child = (
+            made.crossover(draw.choice(population), draw.choice(population), draw)
+            if draw.random() < 0.4
+            else made.mutant(draw.choice(population), draw, strong=draw.random() < 0.5)
+        )
+        if child is not None:
+            check(made, child)
+            population.append(child)
 
 
 def test_a_child_of_two_takes_every_noise_from_one_of_them() -> None:

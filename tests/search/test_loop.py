@@ -12,22 +12,7 @@ import pytest
 from prunekit.search.evolution import Evolution
 from prunekit.search.history import History
 from prunekit.search.loop import Found, Judge, fixed, rungs_of, search
-
-
-class Counted:
-    """An objective on numbers that notes what it is asked, and may die."""
-
-    def __init__(self, dies_after: int = 10**9) -> None:
-        self.asked: list[tuple[Any, int, int]] = []
-        self._left = dies_after
-
-    def __call__(self, candidates: Sequence[Any], windows: slice) -> Iterator[list[float]]:
-        for candidate in candidates:
-            self._left -= 1
-            if self._left < 0:
-                raise KeyboardInterrupt
-            self.asked.append((candidate, windows.start, windows.stop))
-            yield [loss(candidate, window) for window in range(windows.start, windows.stop)]
+from searches import Counted
 
 
 def loss(candidate: float, window: int) -> float:
@@ -62,7 +47,7 @@ def test_rungs_double_up_to_all_windows() -> None:
 
 
 def test_the_better_half_goes_on_and_nothing_is_measured_twice() -> None:
-    objective = Counted()
+    objective = Counted(loss)
     judge = Judge(objective, History(None, {}), [1, 2, 4])
     values = judge([0.0, 0.2, 0.5, 0.7])
     assert objective.asked[:4] == [(0.0, 0, 1), (0.2, 0, 1), (0.5, 0, 1), (0.7, 0, 1)]
@@ -78,7 +63,7 @@ def test_the_better_half_goes_on_and_nothing_is_measured_twice() -> None:
 
 
 def test_what_fell_behind_is_taken_up_where_it_was_left() -> None:
-    objective = Counted()
+    objective = Counted(loss)
     judge = Judge(objective, History(None, {}), [1, 4])
     judge([0.7, 0.1, 0.5, 0.6])
     del objective.asked[:]
@@ -87,7 +72,7 @@ def test_what_fell_behind_is_taken_up_where_it_was_left() -> None:
 
 
 def test_the_best_is_found() -> None:
-    found, made, judge = evolve(None, Counted())
+    found, made, judge = evolve(None, Counted(loss))
     assert found.value == min(value for _, value in found.course)
     assert abs(found.best - 0.7) < 0.05 < abs(found.first - 0.7)
     assert found.proposed == 40
@@ -96,7 +81,7 @@ def test_the_best_is_found() -> None:
 
 
 def test_equal_seeds_find_the_same_and_other_seeds_something_else() -> None:
-    one, again, other = (evolve(None, Counted(), seed)[0] for seed in (0, 0, 1))
+    one, again, other = (evolve(None, Counted(loss), seed)[0] for seed in (0, 0, 1))
     assert one == again
     assert one.course != other.course
 
@@ -104,24 +89,24 @@ def test_equal_seeds_find_the_same_and_other_seeds_something_else() -> None:
 @pytest.mark.parametrize("dies_after", [0, 1, 7, 23, 60])
 def test_a_killed_search_goes_on_to_the_same_end(tmp_path: Path, dies_after: int) -> None:
     path = tmp_path / "history.jsonl"
-    whole = Counted()
+    whole = Counted(loss)
     wanted = evolve(tmp_path / "whole.jsonl", whole)[0]
-    first = Counted(dies_after)
+    first = Counted(loss, dies_after)
     with pytest.raises(KeyboardInterrupt):
         evolve(path, first)
-    second = Counted()
+    second = Counted(loss)
     assert evolve(path, second)[0] == wanted
     assert sorted(first.asked + second.asked) == sorted(whole.asked), "nothing was lost, and nothing measured twice"
 
 
 def test_a_list_is_judged_at_once_and_the_first_of_equals_is_best() -> None:
-    judge = Judge(Counted(), History(None, {}), [2])
+    judge = Judge(Counted(loss), History(None, {}), [2])
     seen: list[float] = []
     found = search(fixed([0.5, 0.7, 0.70001, 0.7]), judge, seen.append)
     assert found.best == 0.7
     assert found.proposed == 4
     assert len(seen) == 4
-    nothing = search(fixed([]), Judge(Counted(), History(None, {}), [2]))
+    nothing = search(fixed([]), Judge(Counted(loss), History(None, {}), [2]))
     assert nothing.best is None
 
 

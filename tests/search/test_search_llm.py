@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,17 @@ import torch
 
 import prunekit
 import tiny
-from prunekit.checkpoint.reader import sha256_file
+from helpers import contents, shards
 from prunekit.errors import HistoryError, InputError
 from prunekit.model.source import ResidentModel, StreamedModel
-from prunekit.model.stream import Windows
 from prunekit.parts import find_part
 from prunekit.shrink import searching
 from prunekit.shrink.plan import Plan
 from prunekit.shrink.units import find_structures
 from prunekit.shrink.view import BlockView
 from prunekit.statistics import Statistics
+from searches import calls_of, killed_after, search_in
+from test_cli import call
 from whole import draw_windows
 
 SEARCH = {"trials": 10, "population": 5, "parents": 3, "samples": 4, "first": 1, "window": 0.01, "step": 0.1}
@@ -40,19 +41,9 @@ def asked(tmp_path: Path, text_file: Path) -> dict[str, Any]:
     }
 
 
-def manifest(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "prunekit.json").read_text())
-    return found
-
-
-def weights(folder: Path) -> list[str]:
-    return [sha256_file(path) for path in sorted(folder.glob("*.safetensors"))]
-
-
 def test_the_folder_is_what_the_search_found(asked: dict[str, Any], tmp_path: Path) -> None:
     result = prunekit.prune(**asked, out=tmp_path / "out")
-    found = manifest(tmp_path / "out")
-    search = found["search"]
+    search = search_in(tmp_path / "out")
     model = prunekit.load(tmp_path / "out")
     assert sum(p.numel() for p in model.parameters()) == result.parameters - result.removed
     assert abs(result.ratio - 0.2) <= 0.01
@@ -67,58 +58,48 @@ def test_the_folder_is_what_the_search_found(asked: dict[str, Any], tmp_path: Pa
     assert len(search["held_out"]) == 2
     assert not [path.name for path in (tmp_path / "out").iterdir() if "search" in path.name], "nothing is left behind"
     assert prunekit.inspect(tmp_path / "out").sound
-    assert prunekit.Recipe.build(found["recipe"]).command("OUT").count("search.trials=10") == 1
+    recipe = json.loads((tmp_path / "out" / "prunekit.json").read_text())["recipe"]
+    assert prunekit.Recipe.build(recipe).command("OUT").count("search.trials=10") == 1
+
+
+def test_the_command_line_says_what_the_search_found(asked: dict[str, Any], tmp_path: Path) -> None:
+    options = [f"search.{name}={value}" for name, value in (SEARCH | {"trials": 4, "population": 4}).items()]
+    words = ["--calibration", asked["calibration"]["source"], "--samples", 4, "--length", 32, "--dtype", "float32"]
+    words += [word for option in options for word in ("--set", option)]
+    done = call("prune", asked["model"], "--method", "search-llm", "--ratio", 0.2, *words, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    found = search_in(tmp_path / "out")
+    first, best, *held_out = (f"{value:.2f}" for value in (found["first"], found["best"], *found["held_out"]))
+    (line,) = (line for line in done.out.splitlines() if line.startswith("  search "))
+    wanted = f"4 candidates: perplexity {first} -> {best}, on text held out {held_out[0]} -> {held_out[1]}"
+    assert line.split(maxsplit=1)[1] == wanted
 
 
 def test_equal_seeds_make_equal_bytes_and_another_seed_another_search(asked: dict[str, Any], tmp_path: Path) -> None:
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         prunekit.prune(**{**asked, "parts": {"search": {**SEARCH, "trials": 5}}}, seed=seed, out=tmp_path / name)
-    assert weights(tmp_path / "one") == weights(tmp_path / "two")
-    one, three = (manifest(tmp_path / name)["search"] for name in ("one", "three"))
+    assert shards(tmp_path / "one") == shards(tmp_path / "two")
+    one, three = (search_in(tmp_path / name) for name in ("one", "three"))
     assert one["tokens_sha256"] != three["tokens_sha256"]
 
 
 @pytest.mark.parametrize("calls", [0, 2])
-def test_a_killed_search_goes_on_to_the_same_folder(
-    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
-) -> None:
+def test_a_killed_search_goes_on_to_the_same_folder(asked: dict[str, Any], tmp_path: Path, calls: int) -> None:
     prunekit.prune(**asked, out=tmp_path / "whole")
-    measured: list[int] = []
-    real = searching.plan_losses
-
-    def dying(source: Any, structures: Any, plans: Sequence[Plan], windows: Windows) -> list[list[float]]:
-        if len(measured) == calls:
-            raise KeyboardInterrupt
-        measured.append(len(plans) * len(windows))
-        return real(source, structures, plans, windows)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(searching, "plan_losses", dying)
-        with pytest.raises(KeyboardInterrupt):
-            prunekit.prune(**asked, out=tmp_path / "killed")
+    with killed_after(calls, searching, "plan_losses") as before:
+        prunekit.prune(**asked, out=tmp_path / "killed")
     history = tmp_path / "killed" / searching.HISTORY_NAME
     assert history.is_file()
-    seen: list[int] = []
-
-    def counting(source: Any, structures: Any, plans: Sequence[Plan], windows: Windows) -> list[list[float]]:
-        seen.append(len(plans) * len(windows))
-        return real(source, structures, plans, windows)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(searching, "plan_losses", counting)
+    with calls_of(searching, "plan_losses") as behind:
         prunekit.prune(**asked, out=tmp_path / "killed", resume=True)
-    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
-    one, other = (manifest(tmp_path / name)["search"] for name in ("killed", "whole"))
+    assert shards(tmp_path / "killed") == shards(tmp_path / "whole")
+    one, other = (search_in(tmp_path / name) for name in ("killed", "whole"))
     told = ("best", "first", "candidate", "course", "held_out")
     assert {name: one[name] for name in told} == {name: other[name] for name in told}
     assert not history.exists()
-    rejudged = sum(seen) + sum(measured)
-    assert rejudged == sum(_windows_of(other)), "nothing was measured twice"
-
-
-def _windows_of(search: dict[str, Any]) -> list[int]:
-    """Windows of a whole search: every candidate once on each it got to, and two on those that are held out."""
-    return [search["windows_measured"], 2 * search["windows"]]
+    measured = sum(len(plans) * len(windows) for _, _, plans, windows in [*before, *behind])
+    every_candidate_once, both_ends_held_out = other["windows_measured"], 2 * other["windows"]
+    assert measured == every_candidate_once + both_ends_held_out, "nothing was measured twice"
 
 
 @pytest.mark.parametrize(
@@ -128,27 +109,17 @@ def _windows_of(search: dict[str, Any]) -> list[int]:
         (lambda text: text.replace('"ratio": 0.2', '"ratio": 0.3'), "recipe.ratio is 0.3 there and 0.2 here"),
     ],
 )
-def test_a_damaged_history_is_refused_and_nothing_is_lost(  # type: ignore[no-untyped-def]
-    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage, sentence: str
+def test_a_damaged_history_is_refused_and_nothing_is_lost(
+    asked: dict[str, Any], tmp_path: Path, damage: Callable[[str], str], sentence: str
 ) -> None:
-    real = searching.plan_losses
-    calls = iter(range(2))
-
-    def dying(*given: Any) -> list[list[float]]:
-        if next(calls, None) is None:
-            raise KeyboardInterrupt
-        return real(*given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(searching, "plan_losses", dying)
-        with pytest.raises(KeyboardInterrupt):
-            prunekit.prune(**asked, out=tmp_path / "out")
+    with killed_after(2, searching, "plan_losses"):
+        prunekit.prune(**asked, out=tmp_path / "out")
     history = tmp_path / "out" / searching.HISTORY_NAME
     history.write_text(damage(history.read_text()))
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if "lock" not in path.name}
+    before = contents(tmp_path / "out")
     with pytest.raises(HistoryError, match=sentence):
         prunekit.prune(**asked, out=tmp_path / "out", resume=True)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if "lock" not in path.name} == before
+    assert contents(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize(
@@ -157,7 +128,11 @@ def test_a_damaged_history_is_refused_and_nothing_is_lost(  # type: ignore[no-un
         ({"parts": {"search": {**SEARCH, "window": 0.0}}}, "search.window allows 0 parameters more or less"),
         ({"parts": {"search": {**SEARCH, "least": 0.95}}}, "its widths leave at most"),
         ({"parts": {"search": SEARCH, "budget": {"shape": "uniform"}}}, "add --shape free"),
-        ({"parts": {"search": SEARCH, "budget": {"name": "global-cost"}}}, "leave out budget 'global-cost'"),
+        (
+            {"method": "flap+evolution", "parts": {"search": SEARCH, "budget": {"shape": "free"}}},
+            "and so does budget 'global-cost': say --set budget.name=uniform",
+        ),
+        ({"parts": {"search": SEARCH, "budget": {"name": "widths", "mlp": 9}}, "ratio": None}, "name no widths"),
         ({"parts": {"search": {**SEARCH, "samples": 10_000}}}, "what candidates are judged by takes 10000 windows"),
         ({"parts": {"search": {**SEARCH, "parents": 9}}}, "search.parents=9 make no search"),
         ({"parts": {"search": {**SEARCH, "text": "nowhere.txt"}}}, "text 'nowhere.txt' is neither a file"),
@@ -175,11 +150,11 @@ def test_what_cannot_be_searched_is_refused_and_leaves_nothing(
 def test_any_method_can_be_given_the_search(asked: dict[str, Any], tmp_path: Path) -> None:
     parts = {"search": {**SEARCH, "attention": "kv_group", "dropped": 1, "mask_rate": 0.2}, "budget": {"shape": "free"}}
     prunekit.prune(**{**asked, "method": "wanda-sp+evolution", "parts": parts}, out=tmp_path / "out")
-    assert manifest(tmp_path / "out")["search"]["proposed"] == 10
+    assert search_in(tmp_path / "out")["proposed"] == 10
     gradients = {**asked, "method": "llm-pruner+evolution"}
     gradients["parts"] = {"search": SEARCH, "budget": {"skip_first": 1, "skip_last": 0}}
     prunekit.prune(**gradients, out=tmp_path / "gradients")
-    first = manifest(tmp_path / "gradients")["search"]["candidate"][0]
+    first = search_in(tmp_path / "gradients")["candidate"][0]
     assert first == [[2, 0], [48, 0]], "the block that is skipped stays whole"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from prunekit.search import tpe as module
 from prunekit.search.history import History
 from prunekit.search.loop import Found, Judge, search
 from prunekit.search.tpe import complete, open_study, tpe
+from searches import Counted
 
 IDENTITY = {"seed": 0}
 
@@ -23,24 +23,16 @@ def define(trial: Any) -> dict[str, Any]:
     return point | ({"y": round(trial.suggest_float("y", 0.0, 1.0), 4)} if kind == "b" else {})
 
 
-def loss(point: dict[str, Any]) -> float:
+def loss(point: dict[str, Any], _: int = 0) -> float:
     return abs(float(point["x"]) - 0.3) + {"a": 0.5, "b": 0.0, "c": 1.0}[point["kind"]] + 0.2 * float(point.get("y", 0))
 
 
 def run(folder: Path | None, dies_after: int = 10**9, trials: int = 25, seed: int = 0) -> Found:
-    left = [dies_after]
-
-    def objective(candidates: Sequence[Any], windows: slice) -> Iterator[list[float]]:
-        for candidate in candidates:
-            left[0] -= 1
-            if left[0] < 0:
-                raise KeyboardInterrupt
-            yield [loss(candidate)]
-
     study = open_study(None if folder is None else folder / "study.log", IDENTITY)
     history = History(None if folder is None else folder / "history.jsonl", IDENTITY)
     start = {"kind": "c", "x": 0.9}
-    return search(tpe(study, define, trials=trials, seed=seed, start=start), Judge(objective, history, [1]))
+    judge = Judge(Counted(loss, dies_after), history, [1])
+    return search(tpe(study, define, trials=trials, seed=seed, start=start), judge)
 
 
 def test_the_estimator_finds_the_best_and_begins_where_it_is_told() -> None:

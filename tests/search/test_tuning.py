@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +15,21 @@ import torch
 
 import prunekit
 import tiny
+from helpers import contents
+from limits import small_files
 from prunekit import tuning
 from prunekit.calibration.document import Document
 from prunekit.calibration.windows import calibration_windows
-from prunekit.errors import HistoryError, InputError
+from prunekit.errors import HistoryError, InputError, StorageError
 from prunekit.progress import Silent
 from prunekit.recipe import Recipe
 from prunekit.search.recipes import SPACES, RecipeSpace, values_of
 from prunekit.search.texts import sharing
 from prunekit.tuning import Bench, Tuning
+from searches import calls_of, killed_after
 from test_cli import call
+
+SECONDS = 120  # after which a process that hangs is given up
 
 SPACE = {
     "method": ["wanda", "ria", "sparsegpt"],
@@ -60,7 +69,7 @@ def test_a_trial_is_what_prune_and_eval_say(tmp_path: Path, text_file: Path, met
         "calibration": {"source": str(text_file), "samples": 4, "length": 32},
         "dtype": "float32",
     }
-    bench = Bench.of(Tuning(base, "full", 1, (), "", 3, str(text_file), 2), Silent())
+    bench = Bench.of(Tuning(base, SPACE, 1, (), "", 3, str(text_file), 2), Silent())
     loss, test, seconds, sparsity = bench.try_recipe(Recipe.build({**base, "method": method}))
     result = prunekit.prune(**base, method=method, out=tmp_path / "out")  # type: ignore[arg-type]
     assert sparsity == result.sparsity
@@ -111,25 +120,12 @@ def test_what_is_found_is_the_best_and_can_be_run(asked: dict[str, Any], tmp_pat
     assert "## What mattered" in page
 
 
-@pytest.mark.parametrize("dies_after", [5])
-def test_a_killed_search_goes_on_to_the_same_trials(
-    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_after: int
-) -> None:
+@pytest.mark.parametrize("dies_after", [1, 5])
+def test_a_killed_search_goes_on_to_the_same_trials(asked: dict[str, Any], tmp_path: Path, dies_after: int) -> None:
     whole = prunekit.tune(**asked, out=tmp_path / "whole")
-    real, left = Bench.try_recipe, iter(range(dies_after))
-
-    def dying(self: Bench, recipe: Recipe) -> Any:
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return real(self, recipe)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Bench, "try_recipe", dying)
-        with pytest.raises(KeyboardInterrupt):
-            prunekit.tune(**asked, out=tmp_path / "killed")
-    tried: list[str] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(Bench, "try_recipe", lambda self, recipe: [tried.append(recipe.method), real(self, recipe)][1])
+    with killed_after(dies_after, Bench, "try_recipe"):
+        prunekit.tune(**asked, out=tmp_path / "killed")
+    with calls_of(Bench, "try_recipe") as tried:
         found = prunekit.tune(**asked, out=tmp_path / "killed")
         assert figures(found) == figures(whole)
         assert len(tried) == 10 - dies_after
@@ -175,8 +171,43 @@ def test_the_command_line_says_what_python_says(asked: dict[str, Any], tmp_path:
     told = call(*words)
     assert told.code == 0
     assert "trials      3, 0 refused" in told.out
+    front = [line.split()[1] for line in told.out.splitlines() if line.startswith("front ")]
+    assert front == [f"{trial['perplexity']:.4f}" for trial in done.json["front"]]
+    assert "importance  too few trials" in told.out
     assert call(*words, "--pattern", "2:4").code == 2
     assert "space 'fll' is unknown" in call(*words, "--space", "fll").err
+
+
+def test_a_killed_process_takes_its_helpers_along_and_another_goes_on(asked: dict[str, Any], tmp_path: Path) -> None:
+    out, script = tmp_path / "out", tmp_path / "main.py"
+    script.write_text(
+        "import json, sys, prunekit\n\nif __name__ == '__main__':\n    prunekit.tune(**json.loads(sys.argv[1]), workers=2)\n"
+    )
+
+    def begun() -> set[int]:
+        """Process ids of those who have begun a trial."""
+        log = out / "study.log"
+        lines = log.read_text().splitlines()[:-1] if log.exists() else []
+        noted = (json.loads(line).get("user_attr", {}).get("worker", "") for line in lines)
+        return {int(who.split()[1]) for who in noted if who}
+
+    def wait_until(true: Callable[[], bool]) -> None:
+        end = time.monotonic() + SECONDS
+        while not true():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    endless = {**asked, "model": str(asked["model"]), "trials": 100_000, "out": str(out)}
+    with subprocess.Popen([sys.executable, script, json.dumps(endless)]) as main:
+        try:
+            wait_until(lambda: len(begun()) == 2)
+        finally:
+            main.kill()
+    (helper,) = begun() - {main.pid}
+    command = Path(f"/proc/{helper}/cmdline")  # of a process that is gone and nobody asked about, it is empty
+    wait_until(lambda: not (command.exists() and command.read_bytes()))
+    found = prunekit.tune(**{**asked, "trials": 4}, out=out)
+    assert [trial.preset for trial in found.presets] == ["wanda", "ria", "sparsegpt"]
 
 
 def test_several_processes_share_a_search(asked: dict[str, Any], tmp_path: Path) -> None:
@@ -186,14 +217,10 @@ def test_several_processes_share_a_search(asked: dict[str, Any], tmp_path: Path)
     assert found.best.loss == min(trial.loss for trial in found.trials)
 
 
-def test_recipes_that_do_not_go_together_cost_nothing_and_are_told(
-    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried: list[Recipe] = []
-    real = Bench.try_recipe
-    monkeypatch.setattr(Bench, "try_recipe", lambda self, recipe: [tried.append(recipe), real(self, recipe)][1])
+def test_recipes_that_do_not_go_together_cost_nothing_and_are_told(asked: dict[str, Any], tmp_path: Path) -> None:
     space = {"method": ["sparsegpt"], "parts.refine.name": ["none", "dsnot"]}
-    found = prunekit.tune(**{**asked, "space": space, "trials": 6}, out=tmp_path / "out")
+    with calls_of(Bench, "try_recipe") as tried:
+        found = prunekit.tune(**{**asked, "space": space, "trials": 6}, out=tmp_path / "out")
     refused = [trial for trial in found.trials if trial.refused is not None]
     assert refused
     assert len(tried) == 6 - len(refused)
@@ -213,6 +240,14 @@ def test_recipes_that_do_not_go_together_cost_nothing_and_are_told(
         ({"presets": ["auto"]}, "preset 'auto' is no method of the space, which has wanda, ria, sparsegpt"),
         ({"trials": 0}, "0 trials in 1 processes are no search"),
         ({"workers": 0}, "10 trials in 0 processes are no search"),
+        ({"space": {"method": [["wanda"]]}}, r"has \[\['wanda'\]\] for values: give a list of words"),
+        ({"space": {"parts.score.p": {"low": 1, "high": 2, "when": {"method": "ria"}}}}, "`when` of 'parts.score.p'"),
+        ({"space": {"parts.score.p": {"low": 1, "high": float("inf")}}}, "lies between 1 and inf"),
+        ({"space": {"parts.score.p": {"low": 0, "high": 1, "log": True}}}, "cannot have log = True"),
+        ({"space": {"parts.score.p": {"low": 0, "high": 1}}, "presets": []}, "the space names no methods"),
+        ({"space": "text.txt"}, "space 'text.txt' is unknown"),
+        ({"text_samples": 0}, "0 --text-samples and 3 --test-samples judge nothing"),
+        ({"test_samples": -1}, "3 --text-samples and -1 --test-samples judge nothing"),
         ({"text_samples": 10_000}, "what recipes are chosen by takes 10000 windows"),
         ({"test_samples": 10_000}, "what the best is tested on takes 10000 windows"),
         ({"target_sparsity": 1.5}, "sparsity 1.5 is outside"),
@@ -232,25 +267,72 @@ def test_other_searches_and_damaged_ones_are_refused_and_left_alone(asked: dict[
     out = tmp_path / "out"
     prunekit.tune(**{**asked, "trials": 2}, out=out)
 
-    def content() -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in out.iterdir()}
-
-    before = content()
+    before = contents(out)
     with pytest.raises(HistoryError, match=r"base\.sparsity is 0\.6 there and 0\.5 here"):
         prunekit.tune(**{**asked, "target_sparsity": 0.5}, out=out)
-    assert content() == before
+    assert contents(out) == before
     with pytest.raises(HistoryError, match=r"base\.seed is null there and 1 here"):
         prunekit.tune(**asked, seed=1, out=out)
-    assert content() == before
-    (out / "study.log").write_bytes(before["study.log"].replace(b'"op_code"', b'"op"', 3))
-    damaged = content()
-    with pytest.raises(HistoryError, match="cannot be read as a study of Optuna"):
+    assert contents(out) == before
+    tiny.save_model(asked["model"], seed=1)
+    with pytest.raises(HistoryError, match=r"inputs\.model\.safetensors is"):
         prunekit.tune(**asked, out=out)
-    assert content() == damaged
+    assert contents(out) == before
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="holds other things"):
         prunekit.tune(**asked, out=tmp_path / "other")
+
+
+def test_a_damaged_journal_is_refused_and_left_alone_wherever_it_is_damaged(
+    asked: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    two = {**asked, "trials": 2}
+    whole = prunekit.tune(**two, out=out)
+    log = out / "study.log"
+    lines = log.read_bytes().splitlines(keepends=True)
+    loss = next(place for place, line in enumerate(lines) if b'"user_attr":{"loss"' in line)
+    point = next(place for place, line in enumerate(lines) if b'"user_attr":{"point"' in line)
+    middle = len(lines) // 2
+    damages = {
+        "is not as it was": (*lines[:middle], b"\x00\xff\n", *lines[middle + 1 :]),
+        "is cut": (*lines[:middle], lines[middle][:9] + b"\n", *lines[middle + 1 :]),
+        "is cut, and the end as well": (
+            *lines[:middle],
+            lines[middle][:9] + b"\n",
+            *lines[middle + 1 : -1],
+            lines[-1][:-5],
+        ),
+        "is another's": (b'{"a":1}\n', *lines),
+        "begins later": lines[1:],
+        "lacks a loss": (*lines[:loss], *lines[loss + 1 :]),
+        "lacks a point": (*lines[:point], *lines[point + 1 :]),
+    }
+    for what, damaged in damages.items():
+        log.write_bytes(b"".join(damaged))
+        before = contents(out)
+        with pytest.raises(HistoryError, match="left as it"):
+            prunekit.tune(**two, out=out)
+        assert contents(out) == before, what
+    for end in (lines[-1][:-5], b"", lines[-1]):  # only what a kill leaves is mended
+        log.write_bytes(b"".join([*lines[:-1], end]))
+        assert figures(prunekit.tune(**two, out=out)) == figures(whole)
+    for begun in (0, 1, 2):  # killed before anything was tried
+        log.write_bytes(b"".join(lines[:begun]))
+        assert figures(prunekit.tune(**two, out=out)) == figures(whole)
+
+
+def test_a_full_disk_ends_a_search_that_goes_on_when_there_is_room(asked: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    few = {**asked, "trials": 2, "presets": ["wanda"]}
+    whole = prunekit.tune(**few, out=tmp_path / "whole")
+    size = (tmp_path / "whole" / "study.log").stat().st_size
+    for part in (size // 3, 2 * size // 3):
+        with small_files(part), pytest.raises(StorageError, match=r"cannot write '.*study\.log': File too large"):
+            prunekit.tune(**few, out=out)
+        assert (out / "study.log").read_bytes().endswith(b"\n"), "no half of a line for others to write behind"
+    assert figures(prunekit.tune(**few, out=out)) == figures(whole)
 
 
 @pytest.mark.parametrize("name", sorted(SPACES))

@@ -29,8 +29,11 @@ _SEPARATOR = "\n\n"
 _GROUP = 32  # documents tokenised in one call
 
 
-def window_length(config: Any, asked: int | None, progress: Progress) -> int:
-    """Tokens per window: as asked, or the default cut to the model's maximum. Raises `InputError` beyond that maximum."""
+def window_length(config: Any, asked: int | None, progress: Progress, *, option: str = "--length") -> int:
+    """Tokens per window: as asked, or the default cut to the model's maximum. Raises `InputError` beyond that maximum.
+
+    `option` is where it was asked for.
+    """
     if asked is not None and asked < 2:
         raise InputError(f"length {asked} is too short: a window needs 2 tokens or more")
     longest = longest_context(config)
@@ -41,7 +44,7 @@ def window_length(config: Any, asked: int | None, progress: Progress) -> int:
         return DEFAULT_LENGTH
     if longest is not None and asked > longest:
         raise InputError(
-            f"length {asked} is more than the {longest} positions the model knows: give --length {longest} or less"
+            f"length {asked} is more than the {longest} positions the model knows: give {option} {longest} or less"
         )
     return asked
 

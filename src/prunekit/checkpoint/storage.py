@@ -57,6 +57,23 @@ def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
+def append_text(path: Path, text: str) -> None:
+    """Add to the end of a file, durably. Raises `StorageError` where the system refuses; the file is then as it was."""
+    try:
+        with path.open("ab", buffering=0) as stream:  # a buffer would be written once more when the file is closed
+            size = os.fstat(stream.fileno()).st_size
+            try:
+                left = text.encode()
+                while left:
+                    left = left[stream.write(left) :]
+                os.fsync(stream.fileno())
+            except OSError:
+                stream.truncate(size)
+                raise
+    except OSError as problem:
+        raise StorageError(f"cannot write '{path}': {problem.strerror or problem}") from problem
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder, and those above it where they are missing, durably. Raises `OSError`."""
     missing = [place for place in folder.parents if not place.exists()]

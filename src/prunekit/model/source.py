@@ -173,12 +173,18 @@ class StreamedModel:
     """
 
     def __init__(
-        self, reader: Reader, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
+        self,
+        reader: Reader,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        trust_remote_code: bool = False,
+        config: Any = None,
     ) -> None:
         self.reader = reader
         self.dtype = dtype
         self.device = device
-        self.module = build_skeleton(reader, dtype, device, trust_remote_code=trust_remote_code)
+        self.module = build_skeleton(reader, dtype, device, trust_remote_code=trust_remote_code, config=config)
         self.anatomy = read_anatomy(self.module)
         self._ties = tied_names(self.module)
         self._shapes = {
@@ -450,16 +456,24 @@ def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def build_skeleton(
-    reader: Reader, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False, noted: bool = True
+    reader: Reader,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    trust_remote_code: bool = False,
+    noted: bool = True,
+    config: Any = None,
 ) -> PreTrainedModel:
     """The folder's causal language model on the meta device, ready to be given parameters. Raises `InputError`.
 
-    Where its config notes shapes that its class does not build, the model has those, or the class's own if not `noted`.
+    Where its config notes shapes that its class does not build, the model has those, or the class's own if not `noted`. `config` is
+    another than the folder's, where the model is built of one.
     """
     folder = reader.folder
     shapes = reader.config.get(SHAPES)
     trust_remote_code = trust_remote_code and shapes is None  # the code in such a folder does what `resize` does here
-    config = load_config(folder, reader.config, trust_remote_code=trust_remote_code)
+    if config is None:
+        config = load_config(folder, reader.config, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about generation settings of the folder are not about us
@@ -472,6 +486,12 @@ def build_skeleton(
         ) from None
     model.requires_grad_(False)
     model.eval()
+    make_buffers(model, device)
+    return model
+
+
+def make_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Make the buffers real that are in no checkpoint; the rest stays on the meta device. Raises `InputError`."""
     for name, buffer in model.named_buffers():
         owner_path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_path)
@@ -485,7 +505,6 @@ def build_skeleton(
                 f"{type(model).__name__} does not say how its buffer '{name}' is made without loading the whole model: "
                 "not supported yet"
             )
-    return model
 
 
 def refuse_sliced(source: StreamedModel, advice: str) -> None:

@@ -269,6 +269,14 @@ class Walk:
         assert isinstance(result, Tensor)
         return result
 
+    def move_to(self, source: Source) -> None:
+        """Go through another model from here on, before `start`; `prepare` is called where it was for the one before."""
+        self.source.free_outer()
+        self.source.free_block(0)  # which `prepare` leaves in memory
+        self.source, self.dtype = source, source.dtype
+        if self.shape:
+            self.prepare()
+
     @torch.inference_mode()
     def run_probe(self, index: int, block: nn.Module) -> Tensor:
         """What a block makes of one window of a few random hidden states, always the same ones: [1, at most 8, hidden]."""

@@ -56,7 +56,7 @@ def model_card(manifest: dict[str, Any], source: Path, evaluation: EvaluationRec
         "reload check": f"logits differ by {manifest['verification']['difference']:.1e} of their norm",
         "made with": ", ".join(f"{library} {version}" for library, version in manifest["versions"].items()),
     }
-    kept = _untouched(recipe, trained=recovery is not None)
+    kept = _untouched(recipe, trained=recovery is not None, narrower=bool(run.get("channels")))
     again = "" if recovery is None else "\n" + RecoveryOptions.of(recovery).command("OUT", "RECOVERED")
     table = "\n".join(f"| {left} | {right} |" for left, right in rows.items())
     return "\n".join(front) + (
@@ -93,7 +93,8 @@ def _what_went(recipe: Recipe, run: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _untouched(recipe: Recipe, *, trained: bool) -> str:
+def _untouched(recipe: Recipe, *, trained: bool, narrower: bool) -> str:
+    """What was left as it was; `narrower` where embeddings, norms and head lost channels, too."""
     tuned = recipe.parts.get("tune", {}).get("name", "none") != "none"
     if not recipe.removes:
         refitted = recipe.parts.get("reconstruct", {}).get("name", "none")
@@ -124,6 +125,8 @@ def _untouched(recipe: Recipe, *, trained: bool) -> str:
         kept = "what is kept is bit-identical; biases stand in for what those that lost inputs lost"
     elif refitted != "none":
         kept = f"those that lost inputs were refitted ({refitted}), what is kept of the others is bit-identical"
+    if narrower:
+        return f"Embeddings, norms, matrices and output head have the same channels of the residual stream left; {kept}{again}."
     return f"Embeddings and output head are untouched; of the blocks' matrices, {kept}{again}."
 
 

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from .plots import MARKERS, plain_ticks
+from .plots import MARKERS, plain_ticks, whole_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,7 +111,7 @@ def error_chart(errors: Sequence[Error]) -> Chart:
         axes.plot([e.block for e in errors], [e.middle for e in errors], color=_ACCENT, linewidth=1.8)
         axes.set(xlabel="block", ylabel="output error")
         axes.set_ylim(bottom=0)
-        _whole_ticks(axes)
+        whole_ticks(axes.xaxis)
         return [
             (
                 e.block,
@@ -150,7 +150,7 @@ def recovery_chart(losses: Sequence[float], curve: Mapping[int, float]) -> Chart
         steps, heights = list(curve), [math.log(perplexity) for perplexity in curve.values()]
         axes.plot(steps, heights, ".-", color=_ACCENT, linewidth=1.8, markersize=6)
         axes.set(xlabel="step", ylabel="loss, nats per token")
-        _whole_ticks(axes)
+        whole_ticks(axes.xaxis)
         return [
             (step, height, f"Behind step {step}: held-out perplexity {curve[step]:.2f}")
             for step, height in zip(steps, heights, strict=True)
@@ -168,7 +168,7 @@ def search_chart(course: Sequence[tuple[int, float]]) -> Chart:
         axes.plot(places, values, ".", color=_MUTED, markersize=6, alpha=0.7, markeredgewidth=0)
         axes.step(places, least, where="post", color=_ACCENT, linewidth=1.8)
         axes.set(xlabel="candidate", ylabel="perplexity")
-        _whole_ticks(axes)
+        whole_ticks(axes.xaxis)
         return [
             (place, value, f"Candidate {place}: {value:.2f}, best so far {best:.2f}")
             for (place, value), best in zip(course, least, strict=True)
@@ -210,12 +210,6 @@ def pareto(figures: Sequence[tuple[float, float]]) -> list[bool]:
         )
         for own, ours in figures
     ]
-
-
-def _whole_ticks(axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
 
 def _drawn(name: str, size: tuple[int, int], draw: Callable[[Axes], list[tuple[float, float, str]]]) -> Chart:

@@ -86,10 +86,11 @@ def _asked(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
     """What was to go, in words."""
     target, parts = recipe.target, manifest["recipe"]["parts"]
     if recipe.removes:
-        if channels := manifest["run"]["channels"]:
+        channels = manifest["run"]["channels"]
+        left = f"; {channels['after']} of {channels['before']} channels of the residual stream stay" if channels else ""
+        if "width" in parts:
             of = "block parameters, shortcuts counted" if parts["width"]["name"] == "parameters" else "channels"
-            left = f"{channels['after']} of {channels['before']} channels of the residual stream stay"
-            return f"{100 * float(target.fraction):g} % of the {of}; {left}"
+            return f"{100 * float(target.fraction):g} % of the {of}{left}"
         gone = f"{100 * float(target.fraction):g} % of the block parameters"
         if "depth" in parts:
             return f"{gone}, in whole {'sublayers' if 'what' in parts['depth'] else 'blocks'}"
@@ -97,7 +98,7 @@ def _asked(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
         widths = (
             "every block as wide as the next" if parts["budget"]["shape"] == "uniform" else "blocks of their own widths"
         )
-        return f"{gone}, {widths}"
+        return f"{gone}, {widths}{left}"
     if target.group is None:
         return f"{target} of the weights, compared within the {parts['pattern']['group']}"
     return f"{target}: {target.keep} of every {target.group} consecutive inputs are kept"

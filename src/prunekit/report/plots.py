@@ -128,12 +128,13 @@ def draw_search(course: Sequence[tuple[int, float]], dense: float, path: Path, *
         axes.axhline(dense, color=_GREY, linestyle="--", linewidth=1, label=f"dense ({spelt(dense)})")
         axes.set_yscale("log")
         plain_ticks(axes.yaxis)
+        whole_ticks(axes.xaxis)
         axes.set(xlabel="trial", ylabel="perplexity")
-        axes.legend(frameon=False, fontsize=8)
+        _legend_below(figure)
         axes.set_title(title, loc="left", fontsize=10)
 
 
-def draw_front(trials: Sequence[tuple[float, float, bool]], dense: float, path: Path) -> None:
+def draw_front(trials: Sequence[tuple[float, float, bool]], dense: float, path: Path, *, title: str) -> None:
     """Draw (seconds, perplexity, whether none is better in both) of trials. Raises `InputError`, `StorageError`."""
     with _figure(path, (7.0, 3.6)) as figure:
         axes = figure.subplots()
@@ -153,7 +154,13 @@ def draw_front(trials: Sequence[tuple[float, float, bool]], dense: float, path: 
         axes.set_yscale("log")
         plain_ticks(axes.yaxis)
         axes.set(xlabel="seconds to prune", ylabel="perplexity")
-        axes.legend(frameon=False, fontsize=8)
+        _legend_below(figure)
+        axes.set_title(title, loc="left", fontsize=10)
+
+
+def _legend_below(figure: Figure) -> None:
+    """Outside, where it hides nothing of a picture whose points may lie anywhere."""
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
 
 
 def _bars(axes: Axes, study: Study, cells: Mapping[tuple[str, str], Cell], dense: float) -> None:
@@ -238,6 +245,13 @@ def plain_ticks(axis: Any) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e3 else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1e6 else f"{value:.0e}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def whole_ticks(axis: Any) -> None:
+    """Whole numbers along an axis that counts."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..search.recipes import NOTHING
 from .numbers import spelt
 
 
@@ -37,17 +38,17 @@ def as_markdown(found: Mapping[str, Any]) -> str:
         "",
         "![perplexity and seconds](front.svg)",
     ]
+    lines += ["", "## What mattered", ""]
     if found["importance"]:
         lines += [
-            "",
-            "## What mattered",
-            "",
             "The share of each choice in what sets the better trials apart (PED-ANOVA).",
             "",
             "| choice | share |",
             "|---|---:|",
             *(f"| `{name}` | {100 * share:.1f} % |" for name, share in found["importance"].items()),
         ]
+    else:
+        lines += ["Too few trials, or too equal ones, to say which choice sets the better ones apart."]
     if found["refused"]:
         lines += [
             "",
@@ -64,4 +65,9 @@ def _row(name: str, trial: Mapping[str, Any]) -> str:
 
 
 def _said(trial: Mapping[str, Any]) -> str:
-    return ", ".join(f"`{name}={value}`" for name, value in trial["point"].items() if value != "none")
+    return ", ".join(f"`{word}`" for word in chosen(trial["point"]))
+
+
+def chosen(point: Mapping[str, Any]) -> list[str]:
+    """What a point of a space sets, as `name=value`."""
+    return [f"{name}={value}" for name, value in point.items() if value != NOTHING]

@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.storage import write_text
+from ..checkpoint.storage import append_text, write_text
 from ..checkpoint.writer import difference
 from ..errors import HistoryError, StorageError
 
 FORMAT = 1
+_HASH = re.compile("[0-9a-f]{64}")
 
 
 def key_of(candidate: Any) -> str:
@@ -37,14 +39,14 @@ class History:
         if path is None:
             return
         if path.exists():
-            cut_torn_line(path)
             self._read(path, identity)
+            cut_torn_line(path)
         else:
             write_text(path, json.dumps({"format": FORMAT, "identity": identity}) + "\n")
 
     def _read(self, path: Path, identity: Mapping[str, Any]) -> None:
         try:
-            head, *lines = path.read_text(encoding="utf-8").splitlines()
+            head, *lines = path.read_bytes().rpartition(b"\n")[0].decode().split("\n")
             said = json.loads(head)
             if said["format"] != FORMAT:
                 raise ValueError(f"format {said['format']}")
@@ -58,11 +60,7 @@ class History:
                 f"'{path}' cannot be read as the history of a search ({problem}): it was left as it is; begin again elsewhere, "
                 "or remove it"
             ) from None
-        differing = difference(theirs, json.loads(json.dumps(identity)))
-        if differing:
-            raise HistoryError(
-                f"'{path}' is the history of another search: {'; '.join(differing)}. It was left as it is; begin this one elsewhere"
-            )
+        refuse_another(path, theirs, json.loads(json.dumps(identity)))
 
     def __len__(self) -> int:
         return len(self._losses)
@@ -77,14 +75,17 @@ class History:
         if self._path is None:
             return
         plain = [loss if math.isfinite(loss) else None for loss in losses]  # JSON has no word for infinity
-        line = json.dumps({"candidate": candidate, "losses": plain}) + "\n"
-        try:
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(line)
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as problem:
-            raise StorageError(f"cannot write '{self._path}': {problem.strerror or problem}") from problem
+        append_text(self._path, json.dumps({"candidate": candidate, "losses": plain}) + "\n")
+
+
+def refuse_another(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raise `HistoryError` where a file is of a search with another identity."""
+    differing = difference(theirs, ours)
+    if differing:
+        said = [line for line in differing if not _HASH.search(line)]  # texts differ because something else does
+        raise HistoryError(
+            f"'{path}' is of another search: {'; '.join(said or differing)}. It was left as it is; begin this one elsewhere"
+        )
 
 
 def cut_torn_line(path: Path) -> None:

@@ -7,7 +7,7 @@ A space is plain data, and a file may hold one:
     "parts.score.alpha" = { low = 0.1, high = 1.0, when = { method = ["ria"] } }
     "parts.refine.name" = { of = ["none", "swaps"], when = { method = ["wanda", "ria"] } }
 
-The first value of a list stands for leaving the name as it is where it is "none".
+"none" in a list stands for leaving the name as the method has it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 NOTHING = "none"  # the name is not set
 _SCORED = ["wanda", "ria", "lp-ria", "stade", "symwanda"]
 _RELATIVE = ["ria", "lp-ria", "stochastic-ria"]
+_PLAIN = (str, int, float)  # and bool, which is an int
 _KINDS = {"low", "high", "log", "of", "when"}
 
 SPACES: dict[str, dict[str, Any]] = {
@@ -89,19 +90,8 @@ class RecipeSpace:
     @classmethod
     def of(cls, space: str | Mapping[str, Any]) -> RecipeSpace:
         """A space by its name, in a file with a section [space], or as that section. Raises `InputError`."""
-        if isinstance(space, str):
-            if space in SPACES:
-                return cls.of(SPACES[space])
-            if not Path(space).suffix:
-                raise InputError(
-                    f"space '{space}' is unknown: {nearest(space, SPACES)}; or a file with a section [space], as .toml, .yaml or .json"
-                )
-            section = Recipe.read(Path(space)).get("space")
-            if not isinstance(section, Mapping) or not section:
-                raise InputError(f"'{space}' has no section [space] with names of a recipe in it")
-            return cls.of(section)
         genes: list[Gene] = []
-        for name, said in space.items():
+        for name, said in section_of(space).items():
             genes.append(_gene(name, said, [gene.name for gene in genes]))
         return cls(tuple(genes))
 
@@ -114,17 +104,33 @@ class RecipeSpace:
         return point
 
     def settled(self, method: str) -> dict[str, Any]:
-        """What is to be suggested for a method as it stands in the catalogue: the first value of every list."""
+        """What is to be suggested for a method as it stands in the catalogue; where a name cannot be left alone, its first value."""
         point: dict[str, Any] = {"method": method}
         for gene in self.genes:
             if gene.name != "method" and gene.of and gene.asked(point):
-                point[gene.name] = gene.of[0]
+                point[gene.name] = NOTHING if NOTHING in gene.of else gene.of[0]
         return point
 
     @property
     def methods(self) -> list[str]:
         """The methods there are to choose among."""
         return next((list(gene.of) for gene in self.genes if gene.name == "method"), [])
+
+
+def section_of(space: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The plain data of a space, not yet looked at. Raises `InputError`."""
+    if not isinstance(space, str):
+        return dict(space)
+    if space in SPACES:
+        return dict(SPACES[space])
+    if Path(space).suffix not in (".toml", ".yaml", ".yml", ".json"):
+        raise InputError(
+            f"space '{space}' is unknown: {nearest(space, SPACES)}; or a file with a section [space], as .toml, .yaml or .json"
+        )
+    section = Recipe.read(Path(space)).get("space")
+    if not isinstance(section, Mapping) or not section:
+        raise InputError(f"'{space}' has no section [space] with names of a recipe in it")
+    return dict(section)
 
 
 def values_of(point: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,8 +143,6 @@ def values_of(point: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, An
         if name.startswith("parts."):
             _, part, option = name.split(".")
             parts.setdefault(part, {})[option] = value
-        elif name.startswith("calibration."):
-            values["calibration"] = {**values.get("calibration", {}), name.split(".")[1]: value}
         else:
             values[name] = value
     return {**values, "parts": parts}
@@ -150,26 +154,37 @@ def _gene(name: str, said: Any, before: Sequence[str]) -> Gene:
         raise InputError(
             f"'{name}' of the space is not a name that can be searched: it is method, seed or parts.PART.OPTION"
         )
-    if isinstance(said, list) and said:
-        return Gene(name, of=tuple(said))
+    said = {"of": said} if isinstance(said, list) else said
     if not isinstance(said, Mapping) or set(said) - _KINDS or ("of" in said) == ("low" in said or "high" in said):
         raise InputError(
             f"'{name}' of the space is {said!r}: give a list of values, or {{ low = ..., high = ... }}, perhaps with `when`"
         )
     when = said.get("when", {})
+    if not isinstance(when, Mapping) or not all(isinstance(values, list) for values in when.values()):
+        raise InputError(
+            f"`when` of '{name}' of the space is {when!r}: give other names with lists of values, like {{ method = [\"ria\"] }}"
+        )
     for other in when:
         if other not in before:
             raise InputError(f"'{name}' of the space depends on '{other}', which is not in front of it")
     if "of" in said:
-        if not isinstance(said["of"], list) or not said["of"]:
-            raise InputError(f"'{name}' of the space has no values: give a list")
-        return Gene(name, of=tuple(said["of"]), when=when)
+        values = said["of"]
+        if not isinstance(values, list) or not values or not all(isinstance(value, _PLAIN) for value in values):
+            raise InputError(
+                f"'{name}' of the space has {values!r} for values: give a list of words, numbers, true or false"
+            )
+        return Gene(name, of=tuple(dict.fromkeys(values)), when=when)
     ends = [said.get("low"), said.get("high")]
     low, high = (
         float(end) if isinstance(end, (int, float)) and not isinstance(end, bool) else math.nan for end in ends
     )
-    if not low < high or (said.get("log") and low <= 0):
+    log = said.get("log", False)
+    if not low < high or math.isinf(low) or math.isinf(high):
         raise InputError(
             f"'{name}' of the space lies between {ends[0]!r} and {ends[1]!r}: give two numbers, the lower one first"
         )
-    return Gene(name, low=low, high=high, log=bool(said.get("log", False)), when=when)
+    if not isinstance(log, bool) or (log and low <= 0):
+        raise InputError(
+            f"'{name}' of the space from {low:g} on cannot have log = {log!r}: it is true or false, and true only above 0"
+        )
+    return Gene(name, low=low, high=high, log=log, when=when)

@@ -10,21 +10,24 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.writer import difference
-from ..errors import HistoryError, InputError
-from .history import cut_torn_line
+from ..checkpoint.storage import append_text
+from ..errors import HistoryError, InputError, StorageError
+from .history import cut_torn_line, refuse_another
 from .loop import Proposals
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.storages.journal import JournalFileBackend
 
 _NAME = "prunekit"
 _IDENTITY = "identity"
 _CANDIDATE = "candidate"
+START = "start"
 _STARTUP = 10  # trials that are drawn uniformly before any estimate is made
 
 
@@ -37,50 +40,64 @@ def require_optuna() -> None:
 def open_study(path: Path | None, identity: Mapping[str, Any], *, alone: bool = True) -> optuna.Study:
     """The study in a journal file, or a new one; in memory without a path.
 
-    `alone` says that no other process uses the file now: what a killed one left half done is then put right.
+    `alone` says that no other process uses the file now: what a killed one left half done is then put right. Otherwise names that
+    `identity` lacks are not compared.
     Raises `HistoryError` for a file that is damaged or another study's, and leaves it as it is.
     """
     require_optuna()
     import optuna
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if path is None:
         return optuna.create_study(study_name=_NAME)
-    plain = json.loads(json.dumps(identity))
+    plain = {**json.loads(json.dumps(identity)), "optuna": metadata.version("optuna")}  # which decides what is drawn
     try:
-        if alone and path.exists():
-            cut_torn_line(path)
-            for lock in path.parent.glob(f"{path.name}.lock*"):
-                lock.unlink(missing_ok=True)  # of a process that was killed while it wrote
-        storage = JournalStorage(JournalFileBackend(str(path)))
-        if storage.get_all_studies():  # asked first, because to create one is to write
+        storage = JournalStorage(_journal(path))
+        if storage.get_all_studies():
             study = optuna.load_study(storage=storage, study_name=_NAME)
+            begun = bool(study.get_trials(deepcopy=False))
+        elif b"\n" in path.read_bytes():
+            raise ValueError("it does not begin with one")
         else:
-            study = optuna.create_study(storage=storage, study_name=_NAME)
-            study.set_user_attr(_IDENTITY, plain)
-        theirs = study.user_attrs[_IDENTITY]
+            study, begun = None, False
     except Exception as problem:  # whatever Optuna stumbles over in a file that is not as it wrote it
         reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         raise HistoryError(
             f"'{path}' cannot be read as a study of Optuna ({reason}): it was left as it is; begin again elsewhere, or remove it"
         ) from None
-    differing = difference(theirs, plain)
-    if differing:
-        raise HistoryError(
-            f"'{path}' is the study of another search: {'; '.join(differing)}. It was left as it is; begin this one elsewhere"
-        )
+    if study is not None and (begun or _IDENTITY in study.user_attrs):
+        theirs = study.user_attrs.get(_IDENTITY, {})
+        refuse_another(path, theirs if alone else {name: theirs.get(name) for name in plain}, plain)
+    if alone:
+        cut_torn_line(path)
+        for lock in path.parent.glob(f"{path.name}.lock*"):
+            lock.unlink(missing_ok=True)  # of a process that was killed while it wrote
+    if study is None:
+        study = optuna.create_study(storage=storage, study_name=_NAME)
+    if _IDENTITY not in study.user_attrs:
+        study.set_user_attr(_IDENTITY, plain)
     return study
 
 
-def fail_running(study: optuna.Study, stale: Callable[[optuna.trial.FrozenTrial], bool] = lambda trial: True) -> None:
-    """Give up the trials that nobody works on any more."""
-    from optuna.trial import TrialState
+def _journal(path: Path) -> JournalFileBackend:
+    """Optuna's file, which a full disk leaves as it was: behind half a line other processes would write on."""
+    from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
-    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-        if stale(trial):
-            study.tell(trial.number, state=TrialState.FAIL)
+    lock = JournalFileSymlinkLock(str(path))
+
+    class Journal(JournalFileBackend):
+        def append_logs(self, logs: list[dict[str, Any]]) -> None:
+            try:
+                lock.acquire()
+            except OSError as problem:
+                raise StorageError(f"cannot lock '{path}': {problem.strerror or problem}") from problem
+            try:
+                append_text(path, "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs))
+            finally:
+                lock.release()
+
+    return Journal(str(path), lock)
 
 
 def complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
@@ -88,6 +105,52 @@ def complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     from optuna.trial import TrialState
 
     return list(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
+
+
+def noted(trial: optuna.trial.FrozenTrial, name: str) -> Any:
+    """What was noted with a trial that came to a value. Raises `HistoryError` where somebody took it out of the file."""
+    if name not in trial.user_attrs:
+        raise HistoryError(
+            f"trial {trial.number} of the study lacks its '{name}': the file was damaged and left as it is; begin again elsewhere"
+        )
+    return trial.user_attrs[name]
+
+
+def under_way(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Trials that a process works on, or worked on when it was killed."""
+    from optuna.trial import TrialState
+
+    return list(study.get_trials(deepcopy=False, states=[TrialState.RUNNING]))
+
+
+def waiting(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Trials that were lined up: `ask` gives these first, in the order of their numbers."""
+    from optuna.trial import TrialState
+
+    return list(study.get_trials(deepcopy=False, states=[TrialState.WAITING]))
+
+
+def give_up(study: optuna.Study, number: int) -> None:
+    """End a trial without a value."""
+    from optuna.trial import TrialState
+
+    study.tell(number, state=TrialState.FAIL)
+
+
+def line_up(study: optuna.Study, starts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Have these suggested next, in this order; a trial's attribute `START` then says which it is.
+
+    No other process may use the study meanwhile: trials that are under way are given up, as what a kill left, and so is what waits
+    from before, unless it is the same.
+    """
+    for trial in under_way(study):
+        give_up(study, trial.number)
+    if [trial.user_attrs.get(START) for trial in waiting(study)] == list(starts):
+        return
+    while waiting(study):
+        give_up(study, study.ask().number)
+    for name, suggestions in starts.items():
+        study.enqueue_trial(dict(suggestions), user_attrs={START: name})
 
 
 def ask(study: optuna.Study, seed: int, drawn: int) -> optuna.Trial:
@@ -130,10 +193,8 @@ def tpe(
     """
     from optuna.trial import TrialState
 
-    fail_running(study)
-    before = [trial.user_attrs[_CANDIDATE] for trial in complete(study)][:trials]
-    if start and not before and not study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
-        study.enqueue_trial(dict(start))
+    before = [noted(trial, _CANDIDATE) for trial in complete(study)][:trials]
+    line_up(study, {"first": start} if start and not before else {})
     for candidate in before:
         yield [candidate]
     for number in range(len(before), trials):

@@ -53,7 +53,7 @@ class Demand:
         return min(structure.count, self.least.get(structure.kind, 1))
 
 
-@unit_budget()
+@unit_budget(even=True)
 def uniform(demand: Demand) -> Counts:
     """The same share of every block: whole groups of heads as far as the ratio goes, and channels for the rest."""
     counts: Counts = [{} for _ in demand.structures]
@@ -145,12 +145,19 @@ def global_types(demand: Demand, *, gamma: Annotated[float, Limits(above=0)] | N
 
 
 @unit_budget(given=True)
-def widths(demand: Demand, *, attention: int | None = None, mlp: int | None = None) -> Counts:
-    """Given numbers of units: `attention` groups of heads and `mlp` channels in every block; what is not given stays whole."""
+def widths(
+    demand: Demand, *, attention: int | None = None, mlp: int | None = None, hidden: int | None = None
+) -> Counts:
+    """Given numbers: `attention` groups of heads and `mlp` channels in every block, `hidden` channels of the residual stream.
+
+    What is not given stays whole.
+    """
     given = {ATTENTION: attention, MLP: mlp}
-    if attention is None and mlp is None:
+    # channels of the stream are no units of a block: see `UnitBudget.hidden`
+    if attention is None and mlp is None and hidden is None:
         raise InputError(
-            "budget 'widths' is given the numbers that stay: say --set budget.mlp=N, --set budget.attention=N, or both"
+            "budget 'widths' is given the numbers that stay: say --set budget.mlp=N, --set budget.attention=N, --set budget.hidden=N, "
+            "or several of them"
         )
     for each in demand.each():
         wanted = given[each.kind]
@@ -213,7 +220,7 @@ class UnitBudget:
 
     Attributes:
         shape: `uniform` gives every block the same widths, so that stock configs describe the model; `free` leaves them as they come.
-        align: channels that stay are a multiple of this.
+        align: channels that stay, also those of the residual stream, are a multiple of this.
         skip_first, skip_last: blocks at either end that stay whole.
     """
 
@@ -254,6 +261,24 @@ class UnitBudget:
         """Its name and options with the defaults that hold today."""
         common = {name: getattr(self, name) for name in ("shape", "align", "skip_first", "skip_last")}
         return {"name": self.part.name, **self.options, **common}
+
+    @property
+    def narrows(self) -> bool:
+        """Whether it says how many channels of the residual stream stay."""
+        return self.options.get("hidden") is not None
+
+    def hidden(self, channels: int) -> int:
+        """How many channels of the residual stream stay, of so many. Raises `InputError`."""
+        wanted = self.options.get("hidden")
+        if wanted is None:
+            return channels
+        if not 1 <= wanted <= channels:
+            raise InputError(
+                f"'budget.hidden' cannot be {wanted}: the residual stream has {channels} channels, and at least one must stay"
+            )
+        if self.align > channels:
+            raise InputError(f"'budget.align' cannot be {self.align}: the residual stream has only {channels} channels")
+        return self._nearest(wanted, channels)
 
     def counts(self, structures: Structures, parameters: Sequence[int], ratio: Fraction, scores: Scores = ()) -> Counts:
         """How many units of each structure stay.
@@ -343,10 +368,15 @@ class UnitBudget:
     def _aligned(self, demand: Demand, counts: Counts) -> Counts:
         aligned = [dict(found) for found in counts]
         for each in demand.each():
-            if each.kind == MLP and self.align > 1 and aligned[each.block][each.name] < each.count:
-                nearest = round(Fraction(aligned[each.block][each.name], self.align)) * self.align
-                aligned[each.block][each.name] = min(max(nearest, self.align), each.count // self.align * self.align)
+            if each.kind == MLP:
+                aligned[each.block][each.name] = self._nearest(aligned[each.block][each.name], each.count)
         return aligned
+
+    def _nearest(self, kept: int, count: int) -> int:
+        """The multiple of the alignment that is nearest to how many of `count` channels stay; all of them are always one."""
+        if kept == count:
+            return count
+        return min(max(round(Fraction(kept, self.align)) * self.align, self.align), count // self.align * self.align)
 
 
 def no_scores(structures: Structures) -> Scores:

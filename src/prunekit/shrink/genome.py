@@ -87,7 +87,8 @@ class Widths:
             raise InputError("no structure of this model can be given a width of its own: there is nothing to search")
         most = sum(each.cost * (each.count - self._least(each)) for each in free)
         if self.dropped:
-            most += sum(sorted(self.parameters)[-self.dropped :])
+            free_blocks = [count for index, count in enumerate(self.parameters) if index not in self.skipped]
+            most += sum(sorted(free_blocks)[-self.dropped :])
         if most < self.target - self.window:
             raise InputError(
                 f"the search is to remove {self.target:,} parameters and its widths leave at most {most:,} to go: ask for a smaller "
@@ -95,9 +96,10 @@ class Widths:
             )
         unit = min((each.cost * self._unit(each) for each in free if each.kind == MLP), default=None)
         if unit is not None and unit > 2 * self.window:
+            least = math.ceil(1e5 * -(-unit // 2) / sum(self.parameters)) / 1e5
             raise InputError(
                 f"search.window allows {self.window:,} parameters more or less than asked for, and a step of a width has {unit:,}: "
-                f"no search would ever meet it; ask for --set search.window={unit / (2 * sum(self.parameters)):.1g} or more"
+                f"no search would ever meet it; ask for --set search.window={least:g} or more"
             )
 
     def removed(self, genome: Genome) -> int:
@@ -257,9 +259,10 @@ class Widths:
         return max(self._least(structure), structure.count - -(-(structure.count - kept) // unit) * unit)
 
     def _without(self, count: int) -> Genome | None:
-        """The last blocks but one gone, where that alone comes to what is asked for."""
-        last = len(self.structures) - 1
-        genome = tuple(None if last - count <= index < last else genes for index, genes in enumerate(self.whole()))
+        """The last blocks gone but the very last, and those that stay whole, where that alone comes to what is asked for."""
+        free = [index for index in range(len(self.structures) - 1) if index not in self.skipped]
+        gone = set(free[-count:])
+        genome = tuple(None if index in gone else genes for index, genes in enumerate(self.whole()))
         return self._fitted(genome, random.Random(self.seed))
 
     def _may_lose(self, structure: Structure) -> bool:

@@ -14,6 +14,7 @@ from ..model.stream import Walk
 from ..recipe import Recipe, refuse_choices
 from .budget import Counts, blocks_to_remove, no_scores, plan_of
 from .gradients import gradient_bytes
+from .narrowing import Narrowing
 from .plan import Structures
 from .saving import Form
 from .searching import trial_bytes
@@ -27,7 +28,11 @@ _SPARED = 0.8  # of the weights that are to go
 
 @dataclass(frozen=True)
 class Shrinking:
-    """The method with its options bound, the model's structures, and how many units stay where no score has a say in that."""
+    """The method with its options bound, the model's structures, and how many units stay where no score has a say in that.
+
+    Where the residual stream is to be narrower, `narrowing` says how, and the structures are those of the narrower model: the same
+    units.
+    """
 
     shrinker: Shrinker
     structures: Structures
@@ -35,6 +40,7 @@ class Shrinking:
     recipe: Recipe
     source: StreamedModel
     form: Form | None
+    narrowing: Narrowing | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, source: StreamedModel) -> Shrinking:
@@ -61,12 +67,15 @@ class Shrinking:
                 "leave one of them out"
             )
         refuse_sliced(source, "take heads and channels out of the original")
-        structures = find_structures(source.module, source.anatomy)
+        narrowing = _narrowing(source, shrinker)
+        # which channels stay makes no difference to shapes
+        shaped = source if narrowing is None else narrowing.model(range(narrowing.width))
+        structures = find_structures(shaped.module, shaped.anatomy)
         if not any(structures):
             raise InputError(f"{type(source.module).__name__} has no units that can be taken out")
         if shrinker.sublayers:
             structures = find_sublayers(source.module, source.anatomy, structures)
-        parameters = block_parameters(source)
+        parameters = block_parameters(shaped)
         # what the ratio or the alignment cannot be is refused before anything is measured
         chance = no_scores(structures)
         form: Form | None = None
@@ -78,9 +87,9 @@ class Shrinking:
             blocks_to_remove(recipe.target.fraction, len(structures))
             return cls(shrinker, structures, None, recipe, source, None)
         counts = shrinker.budget.counts(structures, parameters, recipe.target.fraction, chance)
-        if not shrinker.plans_first:
-            form = form_of(source, structures, plan_of(structures, counts, chance), shrinker)
-        return cls(shrinker, structures, None if shrinker.plans_first else counts, recipe, source, form)
+        if narrowing is not None or not shrinker.plans_first:
+            form = form_of(shaped, structures, plan_of(structures, counts, chance), shrinker)
+        return cls(shrinker, structures, None if shrinker.plans_first else counts, recipe, source, form, narrowing)
 
     @property
     def looks_at_data(self) -> bool:
@@ -124,24 +133,23 @@ class Shrinking:
     @property
     def _spared(self) -> int:
         """Bytes of weights that are not written, a little less than will be: what a budget takes differs from what was asked for."""
+        smallest = min(entry.dtype.itemsize for entry in self.source.reader.entries.values())
         if self.shrinker.depth is None and self.shrinker.budget.part.given:
-            return 0
-        parameters = sum(block_parameters(self.source)) * min(
-            entry.dtype.itemsize for entry in self.source.reader.entries.values()
-        )
+            return 0 if self.narrowing is None else self.narrowing.removed * smallest
+        parameters = sum(block_parameters(self.source)) * smallest
         return int(_SPARED * float(self.recipe.target.fraction) * parameters)
 
     def work(
         self, walk: Walk, *, dense: bool, ranks: Ranks | None = None, first: int = 0, total: int | None = None
     ) -> ShrinkWalk:
         """What removes units from the blocks of `walk`'s model. Raises `InputError` for several processes where one must do it all."""
+        if self.shrinker.search is not None and ranks is not None and ranks.size > 1:
+            raise InputError(f"'{self.recipe.method}' searches, and one process does that: start it without torchrun")
         if self.shrinker.gradients and ranks is not None and ranks.size > 1:
             assert self.shrinker.score is not None
             raise InputError(
                 f"'{self.shrinker.score.part.name}' wants gradients, which one process computes: start it without torchrun"
             )
-        if self.shrinker.search is not None and ranks is not None and ranks.size > 1:
-            raise InputError(f"'{self.recipe.method}' searches, and one process does that: start it without torchrun")
         return ShrinkWalk(
             walk,
             self.shrinker,
@@ -149,11 +157,21 @@ class Shrinking:
             self.recipe,
             self.counts,
             form=self.form,
+            narrowing=self.narrowing,
             dense=dense,
             ranks=Ranks() if ranks is None else ranks,
             first=first,
             total=total,
         )
+
+
+def _narrowing(source: StreamedModel, shrinker: Shrinker) -> Narrowing | None:
+    """How the residual stream becomes narrower; None where all its channels stay."""
+    if not shrinker.budget.narrows:
+        return None
+    channels = int(source.module.config.get_text_config().hidden_size)
+    width = shrinker.budget.hidden(channels)
+    return None if width == channels else Narrowing.of(source, width)
 
 
 def _refuse_search(recipe: Recipe, shrinker: Shrinker) -> None:
@@ -170,12 +188,14 @@ def _refuse_search(recipe: Recipe, shrinker: Shrinker) -> None:
     search, score = shrinker.search, shrinker.score
     assert search is not None
     assert score is not None
-    if search.part.name == "tpe" and (score.part.name != "taylor" or score.options != score.part.bind({})):
+    varied = search.part.varies
+    if varied is not None and (score.part.function is not varied or score.options != score.part.bind({})):
         raise InputError(
-            f"the search of '{recipe.method}' chooses how 'taylor' computes importance: leave out the options of the score, and say "
-            "what may be chosen, like --set search.order=first,second"
+            f"the search of '{recipe.method}' chooses how '{varied.__name__}' computes importance: leave out the options of the score, "
+            f"and say what may be chosen with those of the search, which 'prunekit methods {recipe.method}' lists"
         )
-    if search.part.name == "evolution" and shrinker.budget.part.name != "uniform":
+    if search.part.sizes and not shrinker.budget.part.even:
         raise InputError(
-            f"the search of '{recipe.method}' finds itself how many units stay: leave out budget '{shrinker.budget.part.name}'"
+            f"the search of '{recipe.method}' finds itself how many units stay, and so does budget '{shrinker.budget.part.name}': say "
+            "--set budget.name=uniform"
         )

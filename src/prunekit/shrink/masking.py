@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..model.anatomy import Anatomy
 from ..model.stream import split_call
 from .plan import Plan, Structures
@@ -21,7 +22,15 @@ from .units import Structure
 
 @contextmanager
 def masked(model: nn.Module, anatomy: Anatomy, structures: Structures, plan: Plan) -> Iterator[None]:
-    """Let a model compute as if the plan had been carried out, generation with a cache included. No weight is touched."""
+    """Let a model compute as if the plan had been carried out, generation with a cache included. No weight is touched.
+
+    Raises `InputError` for a plan that leaves out channels of the residual stream.
+    """
+    if plan.hidden is not None:
+        raise InputError(
+            f"the plan keeps {len(plan.hidden.kept)} of {plan.hidden.count} channels of the residual stream, and zeros are not the "
+            "same as none: norms take the mean over all that are there; write the folder and load it"
+        )
     with ExitStack() as stack:
         for block, found, kept in zip(anatomy.blocks, structures, plan.blocks, strict=True):
             module = model.get_submodule(block.name)

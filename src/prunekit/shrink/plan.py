@@ -15,19 +15,30 @@ from ..errors import InputError
 from .units import Structure
 
 FORMAT = 1
+_WITH_CHANNELS = 2  # which a release that knows of format 1 alone must not take for a plan that leaves the stream whole
 
 Structures = Sequence[Sequence[Structure]]
 
 
 @dataclass(frozen=True)
+class Channels:
+    """Channels of the residual stream: how many there are, and which of them stay, ascending."""
+
+    count: int
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What is kept of every block of the original model, in its order.
+    """What is kept of every block of the original model, in its order, and of the residual stream between them.
 
     `blocks[i]` says for each structure of block i (by its consumer's name, like `mlp.down_proj`) which units stay, ascending; it is
-    None where the whole block goes. A structure that is not named stays whole; of one without units its sublayer goes.
+    None where the whole block goes. A structure that is not named stays whole; of one without units its sublayer goes. Where
+    `hidden` is None the stream stays whole.
     """
 
     blocks: tuple[Mapping[str, tuple[int, ...]] | None, ...]
+    hidden: Channels | None = None
 
     @classmethod
     def whole(cls, structures: Structures) -> Plan:
@@ -51,7 +62,7 @@ class Plan:
         return self.blocks[structure.block] is not None and not len(self.kept(structure))
 
     def removed(self, structures: Structures, block_parameters: Sequence[int]) -> int:
-        """How many parameters go, `block_parameters` being those of every block."""
+        """How many parameters go with units and blocks, `block_parameters` being those of every block."""
         total = 0
         for block, parameters in zip(structures, block_parameters, strict=True):
             for structure in block:
@@ -79,14 +90,25 @@ class Plan:
             else {each.name: {"units": each.count, "kept": list(map(int, self.kept(each)))} for each in block}
             for kept, block in zip(self.blocks, structures, strict=True)
         ]
-        return {"format": FORMAT, "blocks": blocks}
+        if self.hidden is None:
+            return {"format": FORMAT, "blocks": blocks}
+        hidden = {"channels": self.hidden.count, "kept": list(self.hidden.kept)}
+        return {"format": _WITH_CHANNELS, "hidden": hidden, "blocks": blocks}
 
     @classmethod
     def from_json(cls, content: Any, structures: Structures) -> Plan:
         """A plan for the model whose `structures` these are. Raises `InputError` where it was made for another or is no plan."""
         blocks = content.get("blocks") if isinstance(content, dict) else None
-        if not isinstance(blocks, list) or content.get("format") != FORMAT:
-            raise InputError(f"this is no plan of prunekit: it must hold format {FORMAT} and a list of blocks")
+        formats = (FORMAT, _WITH_CHANNELS)
+        if (
+            not isinstance(blocks, list)
+            or content.get("format") not in formats
+            or ("hidden" in content) != (content["format"] == _WITH_CHANNELS)
+        ):
+            raise InputError(
+                f"this is no plan of prunekit: it must hold format {FORMAT} and a list of blocks, or format {_WITH_CHANNELS} and "
+                "hidden channels besides"
+            )
         if len(blocks) != len(structures):
             raise InputError(f"the plan is for a model of {len(blocks)} blocks, this one has {len(structures)}")
         found: list[Mapping[str, tuple[int, ...]] | None] = []
@@ -94,7 +116,7 @@ class Plan:
             found.append(None if entry is None else _block(index, entry, block))
         if not any(block is not None for block in found):
             raise InputError("the plan keeps no block: nothing would be left of the model")
-        return cls(tuple(found))
+        return cls(tuple(found), _channels(content["hidden"]) if content["format"] == _WITH_CHANNELS else None)
 
     @classmethod
     def read(cls, path: Path, structures: Structures) -> Plan:
@@ -111,6 +133,19 @@ class Plan:
             raise InputError(f"plan '{path}': {problem}") from None
 
 
+def _channels(entry: Any) -> Channels:
+    count = entry.get("channels") if isinstance(entry, dict) else None
+    if type(count) is not int or not isinstance(entry.get("kept"), list) or not entry["kept"]:
+        raise InputError("'hidden' must say how many channels there are, and list at least one that is kept")
+    _refuse_unordered("hidden channels", entry["kept"], count)
+    return Channels(count, tuple(entry["kept"]))
+
+
+def _refuse_unordered(what: str, kept: list[Any], count: int) -> None:
+    if not all(type(unit) is int and 0 <= unit < count for unit in kept) or sorted(set(kept)) != kept:
+        raise InputError(f"{what}: what is kept must be ascending numbers below {count}")
+
+
 def _block(index: int, entry: Any, structures: Sequence[Structure]) -> dict[str, tuple[int, ...]]:
     known = {structure.name: structure for structure in structures}
     if not isinstance(entry, dict) or set(entry) - set(known):
@@ -122,8 +157,7 @@ def _block(index: int, entry: Any, structures: Sequence[Structure]) -> dict[str,
         kept = said.get("kept") if isinstance(said, dict) else None
         if not isinstance(kept, list) or said.get("units") != count:
             raise InputError(f"'{name}' of block {index} has {count} units, the plan was made for {said}")
-        if not all(type(unit) is int and 0 <= unit < count for unit in kept) or sorted(set(kept)) != kept:
-            raise InputError(f"'{name}' of block {index}: kept units must be ascending numbers below {count}")
+        _refuse_unordered(f"'{name}' of block {index}", kept, count)
         if not kept and known[name].sublayer is None:
             raise InputError(f"'{name}' of block {index} would be left empty: keep at least one unit")
         found[name] = tuple(kept)

@@ -164,13 +164,14 @@ def _norm(kind: str, norm: nn.Module, width: int) -> tuple[float, str]:
 
 
 @dataclass(frozen=True)
-class _LowRank:
+class LowRank:
     """A made-up linear: x ↦ x · rows · columns. Shapes: rows [in, rank], columns [rank, out]."""
 
     rows: Tensor
     columns: Tensor
 
     def __call__(self, value: Tensor) -> Tensor:
+        """The product. Shapes: [..., in] -> [..., out]."""
         return value @ self.rows @ self.columns
 
 
@@ -196,7 +197,7 @@ def _turns(tracer: Tracer, block: Block, module: nn.Module, layout: Layout) -> b
     draw = torch.Generator().manual_seed(0)
     width = tracer.width
     linears = {
-        each.name: _LowRank(
+        each.name: LowRank(
             torch.randn(each.in_features, _RANK, generator=draw) / each.in_features**0.5,
             torch.randn(_RANK, each.out_features, generator=draw) / _RANK**0.5,
         )
@@ -213,9 +214,9 @@ def _turns(tracer: Tracer, block: Block, module: nn.Module, layout: Layout) -> b
         turned_rest[f"{branch.norm}.weight"] = torch.full((width,), 1.0 - layout.gain)
         for reader in branch.readers:
             whole = linears[reader.name]
-            turned_linears[reader.name] = _LowRank(before((gains[:, None] * whole.rows).t()).t(), whole.columns)
+            turned_linears[reader.name] = LowRank(before((gains[:, None] * whole.rows).t()).t(), whole.columns)
         whole = linears[branch.writer.name]
-        turned_linears[branch.writer.name] = _LowRank(whole.rows, after(whole.columns))
+        turned_linears[branch.writer.name] = LowRank(whole.rows, after(whole.columns))
         name = f"{branch.part}_shortcut"
         turned_linears[name] = lambda value, before=before, after=after: after(before(value))  # type: ignore[misc]
         shortcuts.append(Linear(name, block.name, block.index, width, width, False))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations, product
 from typing import Any
@@ -78,6 +78,15 @@ class Form:
             **self.files,
             "config.json": json.dumps(self.config, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
         }
+
+
+@dataclass(frozen=True)
+class NarrowConfig:
+    """What config.json holds with a narrower residual stream, and the models that are built of it and of one with twice that width."""
+
+    config: dict[str, Any]
+    built: PreTrainedModel
+    doubled: PreTrainedModel
 
 
 def choose_form(source: StreamedModel, structures: Structures, plan: Plan, *, biased: Collection[str] = ()) -> Form:
@@ -206,6 +215,30 @@ class FormChooser:
         config["auto_map"] = {"AutoModelForCausalLM": f"{MODELING_NAME.removesuffix('.py')}.{self._class}"}
         code = {MODELING_NAME: resizing_code(self._module)}
         return Form(self._class, config, code, self._why, self._renamed, self._own_names(), {})
+
+    def narrowed(self, width: int) -> NarrowConfig:
+        """A config with another width of the residual stream, and everything else of the same size, as found as the rest is.
+
+        Raises `InputError` where the class builds no such model, or where more than tensors' shapes would follow.
+        """
+        config = self._module.config.get_text_config()
+        before, changes = int(config.hidden_size), {"hidden_size": width}
+        if not isinstance(getattr(type(config), "head_dim", None), property):  # Falcon's config always divides
+            changes["head_dim"] = getattr(config, "head_dim", None) or before // config.num_attention_heads
+        refusals = []
+        for kind in (None, *_TWINS.get(self._config.get("model_type", ""), ())[:1]):
+            try:
+                built, doubled = (self._build({**changes, "hidden_size": size}, kind) for size in (width, 2 * width))
+            except Exception as problem:  # whatever a family's own code stumbles over where sizes do not go together
+                refusals.append(" ".join(str(problem).split()[-24:]))
+                continue
+            why = self._difference(built, (), [(width, before)])
+            if why is None and (kind is None or self._agreed(built, changes)):
+                return NarrowConfig(self._changed(changes, kind), built, doubled)
+            refusals.append(why or f"{type(built).__name__} would be told something else")
+        raise InputError(
+            f"the residual stream of {self._class} cannot have {width} channels with everything else as it is: {refusals[0]}"
+        )
 
     def _zeros(
         self, extra: Mapping[str, tuple[int, ...]], names: Mapping[str, str]
@@ -372,8 +405,11 @@ class FormChooser:
                     values[f"{self._blocks}{new}.{attribute}"] = value // structure.count * kept
         return {name: value for name, value in values.items() if _attribute(built, name) != value}
 
-    def _difference(self, built: nn.Module, told: Collection[str]) -> str | None:
-        """How the modules of a built model differ from the source's, apart from widths, their place and settings it was `told`."""
+    def _difference(self, built: nn.Module, told: Collection[str], also: Sequence[tuple[int, int]] = ()) -> str | None:
+        """How the modules of a built model differ from the source's, apart from widths, their place and settings it was `told`.
+
+        `also` are sizes of other things, each what it is to be and what it is.
+        """
         modules = dict(self._module.named_modules())
         numbers = {f"{self._blocks}{new}": f"{self._blocks}{old}" for old, new in self._renamed.items()}
         first = self._plan.kept_blocks[0]
@@ -395,10 +431,9 @@ class FormChooser:
             stay = [each for each in self._structures[index] if not self._plan.leaves_out(each)]
             ratios = [self._ratio(each) for each in stay]
             ratios += [(len(self._plan.kept(each)), each.count) for each in stay]
-            for key in (ours.keys() | theirs.keys()) - set(told):
+            for key in sorted((ours.keys() | theirs.keys()) - set(told)):
                 new, old = ours.get(key), theirs.get(key)
-                scaled = type(new) is int and type(old) is int and any(old * a == new * b for a, b in ratios)
-                if new != old and not scaled:
+                if new != old and not _scaled(new, old, [*ratios, *also]):
                     return f"'{key}' of '{name}' would change from {old} to {new}"
         return None
 
@@ -451,6 +486,13 @@ def _values(module: nn.Module) -> dict[str, Any]:
         if isinstance(value, (bool, int, float, str, tuple)) and name not in _PLACES and not name.startswith("_")
     }
     return plain | {name: tuple(tensor.shape) for name, tensor in module.named_buffers(recurse=False)}
+
+
+def _scaled(new: Any, old: Any, ratios: Sequence[tuple[int, int]]) -> bool:
+    """Whether whole numbers are to each other as one of the ratios; of tuples, whether each is that or the same."""
+    if type(new) is tuple and type(old) is tuple and len(new) == len(old):
+        return all(ours == theirs or _scaled(ours, theirs, ratios) for ours, theirs in zip(new, old, strict=True))
+    return type(new) is int and type(old) is int and any(old * a == new * b for a, b in ratios)
 
 
 def _attribute(module: nn.Module, name: str) -> Any:

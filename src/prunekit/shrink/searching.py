@@ -78,7 +78,7 @@ class Drawing:
             raise InputError(f"search.samples={samples} is no number of windows: give 1 or more")
         pool = pool or {}
         if length is not None:
-            window_length(self.source.module.config, length, Silent())
+            window_length(self.source.module.config, length, Silent(), option="search.length")
         advice = "give another text with --set search.text=..., or fewer --set search.samples or --samples"
         cut: list[Windows] = []
         for what in ("what candidates are judged by", "what the best is checked on"):

@@ -12,7 +12,7 @@ from ..binding import Bound, bind, named_generator
 from ..bits import all_finite
 from ..catalogue import Method
 from ..errors import InputError, PrunekitError
-from ..statistics import TARGET_SUMS
+from ..statistics import TARGET_SUMS, Statistics
 from .budget import UnitBudget
 from .plan import Structures
 from .units import Structure
@@ -56,6 +56,8 @@ class Shrinker:
                 f"compensate '{compensate.part.name}' changes linears that lose inputs; '{method.name}' removes whole sublayers, and "
                 "nothing is left of their linears: leave it out"
             )
+        if budget.narrows:
+            _refuse_narrow(method, score, [part for part in (compensate, tune) if part is not None])
         search = bind("search", method, options)
         if search is not None and depth is not None:
             raise InputError(
@@ -111,8 +113,12 @@ class Shrinker:
 
     @property
     def plans_first(self) -> bool:
-        """Whether the whole plan is made before the first block is cut: from the scores of all, from gradients, or by a search."""
-        return self.budget.scored or bool(self.gradients) or self.depth is not None or self.search is not None
+        """Whether the whole plan is made before the first block is cut.
+
+        From the scores of all, from gradients, by a search, or because the residual stream is to be narrower in all blocks alike.
+        """
+        planning = self.depth is not None or self.search is not None
+        return self.budget.scored or self.budget.narrows or bool(self.gradients) or planning
 
     def resolved(self, options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """A recipe's part options with the names and defaults that hold today filled in."""
@@ -141,3 +147,28 @@ class Shrinker:
                     "try --dtype float32"
                 )
         return found
+
+    def channel_scores(self, norms: Sequence[Statistics]) -> Tensor:
+        """Importance of the channels of the residual stream, [channels], by what all norms returned. Raises `InputError`."""
+        assert self.score is not None
+        assert self.score.part.channels is not None
+        found: Tensor = self.score.part.channels(norms)
+        if not all_finite(found):
+            raise InputError(
+                f"score '{self.score.part.name}' of the residual stream holds NaN or infinite values: try --dtype float32"
+            )
+        return found
+
+
+def _refuse_narrow(method: Method, score: Bound | None, others: Sequence[Bound]) -> None:
+    """What cannot go with fewer channels of the residual stream."""
+    if score is None or score.part.channels is None:
+        raise InputError(
+            f"the score of '{method.name}' does not rank channels of the residual stream: leave out budget.hidden, or take "
+            "--method minitron"
+        )
+    if others:
+        raise InputError(
+            f"{others[0].part.word} '{others[0].part.name}' aims at what the whole model computes, which blocks of a narrower stream "
+            "cannot: leave out budget.hidden, or the part; `prunekit recover` trains what is left"
+        )

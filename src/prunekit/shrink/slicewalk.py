@@ -308,7 +308,7 @@ class SliceWalk(BlockWalk):
 
     def rehearse(self) -> Rehearsal:
         """What goes is known from shapes."""
-        return Rehearsal(self.block_removed, 0.0)
+        return Rehearsal(self.block_removed, 0.0, -self.turned.added_outside())
 
     @property
     def removed(self) -> int:

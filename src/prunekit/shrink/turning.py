@@ -175,7 +175,7 @@ class Turned:
 
 
 def refuse_foreign(source: StreamedModel) -> None:
-    """Raise `InputError` for models whose config cannot note shapes."""
+    """Raise `InputError` for models of whose residual stream the config says more than we know."""
     module, kind = source.module, type(source.module).__name__
     refuse_sliced(source, "slice the original")
     if type(module.config).model_type != source.reader.config.get("model_type"):

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ from .budget import Counts, Scores, blocks_to_remove, plan_of, top_units
 from .choosing import choose_calibration
 from .gradients import measure_gradients
 from .influence import Influence
-from .plan import Plan, Structures
+from .narrowing import Narrowing
+from .plan import Channels, Plan, Structures
 from .saving import Form, choose_form
 from .searching import HISTORY_NAME, Answer, Drawing, Ground, Texts
 from .shrinker import Shrinker
@@ -63,6 +64,7 @@ class ShrinkWalk(BlockWalk):
         counts: how many units of each structure stay, where that is known before anything is scored.
         plan: what stays, where that is decided before the first block is cut.
         form: how the smaller model is saved, where that is known before anything is scored.
+        narrowing: how the residual stream becomes narrower; the model that is walked has fewer channels once they are chosen.
         kept: what stays of the blocks that are done.
         biases: consumers that were given a bias they did not have, by full name.
         added: how many parameters those are in every block that is done.
@@ -77,6 +79,7 @@ class ShrinkWalk(BlockWalk):
     counts: Counts | None = None
     plan: Plan | None = None
     form: Form | None = None
+    narrowing: Narrowing | None = None
     kept: dict[int, Kept] = field(default_factory=dict, kw_only=True)
     biases: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
     added: dict[int, int] = field(default_factory=dict, kw_only=True)
@@ -86,7 +89,10 @@ class ShrinkWalk(BlockWalk):
     beside: HiddenStates | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self._parameters = block_parameters(self.walk.source)
+        source = self.walk.source
+        self._dense_parameters, self._dense_total = block_parameters(source), source.parameter_count
+        self._dense_linears = {linear.full_name: linear.count for linear in source.anatomy.linears()}
+        self._parameters = self._dense_parameters
 
     def prepare(self) -> None:
         """Draw the texts of a search, too."""
@@ -153,6 +159,9 @@ class ShrinkWalk(BlockWalk):
                 self.plan, passes = plan, self._passes_of_search
             elif self.shrinker.gradients:  # which no block alone has
                 self.plan, passes = plan, _PASSES_FOR_GRADIENTS
+            elif self.narrowing is not None:
+                self.plan = plan
+                self._narrow(range(self.narrowing.width))
             else:
                 self.counts = counts
         if self.form is None:
@@ -164,7 +173,7 @@ class ShrinkWalk(BlockWalk):
             if f"{each.consumer.full_name}.bias" not in names
         ]
         added = sum(each.consumer.out_features for each in new) + self._zeros
-        return Rehearsal(plan.removed(self.structures, self._parameters) - added, passes)
+        return Rehearsal(self._removed_by(plan) - added, passes, self._removed_outside)
 
     @property
     def _passes_of_search(self) -> float:
@@ -185,8 +194,16 @@ class ShrinkWalk(BlockWalk):
             known = {**plan.to_json(self.structures), **found}
         self.found = known
         self.plan = Plan.from_json(known, self.structures)
+        if self.plan.hidden is not None:
+            self._narrow(self.plan.hidden.kept)
         self.form = form_of(self._streamed, self.structures, self.plan, self.shrinker)
         return known
+
+    def _narrow(self, kept: Sequence[int]) -> None:
+        """Go on with the model that has these channels of the residual stream alone."""
+        assert self.narrowing is not None
+        self.walk.move_to(self.narrowing.model(kept))
+        self._parameters = block_parameters(self.walk.source)
 
     def _search(self, stored: Stored, step: Step) -> tuple[Plan, dict[str, Any]]:
         assert self.shrinker.search is not None
@@ -219,6 +236,8 @@ class ShrinkWalk(BlockWalk):
             return self._search(stored, step)
         if self.shrinker.gradients and self.recipe.calibration.choices > 1:
             return self._chosen_plan(stored, step)
+        if self.narrowing is not None:
+            return self._narrow_plan(self.narrowing, stored, step), {}
         if self.shrinker.depth is None:
             return self._planned(self._scores_of_all(stored, step)), {}
         influence = Influence(self.walk, self.ranks, self.seconds, step)
@@ -228,6 +247,13 @@ class ShrinkWalk(BlockWalk):
         count = self._blocks_to_remove
         gone = self.shrinker.depth(influence, count) if count else []
         return self._without(gone), {}
+
+    def _narrow_plan(self, narrowing: Narrowing, stored: Stored, step: Callable[[], None]) -> Plan:
+        """Channels of the residual stream and units of blocks, both chosen from one pass through the dense model."""
+        norms: list[Statistics] = []
+        plan = self._planned(self._dense_scores(stored, step, norms))
+        kept = top_units(self.shrinker.channel_scores(norms), narrowing.width)
+        return replace(plan, hidden=Channels(narrowing.channels, kept))
 
     def _scores_of_all(self, stored: Stored, step: Callable[[], None]) -> list[dict[str, Tensor]]:
         if self.shrinker.gradients:
@@ -294,13 +320,19 @@ class ShrinkWalk(BlockWalk):
             )
 
     @torch.inference_mode()
-    def _dense_scores(self, stored: Stored, step: Callable[[], None]) -> list[dict[str, Tensor]]:
-        """Scores of all units in the dense model."""
+    def _dense_scores(
+        self, stored: Stored, step: Callable[[], None], norms: list[Statistics] | None = None
+    ) -> list[dict[str, Tensor]]:
+        """Scores of all units in the dense model; `norms` are given what the norms of the residual stream returned, block by block."""
         found = []
         for block, module in dense_blocks(self.walk, self.ranks, self.seconds, step):
             measured = self._measured(block, module)
-            collector = self._collect(block, module, measured, self.shrinker.measured, self.walk.hidden)
+            names = [] if self.narrowing is None else self.narrowing.norms(block)
+            own = {name: module.get_submodule(name) for name in names}
+            collector = self._collect(block, module, measured, self.shrinker.measured, self.walk.hidden, norms=own)
             with self.seconds.timed("prune"), self.ranks.together():
+                if norms is not None:
+                    norms += collector.norm_statistics(self.ranks.sum_up)
                 found.append(self._scores(block, stored, collector.statistics(self.ranks.sum_up)))
         return found
 
@@ -411,7 +443,8 @@ class ShrinkWalk(BlockWalk):
         slicer, reports = self._slicer(block), []
         for linear in block.linears:
             if slicer.lost(f"{linear.name}.weight"):
-                reports.append(LinearReport(linear.full_name, (0, 0), None, 0, 0, None, 0.0, removed=linear.count))
+                whole = self._dense_linears[linear.full_name]
+                reports.append(LinearReport(linear.full_name, (0, 0), None, 0, 0, None, 0.0, removed=whole))
                 continue
             matrix = linear.matrix(slicer(f"{linear.name}.weight", stored(linear)[0]))
             reports.append(
@@ -423,7 +456,7 @@ class ShrinkWalk(BlockWalk):
                     zeros=count_zeros(matrix),
                     output_error=errors.get(linear.name),
                     seconds=seconds / len(errors) if linear.name in errors else 0.0,
-                    removed=linear.count - matrix.numel(),
+                    removed=self._dense_linears[linear.full_name] - matrix.numel(),
                 )
             )
         return reports
@@ -626,8 +659,29 @@ class ShrinkWalk(BlockWalk):
 
     @property
     def removed(self) -> int:
-        """Parameters of removed units and blocks, less those of biases that were added."""
-        return self.made_plan().removed(self.structures, self._parameters) - sum(self.added.values()) - self._zeros
+        """Parameters of removed units, blocks and channels of the residual stream, less those of biases that were added."""
+        return self.block_removed + self._removed_outside
+
+    @property
+    def _removed_outside(self) -> int:
+        """How many of them were in no block."""
+        gone = self._dense_total - self.walk.source.parameter_count
+        return gone - (sum(self._dense_parameters) - sum(self._parameters))
+
+    @property
+    def block_removed(self) -> int:
+        """How many of them were in blocks."""
+        return self._removed_by(self.made_plan()) - sum(self.added.values()) - self._zeros
+
+    def _removed_by(self, plan: Plan) -> int:
+        """Parameters of blocks that a plan removes, and those that a narrower stream has taken already."""
+        narrowed = sum(self._dense_parameters) - sum(self._parameters)
+        return narrowed + plan.removed(self.structures, self._parameters)
+
+    @property
+    def channels(self) -> tuple[int, int] | None:
+        """How many channels the residual stream had and has."""
+        return None if self.narrowing is None else (self.narrowing.channels, self.narrowing.width)
 
     @property
     def _zeros(self) -> int:
@@ -637,7 +691,8 @@ class ShrinkWalk(BlockWalk):
     def made_plan(self) -> Plan:
         """What stays of every block, known when the walk is over."""
         gone = {} if self.plan is None else {i: None for i, block in enumerate(self.plan.blocks) if block is None}
-        return Plan(tuple(gone.get(index, self.kept.get(index)) for index in range(len(self.structures))))
+        blocks = tuple(gone.get(index, self.kept.get(index)) for index in range(len(self.structures)))
+        return Plan(blocks, None if self.plan is None else self.plan.hidden)
 
 
 def form_of(source: StreamedModel, structures: Structures, plan: Plan, shrinker: Shrinker) -> Form:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..checkpoint.shard import Piece
 from ..checkpoint.writer import Writer
 from ..model.source import StreamedModel
+from .narrowing import narrowed
 from .plan import Plan, Structures
 from .saving import Form, choose_form
 from .slicing import Slicer
@@ -77,6 +78,8 @@ def write_shrunk(
         StorageError: the disk refused.
     """
     biases = biases or {}
+    if plan.hidden is not None:
+        source = narrowed(source, plan.hidden)
     form = choose_form(source, structures, plan, biased=biases)
     writer = Writer(out, 1 + len(form.renamed))
     records = [writer.write_shard(0, outer_pieces(source, form))]

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from ...parts import unit_score
+from ...statistics import Statistics
 from ..units import ATTENTION, Structure
 from ..view import BlockView
 
 
-@unit_score(needs={"input_square", "window_abs"}, paper="https://arxiv.org/abs/2407.14679")
+def channels(norms: Sequence[Statistics]) -> Tensor:
+    """How active a channel of the residual stream is, by what the norms of all blocks return, each added up as of a unit's channel.
+
+    Shapes: sums over [channels] each -> [channels].
+    """
+    return torch.stack([norm.window_abs.sqrt() for norm in norms]).sum(0)
+
+
+@unit_score(needs={"input_square", "window_abs"}, channels=channels, paper="https://arxiv.org/abs/2407.14679")
 def minitron(view: BlockView, structure: Structure) -> Tensor:
     """How strongly a unit is active: of a channel, the ℓ2 norm over windows of its mean |x| in each; of a group of heads, ‖x‖₂.
 

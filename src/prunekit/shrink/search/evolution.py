@@ -23,7 +23,7 @@ def _steps(blocks: int, *, trials: int, **_: Any) -> int:
     return blocks + trials
 
 
-@search(paper="https://arxiv.org/abs/2409.17372", draws=_draws, steps=_steps)
+@search(paper="https://arxiv.org/abs/2409.17372", draws=_draws, steps=_steps, sizes=True)
 def evolution(
     ground: Ground,
     *,

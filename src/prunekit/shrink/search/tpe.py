@@ -63,9 +63,13 @@ class Space:
                 f"search.counts={options['counts']} joins up to {max(counts)} subsets of the calibration, and search.subsets is "
                 f"{options['subsets']}: give no more"
             )
-        sources = [word.strip() for word in options["sources"].split(",")] if options["sources"] else [source]
-        lengths = _numbers("lengths", options["lengths"]) if options["lengths"] else _doubled(length, longest)
-        return cls(tuple(sources), lengths, options["subsets"], counts, **named, blend=options["blend"])
+        sources = _listed(options["sources"]) if options["sources"] else (source,)
+        if not all(sources):
+            raise InputError(
+                f"search.sources={options['sources']} names a text that is empty: write it like builtin,my-text.jsonl"
+            )
+        lengths = _doubled(length, longest) if options["lengths"] == "" else _numbers("lengths", options["lengths"])
+        return cls(sources, lengths, options["subsets"], counts, **named, blend=options["blend"])
 
     def drawn(self, trial: optuna.Trial) -> dict[str, Any]:
         """A point of it."""
@@ -107,19 +111,24 @@ def _doubled(length: int, longest: int) -> tuple[int, ...]:
     return (length, 2 * length) if 2 * length <= longest else (length,)
 
 
+def _listed(said: str) -> tuple[str, ...]:
+    """Words between commas, each once."""
+    return tuple(dict.fromkeys(word.strip() for word in said.split(",")))
+
+
 def _words(name: str, said: str, known: Sequence[str]) -> tuple[str, ...]:
-    words = tuple(word.strip() for word in said.split(","))
+    words = _listed(said)
     for word in words:
         if word not in known:
             raise InputError(f"search.{name}={said} names '{word}', which is unknown: {nearest(word, known)}")
-    return tuple(dict.fromkeys(words))
+    return words
 
 
 def _numbers(name: str, said: str | int) -> tuple[int, ...]:
-    words = [word.strip() for word in str(said).split(",")]
+    words = _listed(str(said))
     if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise InputError(f"search.{name}={said} is no list of numbers: write it like 64,128")
-    return tuple(dict.fromkeys(map(int, words)))
+        raise InputError(f"search.{name}={said} is no list of numbers of 1 or more: write it like 64,128")
+    return tuple(map(int, words))
 
 
 def _name(source: str, length: int, subset: int) -> str:
@@ -139,7 +148,7 @@ def _draws(drawing: Drawing, **options: Any) -> Texts:
         )
     pool = {}
     for source, tokens, subset in space.pool():
-        window_length(drawing.source.module.config, tokens, Silent())
+        window_length(drawing.source.module.config, tokens, Silent(), option="search.lengths")
         windows = calibration_windows(
             documents(source, "calibration"),
             drawing.tokenizer,
@@ -171,6 +180,7 @@ def _reads(*, order: str, granularity: str, blend: bool, **_: Any) -> set[str]:
     steps=_steps,
     needs={"gradient_abs", "gradient_signed", "gradient_second", "gradient_mixed"},
     reads=_reads,
+    varies=taylor,
 )
 def tpe(
     ground: Ground,
