@@ -211,6 +211,20 @@ def test_version() -> None:
     assert (done.code, done.out) == (0, f"{prunekit.__version__}\n")
 
 
+@pytest.mark.parametrize("verb", ["compare", "eval", "sweep", "tune"])
+def test_what_does_not_share_its_work_is_refused_under_torchrun(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = {"compare": ["M", "--methods", "wanda", "--out", "o"], "eval": ["M"], "sweep": ["f.toml", "--out", "o"]}
+    done = call(verb, *words.get(verb, ["M", "--out", "o"]))
+    assert done.code == 2
+    assert done.err == (
+        f"prunekit: '{verb}' does not share its work, and 2 processes would each do all of it: "
+        "start it without torchrun, which is for prune\n"
+    )
+    monkeypatch.setenv("RANK", "1")
+    assert (call("eval", "M").code, call("eval", "M").err) == (2, ""), "one of them says it"
+
+
 def test_unknown_words_exit_with_2() -> None:
     for words in (["prune"], ["prune", "--nonsense"], ["nonsense"], ["eval"], ["prune", "M", "--sparsity", "half"]):
         done = call(*words)

@@ -154,7 +154,7 @@ def bench_folders(
     rounds = measure(models, ids, tokens=tokens, repetitions=repetitions, warmup=warmup, step=progress.step)
     progress.stop()
     models.clear()
-    machine.return_memory()
+    machine.let_go()
     measured = []
     for (name, folder), source, way, taken in zip(folders, sources, ways, rounds, strict=True):
         progress.say(f"weighing {name}")

@@ -169,10 +169,20 @@ def _renamed(parameter: Parameter, flag: str) -> Parameter:
 
 
 @app.callback(invoke_without_command=True)
-def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
     if version:
         typer.echo(__version__)
         raise typer.Exit
+    verb = context.invoked_subcommand
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if verb is not None and verb != "prune" and processes > 1:
+        raise InputError(
+            f"'{verb}' does not share its work, and {processes} processes would each do all of it: "
+            "start it without torchrun, which is for prune"
+        )
 
 
 @app.command()

@@ -221,11 +221,11 @@ def on_tasks(
     progress: Progress,
 ) -> list[TaskFigures]:
     """Every metric of every task: files by our own scoring, `others` by lm-evaluation-harness. Raises `InputError`."""
-    sides = [
-        _score_all(one, files, others, limit, trust_remote_code, progress)
-        for one in (model, against)
-        if one is not None
-    ]
+    sides = []
+    for one in (model, against):
+        if one is not None:
+            sides.append(_score_all(one, files, others, limit, trust_remote_code, progress))
+            machine.let_go()  # the next model is refused where two of them would not fit
     before = sides[1] if against is not None else {}
     return [row for name, scored in sides[0].items() for row in _task_rows(scored, before.get(name))]
 

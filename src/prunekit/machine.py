@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import shutil
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from .progress import Progress
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_GROUP = Path("/sys/fs/cgroup")  # the control group (version 2) of a container, as it is seen from inside
 
 
 def peak_rss_bytes() -> int:
@@ -72,22 +75,41 @@ def return_memory() -> None:
             trim(0)
 
 
+def let_go() -> None:
+    """Give the memory of models that nobody holds any more back to the system: a model refers to itself, so collecting comes first."""
+    gc.collect()
+    return_memory()
+
+
 def available_memory_bytes() -> int:
     """Memory that can be taken without swapping, in bytes: the smaller of the system's and the control group's."""
-    free = 0
+    free = _system_memory_bytes()
+    group = _group_memory_bytes()
+    return free if group is None else min(free, group)
+
+
+def _system_memory_bytes() -> int:
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            free = min(free, max(0, int(limit) - used))
-    except (OSError, ValueError):
+                return int(line.split()[1]) * 1024
+    except OSError:
         pass
-    if not free:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return free
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _group_memory_bytes() -> int | None:
+    """What the control group may still take; None where it has no limit. Cached files count as used, but are given up on demand."""
+    try:
+        limit = (_GROUP / "memory.max").read_text().strip()
+        if limit == "max":
+            return None
+        used = int((_GROUP / "memory.current").read_text())
+        parts = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+        cache = int(parts["inactive_file"]) + int(parts["active_file"])
+    except (OSError, ValueError, KeyError):  # no such group, or files of another form
+        return None
+    return max(0, int(limit) - max(0, used - cache))
 
 
 def free_disk_bytes(folder: Path) -> int:

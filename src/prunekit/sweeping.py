@@ -10,7 +10,6 @@ out. Where a record is missing or disagrees, `pruning.run(resume=True)` decides,
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 import traceback
@@ -235,8 +234,7 @@ def carry_out(run: Run, progress: Progress) -> Record:
         record = failure(run, problem, pruned=record.pruned)
     finally:
         progress.stop()
-        gc.collect()  # a model refers to itself; its memory must not count in the next run's peak
-        machine.return_memory()
+        machine.let_go()  # a model's memory must not count in the next run's peak
     return record
 
 

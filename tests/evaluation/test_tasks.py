@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import random
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from transformers import PreTrainedModel
 
 import prunekit
 import tiny
-from prunekit import InputError
+from prunekit import InputError, evaluating
 from prunekit.evaluation.tasks import Item, encode, file_tasks, judge, read_task
 from test_cli import call
 
@@ -160,6 +162,32 @@ def models(tmp_path: Path) -> tuple[Path, Path]:
     model.save_pretrained(tmp_path / "after")
     tiny.make_tokenizer().save_pretrained(tmp_path / "after")
     return tmp_path / "after", tmp_path / "base"
+
+
+def test_one_model_is_in_memory_at_a_time(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[PreTrainedModel]] = []
+    still_held: list[bool] = []
+    whole = evaluating.Opened.whole
+
+    def noted(opened: evaluating.Opened, trust_remote_code: bool) -> PreTrainedModel:
+        still_held.append(any(other() is not None for other in loaded))
+        model = whole(opened, trust_remote_code)
+        loaded.append(weakref.ref(model))
+        model.itself = [model]  # what refers to itself is gone only when it is collected
+        return model
+
+    monkeypatch.setattr(evaluating.Opened, "whole", noted)
+    after, base = models
+    task = tmp_path / "task.jsonl"
+    task.write_text("".join(f"{json.dumps(item)}\n" for item in draw_items(3)), encoding="utf-8")
+    gc.disable()  # or chance decides
+    try:
+        prunekit.evaluate(after, against=base, tasks=[str(task)], dtype="float32")
+    finally:
+        gc.enable()
+    assert still_held == [False, False]
 
 
 def test_against_the_model_it_was_made_from(models: tuple[Path, Path], text_file: Path, tmp_path: Path) -> None:

@@ -114,6 +114,16 @@ def test_types_remove_gamma_times_as_large_a_share_of_channels(parts: tuple[Stru
         assert lost["mlp"] / whole["mlp"] == pytest.approx(gamma * of_groups, abs=gamma / whole["attention"] + 0.02)
 
 
+def test_heads_give_what_channels_at_their_least_cannot(parts: tuple[Structures, list[int]]) -> None:
+    structures, parameters = parts
+    ratio = Fraction(8, 10)
+    counts = make(name="global-types", gamma=50.0, shape="free").counts(
+        structures, parameters, ratio, draw_scores(structures)
+    )
+    group = max(each.cost for block in structures for each in block)
+    assert 0 <= ratio * sum(parameters) - counted(structures, counts) < group
+
+
 def test_alignment_and_skipped_blocks(parts: tuple[Structures, list[int]]) -> None:
     structures, parameters = parts
     counts = make(align=8).counts(structures, parameters, Fraction(3, 10))

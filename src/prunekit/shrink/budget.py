@@ -134,7 +134,12 @@ def global_types(demand: Demand, *, gamma: Annotated[float, Limits(above=0)] | N
     target = round(fraction * of_groups)
     counts = _cut(demand, demand.scores, groups, target)
     gone = sum(each.cost * (each.count - counts[each.block][each.name]) for each in groups)
-    for kept, more in zip(counts, _cut(demand, demand.scores, channels, demand.target - gone), strict=True):
+    kept_channels = _cut(demand, demand.scores, channels, demand.target - gone)
+    gone = sum(each.cost * (each.count - kept_channels[each.block][each.name]) for each in channels)
+    counts = _cut(
+        demand, demand.scores, groups, demand.target - gone
+    )  # what channels at their least leave, groups give
+    for kept, more in zip(counts, kept_channels, strict=True):
         kept.update(more)
     return counts
 
