@@ -66,6 +66,12 @@ class Method:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def of_units(self) -> dict[str, str]:
+        """Its parts that are about units of blocks, by kind: those that can be added to methods that remove structures."""
+        kinds = dict.fromkeys(UNIT_PARTS.values())
+        return {kind: name for kind in kinds if (name := getattr(self, kind)) not in (None, "uniform")}
+
 
 _SYMMETRIC = "Yi & Richtárik 2025, https://arxiv.org/abs/2501.18980"
 

@@ -48,10 +48,9 @@ class Shrinking:
                 f"calibration.choices={calibration.choices} shares out the windows, with a last share to judge by: "
                 f"{calibration.samples} --samples are too few"
             )
-        if shrinker.tune is not None and (calibration.mode == "dense" or shrinker.depth is not None):
+        if shrinker.tune is not None and calibration.mode == "dense":
             raise InputError(
-                f"tune '{shrinker.tune.part.name}' goes from block to cut block: leave out "
-                + ("--set calibration.mode=dense" if shrinker.depth is None else "the tuning, whole blocks are not cut")
+                f"tune '{shrinker.tune.part.name}' goes from block to cut block: leave out --set calibration.mode=dense"
             )
         if shrinker.search is not None:
             _refuse_search(recipe, shrinker)

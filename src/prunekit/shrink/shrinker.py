@@ -44,24 +44,11 @@ class Shrinker:
             raise InputError(
                 f"method '{method.name}' must have either a score, which ranks units, or a depth, which removes blocks"
             )
-        if depth is not None and options.get("budget"):
-            name = next(iter(options["budget"]))
-            what = "blocks" if depth.part.candidates is None else "sublayers"
-            raise InputError(
-                f"'budget.{name}' is for methods that remove units of blocks; '{method.name}' removes whole {what}: leave it out"
-            )
-        budget = UnitBudget.of(method, options.get("budget"))
         compensate, tune = bind("compensate", method, options), bind("tune", method, options)
-        if depth is not None and depth.part.candidates is not None and compensate is not None:
-            raise InputError(
-                f"compensate '{compensate.part.name}' changes linears that lose inputs; '{method.name}' removes whole sublayers, and "
-                "nothing is left of their linears: leave it out"
-            )
         search = bind("search", method, options)
-        if search is not None and depth is not None:
-            raise InputError(
-                f"'{method.name}' removes whole blocks, and a search is about units of blocks: leave it out"
-            )
+        if depth is not None:
+            _refuse_with_depth(method, depth, options.get("budget"), (compensate, tune, search))
+        budget = UnitBudget.of(method, options.get("budget"))
         return cls(score, budget, compensate, depth, tune, search, seed)
 
     @property
@@ -142,3 +129,21 @@ class Shrinker:
                     "try --dtype float32"
                 )
         return found
+
+
+def _refuse_with_depth(
+    method: Method, depth: Bound, budget: Mapping[str, Any] | None, others: Sequence[Bound | None]
+) -> None:
+    """Raise `InputError` for what is about units of blocks, where blocks or sublayers go as a whole."""
+    what = "blocks" if depth.part.candidates is None else "sublayers"
+    if budget:
+        raise InputError(
+            f"'budget.{next(iter(budget))}' is for methods that remove units of blocks; '{method.name}' removes whole {what}: leave it out"
+        )
+    named = [(part.part.word, part.part.name) for part in others if part is not None]
+    named += [("budget", method.budget)] if "budget" in method.of_units else []
+    for word, name in named:
+        raise InputError(
+            f"{word} '{name}' is about blocks that lose some of their units; '{method.name}' removes whole {what}, and changes nothing "
+            "in the others: leave it out"
+        )
