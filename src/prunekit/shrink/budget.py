@@ -264,10 +264,10 @@ class UnitBudget:
         demand = Demand(removable, parameters, target, {ATTENTION: 1, MLP: self.align}, scores)
         self._refuse(demand, ratio)
         counts = self.part.function(demand, **self.options)
-        if not self.part.given:
+        if self.part.given:
+            self._refuse_unaligned(demand, counts)
+        else:
             counts = self._level(demand, counts) if self.shape == "uniform" else self._aligned(demand, counts)
-        elif self.shape == "free":
-            counts = self._aligned(demand, counts)
         counts = [
             {each.name: found.get(each.name, each.count) for each in block}
             for found, block in zip(counts, structures, strict=True)
@@ -314,6 +314,16 @@ class UnitBudget:
                 + "or remove whole blocks"
             )
 
+    def _refuse_unaligned(self, demand: Demand, counts: Counts) -> None:
+        for each in demand.each():
+            kept = counts[each.block][each.name]
+            if each.kind == MLP and kept < each.count and kept % self.align:
+                near = max(kept // self.align, 1) * self.align
+                raise InputError(
+                    f"'budget.{each.kind}' cannot be {kept}: with align {self.align} the channels that stay are a multiple of that, "
+                    f"like {near}; or say --align 1"
+                )
+
     def _level(self, demand: Demand, counts: Counts) -> Counts:
         """The same counts in every block: groups of heads as on average, channels so that the target is met."""
         blocks = [block for block in demand.structures if block]
@@ -332,7 +342,7 @@ class UnitBudget:
             if each.kind == ATTENTION
         }
         if any(each.kind == MLP for each in first):
-            kept = _filled(first, demand, share, kept) if kept else _filled(first, demand, share, {})
+            kept = _filled(first, demand, share, kept)
         return self._aligned(demand, [dict(kept) if block else {} for block in demand.structures])
 
     def _aligned(self, demand: Demand, counts: Counts) -> Counts:

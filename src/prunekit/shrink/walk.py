@@ -198,6 +198,7 @@ class ShrinkWalk(BlockWalk):
             self.structures,
             self._parameters,
             self.shrinker.budget,
+            self.walk.windows.length,
             self.texts,
             scores=lambda: self._scores_of_all(stored, step),
             gradients=lambda windows: self._gradients(windows, stored, lambda: None),
