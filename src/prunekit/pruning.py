@@ -54,6 +54,8 @@ from .verify import Verification, compared_tokens, verify
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_PATHS = {"model", "plan"}  # of a recipe; what lies there is known by its hashes
+
 
 @dataclass(frozen=True)
 class Result:
@@ -281,7 +283,8 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
         samples = max(ranks.size, calibration.samples if job.looks_at_data else 1)
         windows = recipe_windows(recipe, tokenizer, length=length, samples=samples)
         check_vocabulary(windows, source.module)
-        return windows, source.reader.sha256()
+        plan = {} if recipe.plan is None else {"plan": sha256_file(Path(recipe.plan))}
+        return windows, source.reader.sha256() | plan
 
     if ranks.size > calibration.samples:
         raise InputError(
@@ -299,7 +302,7 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
     )
     machine.return_memory()  # what tokenising took
     identity = {
-        "recipe": resolved.model_dump(exclude={"model"}),  # the same model may be called by another path
+        "recipe": resolved.model_dump(exclude=_PATHS),  # the same files may be called by other paths
         "inputs": inputs,
         "calibration_tokens": token_hash(windows),
         "versions": machine.versions(),
@@ -360,7 +363,7 @@ def _finished(out: Path, identity: dict[str, Any]) -> Result | None:
     manifest = read_manifest(out) if out.is_dir() else None
     if manifest is None:
         return None
-    recipe = {name: value for name, value in manifest["recipe"].items() if name != "model"}
+    recipe = {name: value for name, value in manifest["recipe"].items() if name not in _PATHS}
     refuse_other(out, {**{name: manifest[name] for name in identity}, "recipe": recipe}, identity)
     changed = changed_files(out, manifest)
     if changed:

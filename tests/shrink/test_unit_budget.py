@@ -139,7 +139,11 @@ def test_given_widths_are_taken_as_they_are(parts: tuple[Structures, list[int]])
         ({"align": 64}, Fraction(1, 5), "'budget.align' cannot be 64: 'mlp.down_proj' of block 0 has only 48 channels"),
         ({"name": "widths", "mlp": 0}, Fraction(0), "'budget.mlp' cannot be 0"),
         ({"name": "widths", "attention": 9}, Fraction(0), "'budget.attention' cannot be 9"),
-        ({"name": "widths", "mlp": 20, "align": 8}, Fraction(0), "'budget.mlp' cannot be 20: with align 8 .* like 16; or"),
+        (
+            {"name": "widths", "mlp": 20, "align": 8},
+            Fraction(0),
+            "'budget.mlp' cannot be 20: with align 8 .* like 16; or",
+        ),
         ({"name": "widths", "mlp": 5, "align": 8, "shape": "free"}, Fraction(0), "a multiple of that, like 8"),
     ],
 )

@@ -96,7 +96,7 @@ def test_magnitude(setting: Setting) -> None:
 
 @pytest.mark.parametrize("p", [0, -1.0, float("nan")])
 def test_a_power_that_ranks_nothing_is_refused(p: float) -> None:
-    with pytest.raises(InputError, match="'score.p' cannot be .*: it takes a number above 0"):
+    with pytest.raises(InputError, match=r"'score\.p' cannot be .*: it takes a number above 0"):
         find_part("unit-score", "magnitude").bind({"p": p})
 
 

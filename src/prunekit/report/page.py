@@ -90,6 +90,8 @@ def _asked(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
             of = "block parameters, shortcuts counted" if parts["width"]["name"] == "parameters" else "channels"
             left = f"{channels['after']} of {channels['before']} channels of the residual stream stay"
             return f"{100 * float(target.fraction):g} % of the {of}; {left}"
+        if recipe.plan is not None:
+            return "What the given plan leaves out"
         gone = f"{100 * float(target.fraction):g} % of the block parameters"
         if "depth" in parts:
             return f"{gone}, in whole {'sublayers' if 'what' in parts['depth'] else 'blocks'}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..blockwalk import Appetite, block_parameters
@@ -13,8 +14,9 @@ from ..model.source import StreamedModel, refuse_sliced
 from ..model.stream import Walk
 from ..recipe import Recipe, refuse_choices
 from .budget import Counts, blocks_to_remove, no_scores, plan_of
+from .given import given_plan
 from .gradients import gradient_bytes
-from .plan import Structures
+from .plan import Plan, Structures
 from .saving import Form
 from .searching import trial_bytes
 from .shrinker import Shrinker
@@ -27,7 +29,10 @@ _SPARED = 0.8  # of the weights that are to go
 
 @dataclass(frozen=True)
 class Shrinking:
-    """The method with its options bound, the model's structures, and how many units stay where no score has a say in that."""
+    """The method with its options bound, the model's structures, and how many units stay where no score has a say in that.
+
+    `plan` is what stays, where that is given.
+    """
 
     shrinker: Shrinker
     structures: Structures
@@ -35,6 +40,7 @@ class Shrinking:
     recipe: Recipe
     source: StreamedModel
     form: Form | None
+    plan: Plan | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, source: StreamedModel) -> Shrinking:
@@ -60,6 +66,8 @@ class Shrinking:
                 "leave one of them out"
             )
         refuse_sliced(source, "take heads and channels out of the original")
+        if shrinker.planned:
+            return cls._planned(shrinker, recipe, source)
         structures = find_structures(source.module, source.anatomy)
         if not any(structures):
             raise InputError(f"{type(source.module).__name__} has no units that can be taken out")
@@ -80,6 +88,18 @@ class Shrinking:
         if not shrinker.plans_first:
             form = form_of(source, structures, plan_of(structures, counts, chance), shrinker)
         return cls(shrinker, structures, None if shrinker.plans_first else counts, recipe, source, form)
+
+    @classmethod
+    def _planned(cls, shrinker: Shrinker, recipe: Recipe, source: StreamedModel) -> Shrinking:
+        assert recipe.plan is not None
+        plan, structures = given_plan(source.module, source.anatomy, Path(recipe.plan))
+        if shrinker.follows and len(plan.kept_blocks) < len(structures):
+            raise InputError(
+                f"plan '{recipe.plan}' drops whole blocks, and compensate.target=dense follows the dense model block by block: leave "
+                "out the target"
+            )
+        form = form_of(source, structures, plan, shrinker)
+        return cls(shrinker, structures, None, recipe, source, form, plan)
 
     @property
     def looks_at_data(self) -> bool:
@@ -123,12 +143,13 @@ class Shrinking:
     @property
     def _spared(self) -> int:
         """Bytes of weights that are not written, a little less than will be: what a budget takes differs from what was asked for."""
-        if self.shrinker.depth is None and self.shrinker.budget.part.given:
+        if self.shrinker.score is not None and self.shrinker.budget.part.given:
             return 0
-        parameters = sum(block_parameters(self.source)) * min(
-            entry.dtype.itemsize for entry in self.source.reader.entries.values()
-        )
-        return int(_SPARED * float(self.recipe.target.fraction) * parameters)
+        parameters = block_parameters(self.source)
+        gone = float(self.recipe.target.fraction) * sum(parameters)
+        if self.plan is not None:
+            gone = self.plan.removed(self.structures, parameters)
+        return int(_SPARED * gone * min(entry.dtype.itemsize for entry in self.source.reader.entries.values()))
 
     def work(
         self, walk: Walk, *, dense: bool, ranks: Ranks | None = None, first: int = 0, total: int | None = None
@@ -147,7 +168,8 @@ class Shrinking:
             self.structures,
             self.recipe,
             self.counts,
-            form=self.form,
+            self.plan,
+            self.form,
             dense=dense,
             ranks=Ranks() if ranks is None else ranks,
             first=first,
