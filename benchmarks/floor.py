@@ -10,8 +10,8 @@ methods each is timed once a round, at its own default of what is removed or at 
 windows as for many, so a ratio is that of a number of windows; `--blocks` takes the model's first blocks only, which makes 64 × 1024
 affordable.
 
-Counted for prunekit: forward + prune + write. Not counted: start-up, reading, hashing the input, the reload check; they are printed.
-Peak memory is that of a `prunekit prune` process of its own, the reload check included; it is measured of whole models only.
+Counted for prunekit: forward + prune + tune + write. Not counted: start-up, reading, hashing the input, the reload check; they are
+printed. Peak memory is that of a `prunekit prune` process of its own, the reload check included; it is measured of whole models only.
 """
 
 from __future__ import annotations
@@ -121,17 +121,17 @@ def relative(found: dict[str, Any], name: str) -> str:
 
 def counted(floor: float, seconds: Seconds) -> dict[str, float]:
     """One run next to the floor of its round, all in seconds but the ratio."""
-    spent = seconds.forward + seconds.prune + seconds.write
-    parts = {name: getattr(seconds, name) for name in ("forward", "prune", "write", "read", "verify")}
+    spent = seconds.forward + seconds.prune + seconds.tune + seconds.write
+    parts = {name: getattr(seconds, name) for name in ("forward", "prune", "tune", "write", "read", "verify")}
     return {"floor": floor, "counted": spent, "ratio": spent / floor, **parts}
 
 
 def line(name: str, one: dict[str, float]) -> str:
     """One run in words, its parts as shares of the floor."""
-    share = {part: one[part] / one["floor"] for part in ("forward", "prune", "write", "read", "verify")}
+    share = {part: one[part] / one["floor"] for part in ("forward", "prune", "tune", "write", "read", "verify")}
     return (
         f"floor {one['floor']:.2f} s, {name} {one['counted']:.2f} s = {one['ratio']:.3f} x  "
-        f"(forward {share['forward']:.3f}, prune {share['prune']:.3f}, write {share['write']:.3f}; "
+        f"(forward {share['forward']:.3f}, prune {share['prune']:.3f}, tune {share['tune']:.3f}, write {share['write']:.3f}; "
         f"not counted: read {share['read']:.3f}, checks {share['verify']:.3f})"
     )
 

@@ -22,7 +22,10 @@ import prunekit
 import tiny
 from prunekit import cli
 from prunekit.benching import Memory
+from prunekit.catalogue import METHODS
 from prunekit.checkpoint.writer import Writer
+from prunekit.jobs import job_of
+from prunekit.model.source import StreamedModel
 
 
 @dataclass(frozen=True)
@@ -379,6 +382,52 @@ def test_the_recorded_command_keeps_every_digit(sparsity: str, recorded: list[pr
     first = recipe_of(recorded, "--sparsity", sparsity)
     assert call(*shlex.split(first.command("OUT"))[1:]).code == 77
     assert recorded[-1].target == first.target
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with more blocks than any method leaves alone at its ends."""
+    folder = tmp_path_factory.mktemp("deep") / "model"
+    tiny.save_model(folder, "llama", num_hidden_layers=8)
+    return folder
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_the_command_of_a_run_says_all_its_options_as_they_are(
+    method: str, deep: Path, recorded: list[prunekit.Recipe]
+) -> None:
+    source = StreamedModel.open(deep, dtype="float32", device="cpu", trust_remote_code=False)
+    first = recipe_of(recorded, "--method", method, *(["--ratio", "0.1"] if METHODS[method].kind == "shrink" else []))
+    resolved = first.model_copy(update={"parts": job_of(first, source).resolved})
+    assert call(*shlex.split(resolved.command("OUT"))[1:]).code == 77
+    assert recorded[-1].parts == resolved.parts
+
+
+@pytest.mark.parametrize(
+    ("words", "target"),
+    [
+        ([], ("sparsity", 0.6)),
+        (["--target-sparsity", "0.7"], ("sparsity", 0.7)),
+        (["--pattern", "2:4"], ("pattern", "2:4")),
+    ],
+)
+def test_a_search_for_recipes_takes_its_target_from_a_file_or_the_command_line(
+    words: list[str], target: tuple[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def note(tuning: Any, *_: Any, **__: Any) -> None:
+        asked.append(tuning.recipe)
+        raise prunekit.InputError("not run")
+
+    monkeypatch.setattr("prunekit.tuning.tune_recipes", note)
+    (tmp_path / "recipe.toml").write_text('model = "MODEL"\nsparsity = 0.6\n')
+    done = call("tune", "--recipe", tmp_path / "recipe.toml", "--out", tmp_path / "out", *words)
+    assert (done.code, done.err) == (2, "prunekit: not run\n")
+    assert {name: getattr(asked[0], name) for name in ("sparsity", "pattern")} == {
+        "sparsity": None,
+        "pattern": None,
+    } | dict([target])
 
 
 # Inspect

@@ -88,6 +88,9 @@ def test_channels_are_permuted_and_put_back(model: Path, text_file: Path, tmp_pa
     found = prunekit.compare(model, ["wanda", "ria"], out=tmp_path / "a", text=str(text_file), text_samples=2, **asked)
     alone = prunekit.compare(model, ["ria"], out=tmp_path / "b", text=str(text_file), text_samples=2, **asked)
     assert alone.rows[0].perplexity == found.rows[1].perplexity
+    assert found.overlap is None, "zeros lie in the order of each method's own channels"
+    assert "masks are not compared" in (tmp_path / "a" / "compare.md").read_text()
+    assert (tmp_path / "a" / "compare.svg").exists()
     plain = {**asked, "parts": {}}
     other = prunekit.compare(model, ["ria"], out=tmp_path / "c", text=str(text_file), text_samples=2, **plain)
     assert other.rows[0].perplexity != alone.rows[0].perplexity
@@ -117,7 +120,7 @@ def test_the_command_prints_a_table_and_writes_three_files(model: Path, text_fil
         (["wanda", "wanda"], "method 'wanda' is named twice"),
         (["wonda"], "method 'wonda' is unknown: did you mean 'wanda'"),
         (["wanda+dsnot+swaps"], "two parts of the kind refine: 'dsnot' and 'swaps'"),
-        (["wanda", "wanda+blockwise"], "tune 'blockwise' goes from block to pruned block"),
+        (["wanda", "wanda+blockwise"], "'wanda\\+blockwise' tunes each block behind those that are pruned"),
         (["wanda+ria"], "'ria' of method 'wanda\\+ria' is no part that can be added"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import signal
@@ -20,7 +21,7 @@ import tiny
 from prunekit import InputError, PrunekitError, StorageError, VerificationError
 from prunekit.checkpoint import writer
 from prunekit.checkpoint.shard import Piece, write_shard
-from prunekit.checkpoint.writer import JOURNAL_NAME, Journal, Writer
+from prunekit.checkpoint.writer import JOURNAL_NAME, MANIFEST_NAME, Journal, Writer
 from prunekit.progress import Silent
 from prunekit.sparsify.walk import SparsifyWalk
 
@@ -372,6 +373,17 @@ def test_interrupted_from_outside(kind: signal.Signals, setting: Setting, out: P
     assert re.search(r"2 of 3 blocks are finished .* --resume", message)
     setting.run(out, resume=True)
     assert shards(out) == setting.whole
+
+
+@pytest.mark.parametrize(("key", "verb"), [("export", "export"), ("recovery", "recover")])
+def test_what_another_verb_made_of_a_run_is_not_taken_for_the_run(
+    setting: Setting, out: Path, key: str, verb: str
+) -> None:
+    setting.run(out)
+    manifest = json.loads((out / MANIFEST_NAME).read_text())
+    (out / MANIFEST_NAME).write_text(json.dumps({**manifest, key: {}}))
+    with pytest.raises(InputError, match=f"is what {verb} wrote, not prune"):
+        setting.run(out, resume=True)
 
 
 def test_a_finished_folder_that_was_damaged_is_not_passed_by_resuming(setting: Setting, out: Path) -> None:

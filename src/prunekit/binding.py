@@ -48,7 +48,10 @@ def bind(kind: str, method: Method, options: Mapping[str, Mapping[str, Any]]) ->
     return Bound(part, part.bind({**defaults, **given}))
 
 
-def named_generator(seed: int, name: str, device: torch.device) -> torch.Generator:
-    """What is drawn for a linear: decided by seed and name, so that neither order nor number of processes matters."""
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """What is drawn for a linear: decided by seed and name, so that neither order nor number of processes matters.
+
+    It draws on the processor: an accelerator's generator gives other numbers.
+    """
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -12,10 +12,10 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -148,9 +148,12 @@ def _what_went(result: Any) -> str:
     )
 
 
-def _takes_recipe(verb: Callable[..., None], without: Sequence[str] = ()) -> Callable[..., None]:
-    """Give a verb the recipe's options, `without` some; its parameter `recipe` receives what they make."""
+def _takes_recipe(
+    verb: Callable[..., None], without: Sequence[str] = (), spelt: Mapping[str, str] | None = None
+) -> Callable[..., None]:
+    """Give a verb the recipe's options, `without` some and others `spelt` its way; its parameter `recipe` receives what they make."""
     shared = [p for name, p in signature(_recipe, eval_str=True).parameters.items() if name not in without]
+    shared = [_renamed(p, spelt[p.name]) if spelt and p.name in spelt else p for p in shared]
     own = [parameter for name, parameter in signature(verb, eval_str=True).parameters.items() if name != "recipe"]
 
     @functools.wraps(verb)
@@ -163,6 +166,12 @@ def _takes_recipe(verb: Callable[..., None], without: Sequence[str] = ()) -> Cal
     command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def _renamed(parameter: Parameter, flag: str) -> Parameter:
+    """An option under another name."""
+    kind, option = get_args(parameter.annotation)
+    return parameter.replace(annotation=Annotated[kind, typer.Option(flag, help=option.help)])
 
 
 @app.callback(invoke_without_command=True)
@@ -412,11 +421,12 @@ def _print_comparison(found: Any, out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    names = [row.method for row in found.rows]
-    table = Table(
-        "method", "perplexity", "sparsity", "output error", "prune s", *names, title="last columns: mask overlap"
-    )
-    for row, overlap in zip(found.rows, found.overlap, strict=True):
+    from .report.comparison import MOVED
+
+    names = [row.method for row in found.rows] if found.overlap else []
+    title = "last columns: mask overlap" if found.overlap else MOVED
+    table = Table("method", "perplexity", "sparsity", "output error", "prune s", *names, title=title)
+    for row, overlap in zip(found.rows, found.overlap or [[]] * len(found.rows), strict=True):
         figures = [f"{row.perplexity:.4f}", f"{row.sparsity:.4f}", f"{row.output_error:.4f}", f"{row.seconds:.1f}"]
         table.add_row(row.method, *figures, *[f"{value:.3f}" for value in overlap])
     Console(width=None if sys.stdout.isatty() else 80 + 12 * len(names)).print(table, markup=False)
@@ -1002,9 +1012,6 @@ def study(
 def _tune(
     recipe: Any,
     out: Annotated[Path, typer.Option(help="Folder of the search.", show_default=False)],
-    target_sparsity: Annotated[
-        float | None, typer.Option(help="Fraction of zeros in every linear. Default: 0.5.")
-    ] = None,
     trials: Annotated[int, typer.Option(help="Recipes to try.")] = 50,
     space: Annotated[
         str, typer.Option(metavar="NAME|FILE", help="full, scores, or a file with a section [space].")
@@ -1035,11 +1042,12 @@ def _tune(
     from .api import tune as search
     from .progress import for_terminal
 
-    values = recipe.model_dump(exclude={"method", "ratio", "sparsity"}, exclude_unset=True)
+    values = recipe.model_dump(exclude={"method", "ratio"}, exclude_unset=True)
+    values["target_sparsity"] = values.pop("sparsity", None)
     elsewhere: dict[str, Any] = {"ray": ray, "cpus_per_run": cpus_per_run, "gpus_per_run": gpus_per_run}
     texts: dict[str, Any] = {"text": text, "text_samples": text_samples, "test": test, "test_samples": test_samples}
     names = None if presets is None else [name.strip() for name in presets.split(",") if name.strip()]
-    asked: dict[str, Any] = {"target_sparsity": target_sparsity, "trials": trials, "space": space, "presets": names}
+    asked: dict[str, Any] = {"trials": trials, "space": space, "presets": names}
     progress = for_terminal()
     try:
         found = search(**values, **asked, **texts, **elsewhere, out=out, workers=workers, progress=progress)
@@ -1051,7 +1059,9 @@ def _tune(
         _print_tuned(found)
 
 
-app.command("tune")(_takes_recipe(_tune, without=("method", "sparsity", "ratio", "plan", "shape", "align")))
+app.command("tune")(
+    _takes_recipe(_tune, without=("method", "ratio", "plan", "shape", "align"), spelt={"sparsity": "--target-sparsity"})
+)
 
 
 def _print_tuned(found: Any) -> None:

@@ -19,15 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from . import machine
+from .binding import bind
 from .blockwalk import LinearReport
 from .calibration.text import documents
-from .calibration.windows import (
-    check_vocabulary,
-    evaluation_windows,
-    load_tokenizer,
-    recipe_windows,
-    window_length,
-)
+from .calibration.windows import check_vocabulary, evaluation_windows, load_tokenizer, recipe_windows, window_length
+from .catalogue import find_method
 from .checkpoint.locate import locate
 from .checkpoint.storage import make_folder, write_json, write_text
 from .errors import InputError
@@ -65,7 +61,8 @@ class Comparison:
     Attributes:
         dense: perplexity of the model as it is.
         rows: one per method, in the order asked for.
-        overlap: for every two methods, the weights both remove divided by those either removes.
+        overlap: for every two methods, the weights both remove divided by those either removes; None where methods put channels into
+            orders of their own, which leaves nothing to compare place by place.
         seconds: `measure` (once for all), `prune` and `evaluate` (over all methods), `total`.
     """
 
@@ -78,7 +75,7 @@ class Comparison:
     predictions: int
     dense: float
     rows: list[Compared]
-    overlap: list[list[float]]
+    overlap: list[list[float]] | None
     seconds: dict[str, float]
     peak_rss_bytes: int
 
@@ -109,7 +106,6 @@ def compare(
     """
     begun = time.perf_counter()
     progress = progress or Silent()
-    # what a method cannot do with the dense model's statistics is refused here as it is anywhere
     recipes = [_dense(recipe) for recipe in recipes]
     first = recipes[0]
     names = [recipe.method for recipe in recipes]
@@ -117,6 +113,12 @@ def compare(
     if removing is not None:
         raise InputError(
             f"'{removing}' removes structures, and compare puts every block back as it was: use a sweep with [evaluate]"
+        )
+    tuning = next((recipe.method for recipe in recipes if bind("tune", find_method(recipe.method), recipe.parts)), None)
+    if tuning is not None:
+        raise InputError(
+            f"'{tuning}' tunes each block behind those that are pruned, and compare measures the dense model once: use a sweep with "
+            "[evaluate]"
         )
     if len(set(names)) < len(names):
         raise InputError(f"method '{max(names, key=names.count)}' is named twice: name each once")
@@ -190,6 +192,7 @@ def compare(
     ]
     own = both.diagonal()
     either = own[:, None] + own[None, :] - both
+    moved = any(line.permuted for lines in reports for line in lines)
     comparison = Comparison(
         model=first.model,
         pattern=str(first.target),
@@ -200,7 +203,7 @@ def compare(
         predictions=scored[0][1],
         dense=scored[0][0],
         rows=rows,
-        overlap=torch.where(either > 0, both / either, 1.0).tolist(),
+        overlap=None if moved else torch.where(either > 0, both / either, 1.0).tolist(),
         seconds={
             "measure": sum(pruner.seconds.forward for pruner in pruners),
             "prune": sum(row.seconds for row in rows),

@@ -363,6 +363,9 @@ def _finished(out: Path, identity: dict[str, Any]) -> Result | None:
     manifest = read_manifest(out) if out.is_dir() else None
     if manifest is None:
         return None
+    for verb, key in (("recover", "recovery"), ("export", "export")):
+        if manifest.get(key) is not None:
+            raise InputError(f"'{out}' is what {verb} wrote, not prune: choose another --out")
     recipe = {name: value for name, value in manifest["recipe"].items() if name not in _PATHS}
     refuse_other(out, {**{name: manifest[name] for name in identity}, "recipe": recipe}, identity)
     changed = changed_files(out, manifest)

@@ -262,8 +262,7 @@ class Recipe(_Section):
                 if name == "overrides":
                     words += [f for glob, wanted in value.items() for f in ("--set", f"{part}.{name}.{glob}={wanted}")]
                 else:
-                    text = ",".join(value) if isinstance(value, list) else "null" if value is None else value
-                    words += ["--set", f"{part}.{name}={text}"]
+                    words += ["--set", f"{part}.{name}={_said(value)}"]
         return shlex.join([*words, "--out", out])
 
     def to_toml(self) -> str:
@@ -324,6 +323,13 @@ def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return json.dumps(value, ensure_ascii=False)  # texts, numbers and truth are written alike in both
+
+
+def _said(value: Any) -> str:
+    """An option's value as `assign` reads it."""
+    if isinstance(value, list):
+        return ",".join(value) or "[]"
+    return "null" if value is None else "''" if value == "" else str(value)
 
 
 def refuse_choices(recipe: Recipe) -> None:

@@ -75,6 +75,24 @@ def test_a_card_is_ours_whatever_it_shows(
     assert not is_ours(card + "\nUse it well.\n", manifest, finished_run)
 
 
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({}, "kept weights are bit-identical to the original's."),
+        ({"reconstruct": {"name": "sparsegpt"}}, "kept weights were refitted (sparsegpt)."),
+        ({"reconstruct": {"name": "alps"}, "tune": {"name": "blockwise"}}, "kept weights were tuned towards"),
+        ({"pattern": {"permute": True}}, "channels of linears were put into another order"),
+    ],
+)
+def test_the_card_says_what_became_of_the_weights_that_are_kept(
+    finished_run: Path, manifest: dict[str, Any], parts: dict[str, Any], said: str
+) -> None:
+    recipe = {**manifest["recipe"], "parts": {**manifest["recipe"]["parts"], **parts}}
+    card = model_card({**manifest, "recipe": recipe}, finished_run)
+    assert said in card
+    assert ("bit-identical" in card) == (not {"reconstruct", "tune"} & parts.keys())
+
+
 def test_the_card_a_run_wrote_is_ours(finished_run: Path, manifest: dict[str, Any]) -> None:
     card = (finished_run / "README.md").read_text(encoding="utf-8")
     assert is_ours(card, manifest, finished_run)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import prunekit
 import tiny
 from prunekit import InputError
+from prunekit.parts import find_part
 from prunekit.sparsify.tune.blockwise import blockwise
 
 
@@ -110,10 +111,29 @@ def test_a_share_is_the_first_of_the_batches_and_nothing_else() -> None:
         assert torch.equal(pruned.get_submodule(name).weight, few.get_submodule(name).weight)
 
 
-@pytest.mark.parametrize("options", [{"epochs": 0}, {"rate": 0.0}, {"warmup": 1.5}, {"share": 0.0}, {"share": 1.1}])
-def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="1 epoch or more, a rate above 0, warmup in"):
-        tune(*block(), **options)
+@pytest.mark.parametrize(
+    ("name", "value"), [("epochs", 0), ("rate", 0.0), ("warmup", 1.5), ("share", 0.0), ("share", 1.1)]
+)
+def test_options_that_make_no_sense_are_refused(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"'tune.{name}' cannot be {value}"):
+        find_part("tune", "blockwise").bind({name: value})
+
+
+def test_output_errors_are_those_of_the_order_that_channels_were_put_into() -> None:
+    ids = torch.randint(0, tiny.VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(0))
+    errors = {}
+    for permute in (False, True):
+        found = prunekit.prune_(
+            tiny.make_model("llama"),
+            ids,
+            method="wanda+blockwise",
+            pattern="2:4",
+            parts={"pattern": {"permute": permute}, "tune": {"rate": 1e-6}},
+        )
+        assert found.permuted is None or found.permuted > 0
+        errors[permute] = [linear.output_error for linear in found.linears]
+    for plain, permuted in zip(errors[False], errors[True], strict=True):
+        assert permuted == pytest.approx(plain, rel=0.25)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3"])

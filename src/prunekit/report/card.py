@@ -94,9 +94,21 @@ def _what_went(recipe: Recipe, run: dict[str, Any]) -> dict[str, str]:
 
 
 def _untouched(recipe: Recipe, *, trained: bool) -> str:
+    tuned = recipe.parts.get("tune", {}).get("name", "none") != "none"
     if not recipe.removes:
-        kept = _TRAINED if trained else "kept weights are bit-identical to the original's."
-        return f"Embeddings, output head, norms and biases are untouched; {kept}"
+        refitted = recipe.parts.get("reconstruct", {}).get("name", "none")
+        kept = "kept weights are bit-identical to the original's."
+        if trained:
+            kept = _TRAINED
+        elif tuned:
+            kept = "kept weights were tuned towards what whole blocks computed."
+        elif refitted != "none":
+            kept = f"kept weights were refitted ({refitted})."
+        moved = " Where it could be, the channels of linears were put into another order, which no logit shows."
+        return (
+            f"Embeddings, output head, norms and biases are untouched; {kept}"
+            f"{moved if recipe.parts.get('pattern', {}).get('permute') else ''}"
+        )
     again = "; then they were trained with low-rank adapters, which are merged" if trained else ""
     if "width" in recipe.parts:
         return (
@@ -106,7 +118,7 @@ def _untouched(recipe: Recipe, *, trained: bool) -> str:
         )
     refitted = recipe.parts.get("compensate", {}).get("name", "none")
     kept = "what is kept is bit-identical"
-    if recipe.parts.get("tune", {}).get("name", "none") != "none":
+    if tuned:
         kept = "what is kept was tuned towards what whole blocks computed"
     elif refitted == "bias":
         kept = "what is kept is bit-identical; biases stand in for what those that lost inputs lost"

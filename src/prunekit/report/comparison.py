@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+MOVED = "Channels were put into an order of each method's own, so masks are not compared place by place."
+
 
 def as_markdown(found: dict[str, Any]) -> str:
     """A table of the methods, best perplexity first, and one of how far their masks agree."""
@@ -22,6 +24,8 @@ def as_markdown(found: dict[str, Any]) -> str:
         f"| {row['seconds']:.1f} | {row['evaluation']:.1f} |"
         for row in rows
     ]
+    if found["overlap"] is None:
+        return "\n".join([*lines, "", MOVED]) + "\n"
     names = [row["method"] for row in found["rows"]]
     lines += [
         "",

@@ -89,26 +89,32 @@ def draw_comparison(found: Mapping[str, Any], path: Path) -> None:
     """Draw what `compare` found: perplexities as bars, and how far the masks agree. Raises `InputError`, `StorageError`."""
     rows = sorted(found["rows"], key=lambda row: -row["perplexity"])
     names = [row["method"] for row in found["rows"]]
-    with _figure(path, (5.5 + 0.45 * len(names), 1.8 + 0.4 * len(names))) as figure:
-        left, right = figure.subplots(1, 2)
+    overlap = found["overlap"]
+    with _figure(path, (5.5 + (0.45 * len(names) if overlap else 0), 1.8 + 0.4 * len(names))) as figure:
+        left, *others = figure.subplots(1, 2 if overlap else 1, squeeze=False)[0]
         bars = left.barh([row["method"] for row in rows], [row["perplexity"] for row in rows], color=_COLOURS[0])
         left.bar_label(bars, fmt="{:.1f}", padding=3, fontsize=8)
         left.axvline(found["dense"], color=_GREY, linestyle="--", linewidth=1)
         left.set_xscale("log")
         left.set_xlabel(f"perplexity (dashed: dense, {found['dense']:.1f})", fontsize=9)
         left.margins(x=0.25)
-        image = right.imshow(found["overlap"], vmin=0, vmax=1, cmap="viridis")
-        right.set_xticks(range(len(names)), names, rotation=45, ha="right")
-        right.set_yticks(range(len(names)), names)
-        for row, values in enumerate(found["overlap"]):
-            for column, value in enumerate(values):
-                colour = "white" if value < 0.6 else "black"
-                right.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
-        right.set_title("removed by both / by either", fontsize=9)
-        figure.colorbar(image, ax=right, shrink=0.8)
-        for axes in (left, right):
+        for right in others:
+            figure.colorbar(_draw_overlap(right, names, overlap), ax=right, shrink=0.8)
+        for axes in (left, *others):
             axes.tick_params(labelsize=8)
         figure.suptitle(f"{found['model']} at {found['pattern']}", fontsize=10)
+
+
+def _draw_overlap(axes: Axes, names: Sequence[str], overlap: Sequence[Sequence[float]]) -> Any:
+    """How far every two methods agree, as a table of colours; returns what a bar of them is made of."""
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    for row, values in enumerate(overlap):
+        for column, value in enumerate(values):
+            colour = "white" if value < 0.6 else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+    axes.set_title("removed by both / by either", fontsize=9)
+    return axes.imshow(overlap, vmin=0, vmax=1, cmap="viridis")
 
 
 def draw_search(course: Sequence[tuple[int, float]], dense: float, path: Path, *, title: str) -> None:

@@ -196,6 +196,11 @@ def _refuse_search(recipe: Recipe, shrinker: Shrinker) -> None:
             f"the search of '{recipe.method}' chooses how 'taylor' computes importance: leave out the options of the score, and say "
             "what may be chosen, like --set search.order=first,second"
         )
+    if search.part.name == "evolution" and shrinker.budget.least:
+        raise InputError(
+            f"the search of '{recipe.method}' has a least share of its own: in the place of budget.least say --set "
+            f"search.least={shrinker.budget.least:g}"
+        )
     if search.part.name == "evolution" and shrinker.budget.part.name != "uniform":
         raise InputError(
             f"the search of '{recipe.method}' finds itself how many units stay: leave out budget '{shrinker.budget.part.name}'"

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..binding import Bound, bind, named_generator
@@ -119,7 +118,7 @@ class Shrinker:
         assert self.score is not None
         for structure in view.structures:
             more = (
-                {"generator": named_generator(self.seed, structure.consumer.full_name, torch.device("cpu"))}
+                {"generator": named_generator(self.seed, structure.consumer.full_name)}
                 if self.score.part.random
                 else {}
             )

@@ -31,6 +31,7 @@ from ..model.source import StreamedModel
 from ..model.stream import Windows
 from ..progress import Step
 from ..recipe import Recipe
+from ..search.history import History
 from ..statistics import Statistics
 from ..verify import TOLERANCE, relative_difference
 from .budget import Counts, Scores, blocks_to_remove, plan_of, top_units
@@ -39,7 +40,7 @@ from .gradients import measure_gradients
 from .influence import Influence
 from .plan import Plan, Structures
 from .saving import Form, choose_form
-from .searching import Answer, Drawing, Ground, Texts
+from .searching import HISTORY_NAME, Answer, Drawing, Ground, Texts
 from .shrinker import Shrinker
 from .slicing import Slicer, cut
 from .sublayers import plan_without
@@ -65,7 +66,8 @@ class ShrinkWalk(BlockWalk):
         kept: what stays of the blocks that are done.
         biases: consumers that were given a bias they did not have, by full name.
         added: how many parameters those are in every block that is done.
-        texts: what candidates of a search are judged by; `searched` is what the manifest says of it.
+        texts: what candidates of a search are judged by.
+        found: what was found before the first block is cut: the plan, and what the manifest says of a search or a choice.
         beside: hidden states of the dense model, where a compensation aims at what linears give there.
     """
 
@@ -79,7 +81,7 @@ class ShrinkWalk(BlockWalk):
     biases: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
     added: dict[int, int] = field(default_factory=dict, kw_only=True)
     texts: Texts | None = field(default=None, init=False)
-    searched: dict[str, Any] | None = field(default=None, init=False)
+    found: Mapping[str, Any] = field(default_factory=dict, init=False)
 
     beside: HiddenStates | None = field(init=False, default=None)
 
@@ -97,8 +99,8 @@ class ShrinkWalk(BlockWalk):
 
     @property
     def told(self) -> dict[str, Any]:
-        """What a search came to."""
-        return {} if self.searched is None else {"search": self.searched}
+        """What a search, or a choice among calibrations, came to."""
+        return {name: self.found[name] for name in ("search", "choice") if name in self.found}
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -114,7 +116,7 @@ class ShrinkWalk(BlockWalk):
 
     @property
     def steps_ahead(self) -> int:
-        """Once through the dense model, and back where there are gradients; of several choices each, and once more to compare them."""
+        """Once through the dense model, and back where there are gradients; of several choices each, and once more to try its plan."""
         blocks = len(self.structures)
         if not self.shrinker.plans_first:
             return 0
@@ -125,7 +127,7 @@ class ShrinkWalk(BlockWalk):
         if self.shrinker.depth is None:
             choices = self.recipe.calibration.choices
             if self.shrinker.gradients and choices > 1:
-                return choices * (2 * blocks + 1) + blocks
+                return choices * (3 * blocks + 1)
             return 2 * blocks if self.shrinker.gradients else blocks
         steps = self.shrinker.depth.part.steps
         assert steps is not None
@@ -182,17 +184,14 @@ class ShrinkWalk(BlockWalk):
         if not self.shrinker.plans_first:
             return None
         if known is None:
-            if self.shrinker.search is None:
-                known = self._make_plan(stored, step).to_json(self.structures)
-            else:
-                answer = self._search(stored, step)
-                known = {**answer.plan.to_json(self.structures), "search": answer.summary}
-        self.searched = known.get("search")
+            plan, found = self._make_plan(stored, step)
+            known = {**plan.to_json(self.structures), **found}
+        self.found = known
         self.plan = Plan.from_json(known, self.structures)
         self.form = form_of(self._streamed, self.structures, self.plan, self.shrinker)
         return known
 
-    def _search(self, stored: Stored, step: Step) -> Answer:
+    def _search(self, stored: Stored, step: Step) -> tuple[Plan, dict[str, Any]]:
         assert self.shrinker.search is not None
         assert self.texts is not None
         ground = Ground(
@@ -206,28 +205,33 @@ class ShrinkWalk(BlockWalk):
             scores=lambda: self._scores_of_all(stored, step),
             gradients=lambda windows: self._gradients(windows, stored, lambda: None),
             scratch=self.scratch,
-            identity={
-                "recipe": self.recipe.model_dump(exclude={"model"}),
-                "calibration": token_hash(self.walk.windows),
-            },
+            identity=self._identity,
             step=step,
         )
         answer: Answer = self.shrinker.search(ground)
         self.walk.prepare()
-        return answer
+        return answer.plan, {"search": answer.summary}
 
-    def _make_plan(self, stored: Stored, step: Callable[[], None]) -> Plan:
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for what was kept of a search to be this one's."""
+        return {"recipe": self.recipe.model_dump(exclude={"model"}), "calibration": token_hash(self.walk.windows)}
+
+    def _make_plan(self, stored: Stored, step: Step) -> tuple[Plan, dict[str, Any]]:
+        """The plan, and what the manifest says of how it was found."""
+        if self.shrinker.search is not None:
+            return self._search(stored, step)
         if self.shrinker.gradients and self.recipe.calibration.choices > 1:
             return self._chosen_plan(stored, step)
         if self.shrinker.depth is None:
-            return self._planned(self._scores_of_all(stored, step))
+            return self._planned(self._scores_of_all(stored, step)), {}
         influence = Influence(self.walk, self.ranks, self.seconds, step)
         if self.shrinker.sublayers:
             wanted = bool(self.recipe.target.fraction)
-            return self._without_sublayers(self.shrinker.depth(influence, self.structures) if wanted else [])
+            return self._without_sublayers(self.shrinker.depth(influence, self.structures) if wanted else []), {}
         count = self._blocks_to_remove
         gone = self.shrinker.depth(influence, count) if count else []
-        return self._without(gone)
+        return self._without(gone), {}
 
     def _scores_of_all(self, stored: Stored, step: Callable[[], None]) -> list[dict[str, Tensor]]:
         if self.shrinker.gradients:
@@ -252,21 +256,21 @@ class ShrinkWalk(BlockWalk):
         ratio = self.recipe.target.fraction
         return self.counts or self.shrinker.budget.counts(self.structures, self._parameters, ratio, scores)
 
-    def _chosen_plan(self, stored: Stored, step: Callable[[], None]) -> Plan:
+    def _chosen_plan(self, stored: Stored, step: Callable[[], None]) -> tuple[Plan, dict[str, Any]]:
         """Of several calibrations the plan that moves predictions least, on windows that none of them has seen."""
         parts = self.recipe.calibration.choices + 1
         windows, size = self.walk.windows, len(self.walk.windows) // parts
         choice = choose_calibration(
             self.walk.source,
             self.structures,
-            range(parts - 1),
-            lambda number: windows[number * size : (number + 1) * size],
+            [windows[number * size : (number + 1) * size] for number in range(parts - 1)],
             lambda drawn: self._planned(self._gradient_scores(drawn, stored, step)),
             windows[(parts - 1) * size :],
+            History(None if self.scratch is None else self.scratch / HISTORY_NAME, self._identity),
             step=step,
         )
         self.walk.prepare()
-        return choice.plan
+        return choice.plan, {"choice": choice.summary}
 
     def _gradient_scores(self, windows: Windows, stored: Stored, step: Callable[[], None]) -> list[dict[str, Tensor]]:
         """Scores of all units from gradients of the dense model."""

@@ -52,7 +52,8 @@ def owl(
 
     Shares of outliers are scaled to [0, 2·spread] and taken from the sparsity, so that the mean over all weights stays what was asked.
     Blocks that are all alike get the same. A K:G pattern keeps G and varies K, the mean being met as nearly as whole numbers allow.
-    Source: Yin et al. 2024, section 3.2; λ and M (`outlier`) as in its code: 0.08 and 5, for K:G 2/G and 6.
+    Source: Yin et al. 2024, section 3.2; λ and M (`outlier`) as in its code: 0.08 and 5. For K:G its code takes λ = 2/G and M = 6,
+    which are to be said: `--set budget.spread=0.5 --set budget.outlier=6` for 2:4.
     """
     if spread < 0 or outlier <= 0:
         raise InputError(f"budget.spread={spread} and budget.outlier={outlier}: spread is 0 or more, outlier above 0")

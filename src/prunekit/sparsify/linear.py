@@ -156,7 +156,7 @@ class Sparsifier:
     def _scores(self, weight: Tensor, stats: Statistics, name: str) -> Tensor:
         assert self.score is not None
         exact = _exact(weight, stats)
-        more = {"generator": named_generator(self.seed, name, exact.device)} if self.score.part.random else {}
+        more = {"generator": named_generator(self.seed, name)} if self.score.part.random else {}
         scores = self.score(exact, stats, **more)
         if scores.shape != weight.shape:
             raise PrunekitError(

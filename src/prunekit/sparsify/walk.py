@@ -131,8 +131,9 @@ class SparsifyWalk(BlockWalk):
             walk = self.walk
             wanted = stack.enter_context(room_for(walk.shape, walk.dtype, walk.source.device))
             measured = self.measure(block, module, self.sparsifier.needs, outputs=wanted)
+            measured, permuted = self._put_in_order(block, module, stored, measured)
             dense = {linear.name: linear.matrix(stored(linear)[0]).clone() for linear in block.linears}
-            reports = self.prune_measured(block, module, stored, measured)
+            reports = self._prune_linears(block, module, stored, measured, permuted)
             with self.seconds.timed("tune"):
                 self._tune(block, module, stored, wanted)
             return [
@@ -156,20 +157,39 @@ class SparsifyWalk(BlockWalk):
     @torch.inference_mode()
     def prune_measured(self, block: Block, module: nn.Module, stored: Stored, measured: Measured) -> list[LinearReport]:
         """Prune one block in place by what was measured of it, which is left as it is."""
-        statistics, samples = dict(measured.statistics), dict(measured.samples)
+        return self._prune_linears(block, module, stored, *self._put_in_order(block, module, stored, measured))
+
+    @torch.inference_mode()
+    def _prune_linears(
+        self, block: Block, module: nn.Module, stored: Stored, measured: Measured, permuted: set[str] | None
+    ) -> list[LinearReport]:
         with self.seconds.timed("prune"):
-            permuted = self._permute(block, module, stored, statistics, samples) if self.sparsifier.permute else None
             return [
                 self._prune_linear(
                     linear,
                     module,
                     stored(linear)[0],
-                    statistics[linear.name],
-                    samples[linear.name],
+                    measured.statistics[linear.name],
+                    measured.samples[linear.name],
                     None if permuted is None else linear.name in permuted,
                 )
                 for linear in block.linears
             ]
+
+    @torch.inference_mode()
+    def _put_in_order(
+        self, block: Block, module: nn.Module, stored: Stored, measured: Measured
+    ) -> tuple[Measured, set[str] | None]:
+        """Give linears of a K:G pattern the order of inputs in which most is retained, where producers can take it over.
+
+        Returns what was measured in the new order, and the names of the linears that have one; None where none was asked for.
+        """
+        if not self.sparsifier.permute:
+            return measured, None
+        with self.seconds.timed("prune"):
+            statistics, samples = dict(measured.statistics), dict(measured.samples)
+            moved = self._permute(block, module, stored, statistics, samples)
+        return Measured(statistics, samples), moved
 
     def _permute(
         self,
@@ -179,10 +199,7 @@ class SparsifyWalk(BlockWalk):
         statistics: dict[str, Statistics],
         samples: dict[str, Tensor],
     ) -> set[str]:
-        """Give linears of a K:G pattern the order of inputs in which most is retained, where producers can take it over.
-
-        Returns the names of those that have a new order; what is known of them is put into it.
-        """
+        """Put linears, statistics and samples into their new order; returns the names of the linears."""
         moved: set[str] = set()
         for space in find_spaces(block, module, partial(self.walk.run_probe, block.index)):
             consumer = space.consumer

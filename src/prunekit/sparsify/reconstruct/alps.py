@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from ...errors import InputError
 from ...normal import damped, indefinite
-from ...parts import reconstruct
+from ...parts import Limits, reconstruct
 from ...statistics import Statistics
 from ..patterns import Selection
 from .least_squares import conjugate_gradients
@@ -22,10 +24,10 @@ def alps(
     stats: Statistics,
     selection: Selection,
     *,
-    steps: int = 300,
-    rho: float = 0.1,
+    steps: Annotated[int, Limits(at_least=1)] = 300,
+    rho: Annotated[float, Limits(above=0)] = 0.1,
     damping: float = 0.01,
-    polish: int = 10,
+    polish: Annotated[int, Limits(at_least=0)] = 10,
 ) -> tuple[Tensor, Tensor]:
     """Split weights into a free copy and one that has the pattern, and pull them together ever harder; then polish on the mask found.
 
@@ -36,10 +38,6 @@ def alps(
     Shapes: weight [out, in], stats.gram [in, in] -> weight and keep-mask [out, in].
     Source: Meng et al. 2024, algorithm 1 and its appendix on penalty updates. Raises `InputError` where nothing can be factorised.
     """
-    if steps < 1 or rho <= 0:
-        raise InputError(
-            f"reconstruct.steps={steps} and reconstruct.rho={rho}: ADMM takes 1 step or more and rho above 0"
-        )
     matrix = damped(stats.gram, damping, "reconstruct.damping").to(weight.dtype)
     root = matrix.diagonal().sqrt()
     matrix = matrix / root / root[:, None]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from ...errors import InputError
 from ...normal import damped
-from ...parts import reconstruct
+from ...parts import Limits, reconstruct
 from ...statistics import Statistics
 from ..patterns import Selection
 
@@ -22,7 +22,7 @@ def least_squares(
     selection: Selection,
     *,
     solver: Literal["cg", "exact"] = "cg",
-    steps: int = 20,
+    steps: Annotated[int, Limits(at_least=0)] = 20,
     damping: float = 0.01,
 ) -> tuple[Tensor, Tensor]:
     """The kept weights that bring each row's output nearest to the dense row's, the mask being given.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
-from ...errors import InputError
 from ...normal import inverse_factor
-from ...parts import reconstruct
+from ...parts import Limits, reconstruct
 from ...statistics import Statistics
 from ..patterns import Selection, keep_groups, keep_largest
 
@@ -19,7 +20,7 @@ def sparsegpt(
     stats: Statistics,
     selection: Selection,
     *,
-    block: int = 128,
+    block: Annotated[int, Limits(at_least=1)] = 128,
     damping: float = 0.01,
 ) -> tuple[Tensor, Tensor]:
     """Remove column by column, each time changing the columns to the right so that the output changes least.
@@ -33,8 +34,6 @@ def sparsegpt(
     Source: Frantar & Alistarh 2023, algorithm 1. Raises `InputError` where the gram matrix cannot be factorised.
     """
     rows, columns = weight.shape
-    if block < 1:
-        raise InputError(f"'reconstruct.block' cannot be {block}: it is a number of columns, like 128")
     groups = selection.groups
     if groups is not None:
         block = max(groups[1], block // groups[1] * groups[1])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from ...errors import InputError
-from ...parts import refine
+from ...parts import Limits, refine
 from ...statistics import Statistics, column_norm
 from ._swapping import Terms, require, row_sums, swap_while_off
 from .dsnot import growth_factor
@@ -29,7 +28,7 @@ def r2_dsnot(
     relative: Literal["none", "grow", "prune"] = "grow",
     gamma_grow: float = 0.0,
     gamma_prune: float = 1e-4,
-    p: float = 2.0,
+    p: Annotated[float, Limits(at_least=0)] | Literal["inf"] = 2.0,
     reg_axis: Literal["row", "col"] = "col",
 ) -> Tensor:
     """DSnoT with relative weights and a regulariser in what it swaps first.
@@ -50,14 +49,12 @@ def r2_dsnot(
     """
     require(0, steps=steps, epsilon=epsilon, variance_power=variance_power, alpha=alpha)
     require(0, gamma_grow=gamma_grow, gamma_prune=gamma_prune)
-    if not p >= 0:
-        raise InputError(f"'refine.p' cannot be {p}: it must be positive, inf, or 0")
     mean = stats.input_mean.to(weight)
     growth, norm = growth_factor(stats, variance_power).to(weight), stats.input_norm.pow(alpha).to(weight)
     by_column = _inverse(stats.weight_column_norm(1)).to(weight) if relative != "none" else None
     # Along rows the term is a constant: adding it could only blur scores that are nearly equal, so it is left out.
     regularised = reg_axis == "col" and (gamma_grow > 0 or gamma_prune > 0)
-    penalty = _over_mean(column_norm(weight * keep, p)) if regularised else None
+    penalty = _over_mean(column_norm(weight * keep, float(p))) if regularised else None
 
     def terms(rows: slice) -> Terms:
         part = weight[rows]

@@ -83,16 +83,18 @@ def stochastic_ria(
     return relative_importance.mul_(stats.input_norm.pow(alpha))
 
 
-def sample_indices(lines: int, length: int, size: int, generator: torch.Generator) -> Tensor:
-    """For each of `lines`, `size` distinct numbers below `length`, every such set equally likely: [lines, size] int64.
+def sample_indices(
+    lines: int, length: int, size: int, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> Tensor:
+    """For each of `lines`, `size` distinct numbers below `length`, every such set equally likely: [lines, size] int64 on `device`.
 
     Floyd's algorithm, all lines at once: `size` steps instead of the sort of `length` random numbers a line.
     """
     # in float64 the product below never rounds up to the bound
-    draws = torch.rand(size, lines, dtype=torch.float64, generator=generator, device=generator.device)
-    marks = torch.zeros(lines, length, dtype=torch.bool, device=generator.device)
-    line = torch.arange(lines, device=generator.device)
-    chosen = torch.empty(size, lines, dtype=torch.int64, device=generator.device)
+    draws = torch.rand(size, lines, dtype=torch.float64, generator=generator, device=generator.device).to(device)
+    marks = torch.zeros(lines, length, dtype=torch.bool, device=device)
+    line = torch.arange(lines, device=device)
+    chosen = torch.empty(size, lines, dtype=torch.int64, device=device)
     for step, last in enumerate(range(length - size, length)):
         drawn = (draws[step] * (last + 1)).long()
         chosen[step] = torch.where(marks[line, drawn], last, drawn)
@@ -112,13 +114,13 @@ def _sampled_sums(matrix: Tensor, size: int, *, generator: torch.Generator, resc
     """Σ|·| over `size` random entries of every row of a matrix: [rows]."""
     rows, columns = matrix.shape
     if shared:
-        index = sample_indices(1, columns, size, generator)[0].to(matrix.device)
+        index = sample_indices(1, columns, size, generator, matrix.device)[0]
         sums = matrix[:, index].abs().sum(1, dtype=torch.float64)
     else:
         sums = torch.empty(rows, dtype=torch.float64, device=matrix.device)
         step = max(1, _MARKS // columns)
         for start in range(0, rows, step):
             part = matrix[start : start + step]
-            index = sample_indices(len(part), columns, size, generator).to(matrix.device)
+            index = sample_indices(len(part), columns, size, generator, matrix.device)
             sums[start : start + step] = part.gather(1, index).abs().sum(1, dtype=torch.float64)
     return (sums * (columns / size) if rescale else sums).to(matrix.dtype)

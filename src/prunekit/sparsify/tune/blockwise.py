@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import InputError
-from ...parts import tune
+from ...parts import Limits, tune
 
 # of Adam: decay of the squared gradients for a few dozen steps, and what keeps a gradient of 0 from being divided by
 _DECAY, _SQUARED_DECAY, _TINY = 0.9, 0.95, 1e-12
@@ -22,10 +22,10 @@ def blockwise(
     steps_an_epoch: int,
     sum_up: Callable[[list[Tensor]], None],
     *,
-    epochs: int = 1,
-    rate: float = 0.01,
-    warmup: float = 0.1,
-    share: float = 1.0,
+    epochs: Annotated[int, Limits(at_least=1)] = 1,
+    rate: Annotated[float, Limits(above=0)] = 0.01,
+    warmup: Annotated[float, Limits(at_least=0, at_most=1)] = 0.1,
+    share: Annotated[float, Limits(above=0, at_most=1)] = 1.0,
 ) -> tuple[float, float]:
     """Descend the mean square between a block's outputs and those of the dense block, on the same inputs, masks held.
 
@@ -40,19 +40,14 @@ def blockwise(
         steps_an_epoch: how many they are, in the process that has the most.
         sum_up: adds up tensors over processes, in place.
         epochs, rate, warmup: see above.
-        share: of the batches, which lie in an order drawn by the seed, so many are descended on: the first ones. A step costs three
-            passes of a batch through the block, so this is most of what tuning costs.
+        share: so many of the batches are descended on, in every epoch the first ones, which windows drawn at random make as good as
+            any. A step costs three passes of a batch through the block, so this is most of what tuning costs.
 
     Returns:
         The loss in the first and in the last batch, as a share of what the dense block changes its inputs by.
 
-    Source: Guo et al. 2024 (EBFT), which this is a short form of. Raises `InputError` for options that make no sense.
+    Source: Guo et al. 2024 (EBFT), which this is a short form of.
     """
-    if epochs < 1 or rate <= 0 or not 0 <= warmup <= 1 or not 0 < share <= 1:
-        raise InputError(
-            f"tune.epochs={epochs}, tune.rate={rate}, tune.warmup={warmup}, tune.share={share}: 1 epoch or more, a rate above 0, "
-            "warmup in [0, 1], a share in (0, 1]"
-        )
     steps_an_epoch = math.ceil(share * steps_an_epoch)
     states = [_Adam(parameter, keep, rate) for parameter, keep in weights.values()]
     total = epochs * steps_an_epoch
@@ -69,9 +64,9 @@ def blockwise(
                 losses.append(float(loss.detach()))
             sum_up([state.gradient for state in states])
             step = epoch * steps_an_epoch + number + 1
-            share = min(step / max(1.0, warmup * total), 1.0) * (1 - (step - 1) / total)
+            length = min(step / max(1.0, warmup * total), 1.0) * (1 - (step - 1) / total)
             for state in states:
-                state.step(step, share)
+                state.step(step, length)
     return losses[0], losses[-1]
 
 
@@ -95,12 +90,12 @@ class _Adam:
         return self._parameter.grad
 
     @torch.no_grad()
-    def step(self, number: int, share: float) -> None:
-        """Move by `share` of the rate."""
+    def step(self, number: int, part: float) -> None:
+        """Move by `part` of the rate."""
         gradient = self.gradient.float().mul_(self._keep)
         self._parameter.grad = None
         self._mean.lerp_(gradient, 1 - _DECAY)
         self._square.lerp_(gradient.square_(), 1 - _SQUARED_DECAY)
-        length = self._rate * share * (1 - _SQUARED_DECAY**number) ** 0.5 / (1 - _DECAY**number)
+        length = self._rate * part * (1 - _SQUARED_DECAY**number) ** 0.5 / (1 - _DECAY**number)
         self._exact.addcdiv_(self._mean, self._square.sqrt().add_(_TINY), value=-length)
         self._parameter.copy_(self._exact)
