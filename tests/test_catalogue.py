@@ -80,7 +80,7 @@ def test_every_registered_part_is_used_or_can_be_added() -> None:
         assert bound_width(row, {}).part is find_part("width", str(row.width))
     for row in METHODS.values():
         assert row.summary.endswith(".")
-        assert "http" in row.paper or row.name == "random"
+        assert "http" in row.paper or row.name in ("random", "planned")
 
 
 def test_parts_join_by_name_and_a_recipe_may_exchange_them() -> None:

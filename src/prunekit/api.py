@@ -5,7 +5,8 @@ Each takes plain arguments, builds a `Recipe`, and calls the room that does the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from .errors import InputError, nearest
 from .evaluating import Evaluation, Opened
 from .evaluating import evaluate as run_evaluation
 from .inspection import Inspection, inspect_folder, read_weight
+from .model.anatomy import read_anatomy
 from .model.source import ResidentModel
 from .model.stream import Windows
 from .parts import find_part
@@ -28,6 +30,8 @@ from .planning import Plan, make_plan
 from .progress import Progress, Silent
 from .pruning import Result
 from .recipe import Recipe
+from .shrink.given import given_plan
+from .shrink.masking import masked as masked_blocks
 from .shrink.shrinker import Shrinker
 from .shrink.slicewalk import bound_width
 from .sparsify.budget import Budget
@@ -59,6 +63,7 @@ __all__ = [
     "generate",
     "inspect",
     "load",
+    "masked",
     "methods",
     "plan",
     "prune",
@@ -77,10 +82,11 @@ def prune(
     model: str | Path,
     *,
     out: str | Path,
-    method: str = "wanda",
+    method: str | None = None,
     sparsity: float | None = None,
     pattern: str | None = None,
     ratio: float | None = None,
+    plan: str | Path | None = None,
     calibration: str | Mapping[str, Any] = "builtin",
     resume: bool = False,
     overwrite: bool = False,
@@ -93,10 +99,11 @@ def prune(
     Args:
         model: a folder, a hub id, or `smollm2-135m`.
         out: the folder to write; it must be empty or new unless `resume` or `overwrite` is given.
-        method: a row of `methods()`.
+        method: a row of `methods()`; `wanda` where none is given, or with a plan `planned`.
         sparsity: fraction of zeros in every linear; half where neither this nor `pattern` is given.
         pattern: `"K:G"`, keep K of every G consecutive inputs, or a fraction of zeros.
         ratio: of a method that removes structures, the fraction of the block parameters to remove; a fifth where it is not given.
+        plan: a JSON file that says what stays, like the `prune_plan.json` of an earlier run; for `planned`, which may compensate.
         calibration: a text source, or a mapping of `Calibration` fields (`source`, `samples`, `length`, `sampling`, `mode`, `batch`).
         resume: continue what is in `out`.
         overwrite: replace what is in `out`.
@@ -113,9 +120,10 @@ def prune(
         StorageError: the disk refused; finished blocks can be resumed.
         VerificationError: what was written does not compute what was pruned.
     """
+    method = method or ("wanda" if plan is None else "planned")
     recipe = Recipe.build(
         {"model": str(model), "method": method, "sparsity": sparsity, "pattern": pattern, "ratio": ratio}
-        | {"calibration": _calibration(calibration)}
+        | {"plan": None if plan is None else str(plan), "calibration": _calibration(calibration)}
         | settings
     )
     return pruning.run(
@@ -795,6 +803,29 @@ def bench(
     )
 
 
+@contextmanager
+def masked(model: PreTrainedModel, plan: str | Path | Mapping[str, Any]) -> Iterator[None]:
+    """Let a model in memory compute as if a plan had been carried out, generation with a cache included.
+
+        with prunekit.masked(model, "smaller/prune_plan.json"):
+            loss = model(ids, labels=ids).loss
+
+    What would go is zeroed on its way; no weight is touched or copied, and the logits are those of the smaller model to rounding (of
+    one that was cut alone: a plan does not hold what a compensation changed). It takes as long as the whole model.
+
+    Args:
+        model: a causal language model.
+        plan: a JSON file like the `prune_plan.json` of a run, or what one holds.
+
+    Raises:
+        InputError: the plan cannot be read, or it is the plan of another model.
+    """
+    anatomy = read_anatomy(model)
+    given, structures = given_plan(model, anatomy, plan if isinstance(plan, Mapping) else Path(plan).expanduser())
+    with masked_blocks(model, anatomy, structures, given):
+        yield
+
+
 def methods(name: str | None = None) -> list[dict[str, Any]]:
     """The catalogue, one mapping a method, or the one called `name`: parts, group, what is measured, options, paper."""
     rows = [find_method(name)] if name is not None else list(METHODS.values())
@@ -844,7 +875,7 @@ def _parts_of(row: Method) -> tuple[list[Bound], Bound | None, dict[str, Any]]:
     if row.kind == "shrink":
         shrinker = Shrinker.of(row, {})
         given = shrinker.budget
-        if shrinker.depth is not None:
+        if shrinker.score is None:
             return shrinker.parts, None, {}
         common = {
             f"budget.{name}": value for name, value in given.resolved.items() if name not in ("name", *given.options)

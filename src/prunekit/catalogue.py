@@ -47,7 +47,7 @@ class Method:
     reconstruction chooses what to keep while it solves. `options` are defaults that differ from the parts' own.
     Of the `kind` shrink, a method removes structures: its score ranks units, its `budget` says how many stay, `compensate` refits the
     linears that lose inputs, `tune` the whole block; or `depth` says which whole blocks or sublayers go, or `width` how narrow the
-    residual stream becomes. A `search` tries many plans and takes the best.
+    residual stream becomes. A `search` tries many plans and takes the best. One that is `planned` chooses nothing: a plan is given.
     `calibration` is what the paper draws, where that is another order of magnitude than our default.
     """
 
@@ -65,8 +65,15 @@ class Method:
     depth: str | None = None
     width: str | None = None
     search: str | None = None
+    planned: bool = False
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def of_units(self) -> dict[str, str]:
+        """Its parts that are about units of blocks, by kind: those that can be added to methods that remove structures."""
+        kinds = dict.fromkeys(UNIT_PARTS.values())
+        return {kind: name for kind in kinds if (name := getattr(self, kind)) not in (None, "uniform")}
 
 
 _SYMMETRIC = "Yi & Richtárik 2025, https://arxiv.org/abs/2501.18980"
@@ -349,6 +356,16 @@ METHODS: dict[str, Method] = {
             depth="drop",
             options={"budget": {"shape": "free"}},
             paper="He et al. 2024, https://arxiv.org/abs/2406.15786",
+        ),
+        Method(
+            name="planned",
+            kind="shrink",
+            summary="Remove what a plan given with --plan leaves out: the file of an earlier run, as it is or edited.",
+            score=None,
+            group="plan",
+            planned=True,
+            options={"budget": {"shape": "free"}},
+            paper="",
         ),
         Method(
             name="slicegpt",

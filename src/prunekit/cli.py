@@ -63,7 +63,9 @@ Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON obj
 
 def _recipe(
     model: Annotated[str | None, typer.Argument(help="Folder, hub id, or smollm2-135m.", show_default=False)] = None,
-    method: Annotated[str | None, typer.Option(help="A row of `prunekit methods`. Default: wanda.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="A row of `prunekit methods`. Default: wanda; with --plan: planned.")
+    ] = None,
     sparsity: Annotated[float | None, typer.Option(help="Fraction of zeros in every linear. Default: 0.5.")] = None,
     pattern: Annotated[
         str | None, typer.Option(help="K:G = keep K of every G consecutive inputs, like 2:4; or a fraction of zeros.")
@@ -71,6 +73,10 @@ def _recipe(
     ratio: Annotated[
         float | None,
         typer.Option(help="Fraction of the block parameters to remove (shrink methods). Default: 0.2."),
+    ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="What stays, like the prune_plan.json of an earlier run (method planned)."),
     ] = None,
     shape: Shape = None,
     align: Align = None,
@@ -101,6 +107,7 @@ def _recipe(
         "sparsity": sparsity,
         "pattern": pattern,
         "ratio": ratio,
+        "plan": plan,
         "seed": seed,
         "dtype": dtype,
         "device": device,
@@ -112,7 +119,7 @@ def _recipe(
         values.pop("sparsity", None)
         values.pop("pattern", None)
     values.update(said)
-    values.setdefault("method", "wanda")
+    values.setdefault("method", "wanda" if values.get("plan") is None else "planned")
     section = values.setdefault("calibration", {})
     if isinstance(section, dict):
         for name, value in (("source", calibration), ("samples", samples), ("length", length)):
@@ -431,7 +438,7 @@ def _compare(
         _print_comparison(found, out)
 
 
-app.command("compare")(_takes_recipe(_compare, without=("method", "ratio", "shape", "align")))
+app.command("compare")(_takes_recipe(_compare, without=("method", "ratio", "plan", "shape", "align")))
 
 
 def _print_comparison(found: Any, out: Path) -> None:
@@ -506,7 +513,7 @@ def methods(
             else ""
         )
         + (f"  paper       {row['paper']}\n" if row["paper"] else "")
-        + f"  options\n{options}",
+        + (f"  options\n{options}" if options else ""),
     )
 
 
@@ -1068,7 +1075,7 @@ def _tune(
 
 
 app.command("tune")(
-    _takes_recipe(_tune, without=("method", "ratio", "shape", "align"), spelt={"sparsity": "--target-sparsity"})
+    _takes_recipe(_tune, without=("method", "ratio", "plan", "shape", "align"), spelt={"sparsity": "--target-sparsity"})
 )
 
 

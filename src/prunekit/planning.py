@@ -163,16 +163,16 @@ class _Trial:
         trial.start()
         self._start = time.perf_counter() - begun
         begun = time.perf_counter()
-        source.free_block(0)
-        module = source.load_block(0)
+        source.free_block(block.index)
+        module = source.load_block(block.index)
         self._read = time.perf_counter() - begun
-        stored = source.stored[0]
+        stored = source.stored[block.index]
         fastest = [float("inf")] * 4
         for _ in range(3):  # the first one warms up
             trial.seconds.forward = trial.seconds.prune = trial.seconds.tune = 0.0
             trial.prune_block(block, module, source.stored_of)
             measured = trial.seconds.forward
-            trial.pass_on(0, module)
+            trial.pass_on(block.index, module)
             taken = (measured, trial.seconds.forward - measured, trial.seconds.prune, trial.seconds.tune)
             fastest = [min(pair) for pair in zip(fastest, taken, strict=True)]
         self._measure, self._pass_on, self._prune, self._tune = fastest
@@ -191,7 +191,7 @@ class _Trial:
             digest.update(bytes_of(tensor))
         self._hash = (time.perf_counter() - begun) / self._shard_bytes
         trial.release()
-        source.free_block(0)
+        source.free_block(block.index)
 
     def extrapolate(self, batches: int, hidden: int) -> dict[str, float]:
         """Seconds by phase of a run with so many batches and bytes of hidden states."""

@@ -53,6 +53,8 @@ from .verify import Verification, compared_tokens, verify
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_PATHS = {"model", "plan"}  # of a recipe; what lies there is known by its hashes
+
 
 @dataclass(frozen=True)
 class Result:
@@ -279,7 +281,8 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
         samples = max(ranks.size, calibration.samples if job.looks_at_data else 1)
         windows = recipe_windows(recipe, tokenizer, length=length, samples=samples)
         check_vocabulary(windows, source.module)
-        return windows, source.reader.sha256()
+        plan = {} if recipe.plan is None else {"plan": sha256_file(Path(recipe.plan))}
+        return windows, source.reader.sha256() | plan
 
     if ranks.size > calibration.samples:
         raise InputError(
@@ -297,7 +300,7 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
     )
     machine.return_memory()  # what tokenising took
     identity = {
-        "recipe": resolved.model_dump(exclude={"model"}),  # the same model may be called by another path
+        "recipe": resolved.model_dump(exclude=_PATHS),  # the same files may be called by other paths
         "inputs": inputs,
         "calibration_tokens": token_hash(windows),
         "versions": machine.versions(),
@@ -360,7 +363,7 @@ def _finished(out: Path, identity: dict[str, Any]) -> Result | None:
     for verb, key in (("recover", "recovery"), ("export", "export")):
         if manifest.get(key) is not None:
             raise InputError(f"'{out}' is what {verb} wrote, not prune: choose another --out")
-    recipe = {name: value for name, value in manifest["recipe"].items() if name != "model"}
+    recipe = {name: value for name, value in manifest["recipe"].items() if name not in _PATHS}
     refuse_other(out, {**{name: manifest[name] for name in identity}, "recipe": recipe}, identity)
     changed = changed_files(out, manifest)
     if changed:

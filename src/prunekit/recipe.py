@@ -30,7 +30,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .catalogue import GIVEN_BUDGETS, METHODS, find_method
+from .catalogue import GIVEN_BUDGETS, METHODS, Method, find_method
 from .errors import InputError
 
 if sys.version_info >= (3, 11):
@@ -139,6 +139,7 @@ class Recipe(_Section):
     sparsity: float | None = Field(None, description="fraction of zeros in every linear")
     pattern: str | None = Field(None, description="fraction of zeros, or K:G = keep K of every G consecutive inputs")
     ratio: float | None = Field(None, description="fraction of the block parameters to remove (shrink methods)")
+    plan: str | None = Field(None, description="JSON file that says what stays (method planned)")
     calibration: Calibration = Calibration()
     seed: int = Field(0, ge=0, description="seed of everything drawn at random")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of the forward passes")
@@ -170,6 +171,7 @@ class Recipe(_Section):
                 raise ValueError(
                     f"'{part}' is no part of '{method.name}': the parts are {', '.join(KINDS[method.kind])}"
                 )
+        self._refuse_plan(method)
         if method.kind == "shrink":
             said = "sparsity" if self.sparsity is not None else "pattern" if self.pattern is not None else None
             if said is not None:
@@ -197,6 +199,20 @@ class Recipe(_Section):
         _ = self.target
         return self
 
+    def _refuse_plan(self, method: Method) -> None:
+        """Raise `ValueError` where a plan is missing, or the method or a ratio says something else."""
+        if method.planned and self.plan is None:
+            raise ValueError(
+                f"'{method.name}' is told what stays: give it a plan with --plan, like the prune_plan.json of an earlier run"
+            )
+        if self.plan is not None and not method.planned:
+            raise ValueError(
+                f"plan '{self.plan}' says what stays, and '{method.name}' would choose that itself: leave out the plan, or take "
+                "--method planned, with a compensation if you like: planned+least-squares"
+            )
+        if self.plan is not None and self.ratio is not None:
+            raise ValueError(f"ratio {self.ratio} and plan '{self.plan}' both say how much goes: leave out one of them")
+
     @property
     def removes(self) -> bool:
         """Whether structures are removed, and not weights zeroed."""
@@ -204,13 +220,13 @@ class Recipe(_Section):
 
     @property
     def sized(self) -> bool:
-        """Whether numbers of units are given in the place of a ratio."""
-        return self.removes and self.parts.get("budget", {}).get("name") in GIVEN_BUDGETS
+        """Whether numbers of units, or a plan, are given in the place of a ratio."""
+        return self.plan is not None or (self.removes and self.parts.get("budget", {}).get("name") in GIVEN_BUDGETS)
 
     @property
     def asked(self) -> str:
-        """How much was asked for, in a word: `0.5`, `2:4`, or `widths` where those are given."""
-        return "widths" if self.sized else str(self.target)
+        """How much was asked for, in a word: `0.5`, `2:4`, or `widths` or `plan` where those are given."""
+        return "plan" if self.plan is not None else "widths" if self.sized else str(self.target)
 
     @property
     def target(self) -> Pattern:
@@ -231,6 +247,7 @@ class Recipe(_Section):
         words = ["prunekit", "prune", self.model, "--method", self.method]
         said = "--ratio" if self.removes else "--sparsity" if self.pattern is None else "--pattern"
         words += [] if self.sized else [said, str(self.target)]
+        words += [] if self.plan is None else ["--plan", self.plan]
         calibration = self.calibration
         words += ["--calibration", calibration.source, "--samples", str(calibration.samples)]
         words += [] if calibration.length is None else ["--length", str(calibration.length)]

@@ -67,6 +67,15 @@ def test_the_search_begins_with_llm_pruner_and_never_ends_worse(asked: dict[str,
     assert search["proposed"] == 7
 
 
+def test_a_row_that_says_no_length_searches_with_the_models(asked: dict[str, Any], tmp_path: Path) -> None:
+    calibration = {"source": asked["calibration"]["source"], "samples": 2}
+    more = {"score": {"name": "taylor"}, "budget": {"shape": "free"}}
+    few = {"name": "tpe", "trials": 1, "subsets": 1, "counts": 1, "samples": 2}
+    values = {**asked, "method": "magnitude-sp", "calibration": calibration, "parts": {**more, "search": few}}
+    prunekit.prune(**values, out=tmp_path / "out")
+    assert search_in(tmp_path / "out")["candidate"]["length"] == 128
+
+
 def test_a_killed_search_goes_on_to_the_same_folder(asked: dict[str, Any], tmp_path: Path) -> None:
     prunekit.prune(**asked, parts=parts(), out=tmp_path / "whole")
     with killed_after(3, searching, "plan_losses"):

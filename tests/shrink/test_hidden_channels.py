@@ -182,7 +182,15 @@ def test_channels_are_aligned_and_units_chosen_in_the_dense_model(tmp_path: Path
     dense = {"calibration": {"source": str(text), "samples": WINDOWS, "length": LENGTH, "mode": "dense"}}
     cut(tmp_path / "base", tmp_path / "units", text, widths={"mlp": 30}, **dense)
     both, units = plan_in(tmp_path / "both"), plan_in(tmp_path / "units")
-    assert both["blocks"] == units["blocks"]
+    kept = [
+        [{name: each["kept"] for name, each in block.items()} for block in plan["blocks"]] for plan in (both, units)
+    ]
+    assert kept[0] == kept[1]
+    with pytest.raises(
+        InputError,
+        match=r"leaves channels of the residual stream out, which is not carried out from a file: say --method",
+    ):
+        prunekit.prune(tmp_path / "base", out=tmp_path / "again", plan=tmp_path / "both" / "prune_plan.json")
     assert (both["format"], units["format"]) == (2, 1)
     assert both["hidden"] == plan_in(tmp_path / "aligned")["hidden"]
     cut(tmp_path / "base", tmp_path / "dense", text, widths={"hidden": 24, "mlp": 30}, **dense)

@@ -27,7 +27,8 @@ from prunekit.shrink.masking import masked
 from prunekit.shrink.plan import Plan
 from prunekit.shrink.units import find_structures
 
-SHRINK = [row.name for row in METHODS.values() if row.kind == "shrink" and row.width is None and row.search is None]
+UNITS = [row for row in METHODS.values() if row.kind == "shrink" and row.width is None]
+SHRINK = [row.name for row in UNITS if row.search is None and not row.planned]
 LENGTH = 32
 WIDE = {"shape": "free", "skip_first": 0, "skip_last": 0, "align": 1}
 

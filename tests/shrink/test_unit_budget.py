@@ -137,6 +137,49 @@ def test_given_widths_are_taken_as_they_are(parts: tuple[Structures, list[int]])
     structures, parameters = parts
     counts = make(name="widths", attention=3, mlp=20).counts(structures, parameters, Fraction(0))
     assert counts == [{"self_attn.o_proj": 3, "mlp.down_proj": 20}] * 3
+    # all of a structure may stay, whatever the alignment
+    counts = make(name="widths", attention=3, mlp=48, align=32).counts(structures, parameters, Fraction(0))
+    assert counts == [{"self_attn.o_proj": 3, "mlp.down_proj": 48}] * 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ratio=some.fractions(Fraction(1, 10), Fraction(45, 100)),
+    name=some.sampled_from(["uniform", "global-cost", "global-types"]),
+    align=some.sampled_from([1, 8]),
+    seed=some.integers(0, 5),
+)
+def test_a_least_share_stays_in_every_block(
+    parts: tuple[Structures, list[int]], ratio: Fraction, name: str, align: int, seed: int
+) -> None:
+    structures, parameters = parts
+    scores = draw_scores(structures, seed)
+    for name_, scale in (("self_attn.o_proj", 10), ("mlp.down_proj", 100)):  # one block would lose nearly everything
+        scores[1][name_] = scores[1][name_] / scale
+    budget = make(name=name, shape="free", align=align, least=0.4)
+    counts = budget.counts(structures, parameters, ratio, scores)
+    assert all(block["self_attn.o_proj"] >= 2 and block["mlp.down_proj"] >= 20 for block in counts)
+    assert all(block["mlp.down_proj"] % align == 0 for block in counts)
+    gone, group, channel = counted(structures, counts), structures[0][0].cost, structures[0][1].cost
+    assert abs(gone - ratio * sum(parameters)) <= group + len(structures) * align * channel
+
+
+def test_heads_make_up_for_channels_that_must_stay(parts: tuple[Structures, list[int]]) -> None:
+    structures, parameters = parts
+    budget = make(name="global-types", gamma=20.0, shape="free", least=0.5)
+    counts = budget.counts(structures, parameters, Fraction(4, 10), draw_scores(structures))
+    assert all(block["mlp.down_proj"] == 24 for block in counts)
+    assert counted(structures, counts) == pytest.approx(0.4 * sum(parameters), abs=structures[0][0].cost)
+
+
+def test_without_a_least_share_a_block_may_lose_nearly_everything(parts: tuple[Structures, list[int]]) -> None:
+    structures, parameters = parts
+    scores = draw_scores(structures)
+    scores[1]["mlp.down_proj"] = scores[1]["mlp.down_proj"] / 1000
+    for least, left in ((0.0, 1), (0.25, 12), (0.26, 13)):
+        budget = make(name="global-cost", shape="free", least=least)
+        counts = budget.counts(structures, parameters, Fraction(3, 10), scores)
+        assert counts[1]["mlp.down_proj"] == left
 
 
 @pytest.mark.parametrize(
@@ -145,7 +188,18 @@ def test_given_widths_are_taken_as_they_are(parts: tuple[Structures, list[int]])
         ({}, Fraction(99, 100), "ratio 0.99 asks for .* and at most .* can go while a unit of every structure stays"),
         ({"align": 64}, Fraction(1, 5), "'budget.align' cannot be 64: 'mlp.down_proj' of block 0 has only 48 channels"),
         ({"name": "widths", "mlp": 0}, Fraction(0), "'budget.mlp' cannot be 0"),
+        (
+            {"least": 0.8},
+            Fraction(3, 10),
+            "while the 0.8 of budget.least of every structure stays: ask for at most 0.1",
+        ),
         ({"name": "widths", "attention": 9}, Fraction(0), "'budget.attention' cannot be 9"),
+        (
+            {"name": "widths", "mlp": 20, "align": 8},
+            Fraction(0),
+            "'budget.mlp' cannot be 20: with align 8 .* like 16; or",
+        ),
+        ({"name": "widths", "mlp": 5, "align": 8, "shape": "free"}, Fraction(0), "a multiple of that, like 8"),
     ],
 )
 def test_what_would_leave_nothing_is_refused(
@@ -162,6 +216,9 @@ def test_what_would_leave_nothing_is_refused(
         ({"shape": "round"}, "'budget.shape' cannot be 'round': it is uniform or free"),
         ({"align": 0}, "'budget.align' cannot be 0: it is a whole number of at least 1"),
         ({"skip_first": 2}, "leave some blocks wider than others: add --shape free"),
+        ({"least": 1}, "'budget.least' cannot be 1: it is the share of units that stays in every block"),
+        ({"least": True}, "'budget.least' cannot be True"),
+        ({"least": 0.5, "name": "widths", "mlp": 8}, "'budget.least' is 0.5, and budget 'widths' is given what stays"),
         ({"gama": 2}, "'budget.gama' is not an option of budget 'uniform'"),
     ],
 )

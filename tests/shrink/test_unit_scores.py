@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tiny
+from prunekit.errors import InputError
 from prunekit.model.source import ResidentModel
 from prunekit.parts import find_part, parts
 from prunekit.shrink.scores import ziplm
@@ -91,6 +92,12 @@ def test_magnitude(setting: Setting) -> None:
         close(setting.score("magnitude", each), wanted)
         alone = setting.matrix(each.name).square().sum(0).tolist()
         close(setting.score("magnitude", each, coupled=False), units_of(each, alone))
+
+
+@pytest.mark.parametrize("p", [0, -1.0, float("nan")])
+def test_a_power_that_ranks_nothing_is_refused(p: float) -> None:
+    with pytest.raises(InputError, match=r"'score\.p' cannot be .*: it takes a number above 0"):
+        find_part("unit-score", "magnitude").bind({"p": p})
 
 
 def test_wanda_sp(setting: Setting) -> None:

@@ -10,6 +10,7 @@ REMOVED = {
     "unit": "groups of heads and channels",
     "block": "whole blocks",
     "sublayer": "whole attention modules and multilayer perceptrons",
+    "plan": "the units, sublayers and blocks that the plan leaves out",
     "channel": "channels of the residual stream",
 }
 
@@ -45,7 +46,8 @@ def as_markdown(rows: Sequence[Mapping[str, Any]], parts: Sequence[Mapping[str, 
         if row["budget"] not in (None, "uniform"):
             lines.append(f"- budget: `{row['budget']}`")
         lines.append(f"- measures {measured(row, '`')}")
-        lines.append(f"- options: {', '.join(f'`{name}={value}`' for name, value in row['options'].items())}")
+        if row["options"]:
+            lines.append(f"- options: {', '.join(f'`{name}={value}`' for name, value in row['options'].items())}")
         if row["calibration"]:
             drawn = ", ".join(f"`{name}={value}`" for name, value in row["calibration"].items())
             lines.append(f"- calibration, unless something else is said: {drawn}")

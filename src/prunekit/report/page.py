@@ -92,6 +92,8 @@ def _asked(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
         if "width" in parts:
             of = "block parameters, shortcuts counted" if parts["width"]["name"] == "parameters" else "channels"
             return f"{100 * float(target.fraction):g} % of the {of}{left}"
+        if recipe.plan is not None:
+            return "What the given plan leaves out"
         gone = f"{100 * float(target.fraction):g} % of the block parameters"
         if "depth" in parts:
             return f"{gone}, in whole {'sublayers' if 'what' in parts['depth'] else 'blocks'}"

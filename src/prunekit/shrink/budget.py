@@ -34,7 +34,8 @@ class Demand:
         structures: by block; none of a block that is skipped.
         parameters: of every block, skipped ones included.
         target: how many parameters should go.
-        least: how many units of a kind must stay.
+        least: how many units of a kind must stay; more are a multiple of that.
+        share: the share of a structure's units that must stay.
         scores: by block and structure, [units] float; larger is kept. Empty for a part that does not want them.
     """
 
@@ -43,6 +44,7 @@ class Demand:
     target: int
     least: Mapping[str, int]
     scores: Scores = ()
+    share: Fraction = Fraction(0)
 
     def each(self) -> list[Structure]:
         """Every structure."""
@@ -50,7 +52,8 @@ class Demand:
 
     def least_of(self, structure: Structure) -> int:
         """How many of its units must stay."""
-        return min(structure.count, self.least.get(structure.kind, 1))
+        least = self.least.get(structure.kind, 1)
+        return min(structure.count, max(1, math.ceil(self.share * structure.count / least)) * least)
 
 
 @unit_budget(even=True)
@@ -131,17 +134,11 @@ def global_types(demand: Demand, *, gamma: Annotated[float, Limits(above=0)] | N
     if gamma is None:
         gamma = of_channels / of_groups if of_groups else 1.0
     fraction = demand.target / (of_groups + gamma * of_channels)
-    target = round(fraction * of_groups)
-    counts = _cut(demand, demand.scores, groups, target)
-    gone = sum(each.cost * (each.count - counts[each.block][each.name]) for each in groups)
-    kept_channels = _cut(demand, demand.scores, channels, demand.target - gone)
-    gone = sum(each.cost * (each.count - kept_channels[each.block][each.name]) for each in channels)
-    counts = _cut(
-        demand, demand.scores, groups, demand.target - gone
-    )  # what channels at their least leave, groups give
-    for kept, more in zip(counts, kept_channels, strict=True):
-        kept.update(more)
-    return counts
+    kept = _cut(demand, demand.scores, groups, round(fraction * of_groups))
+    others = _cut(demand, demand.scores, channels, demand.target - _gone(groups, kept))
+    # groups make up for channels that must stay; elsewhere less than one channel is left to remove, and no group is so small
+    kept = _cut(demand, demand.scores, groups, demand.target - _gone(channels, others))
+    return [{**some, **more} for some, more in zip(kept, others, strict=True)]
 
 
 @unit_budget(given=True)
@@ -179,6 +176,11 @@ def normalised(scores: Tensor, how: str) -> Tensor:
         spread = float(scores.std(correction=0))
         return (scores - scores.mean()) / spread if spread else scores - scores.mean()
     return scores
+
+
+def _gone(some: Sequence[Structure], counts: Counts) -> int:
+    """Parameters of some structures that counts remove."""
+    return sum(each.cost * (each.count - counts[each.block][each.name]) for each in some)
 
 
 def _cut(demand: Demand, scores: Scores, some: Sequence[Structure], target: int) -> Counts:
@@ -222,6 +224,7 @@ class UnitBudget:
         shape: `uniform` gives every block the same widths, so that stock configs describe the model; `free` leaves them as they come.
         align: channels that stay, also those of the residual stream, are a multiple of this.
         skip_first, skip_last: blocks at either end that stay whole.
+        least: the share of the groups of heads, and of the channels, that stays at least in every block.
     """
 
     part: Part
@@ -230,6 +233,7 @@ class UnitBudget:
     align: int
     skip_first: int
     skip_last: int
+    least: float
 
     @classmethod
     def of(cls, method: Method, options: Mapping[str, Any] | None = None) -> UnitBudget:
@@ -238,13 +242,22 @@ class UnitBudget:
         name = own.pop("name", method.budget)
         part = find_part("unit-budget", name)
         defaults = dict(method.options.get("budget", {}))
-        common = {"shape": "uniform", "align": 1, "skip_first": 0, "skip_last": 0}
+        common = {"shape": "uniform", "align": 1, "skip_first": 0, "skip_last": 0, "least": 0.0}
         given = {key: own.pop(key, defaults.pop(key, value)) for key, value in common.items()}
         if given["shape"] not in ("uniform", "free"):
             raise InputError(f"'budget.shape' cannot be {given['shape']!r}: it is uniform or free")
         for key, least in (("align", 1), ("skip_first", 0), ("skip_last", 0)):
             if type(given[key]) is not int or given[key] < least:
                 raise InputError(f"'budget.{key}' cannot be {given[key]!r}: it is a whole number of at least {least}")
+        share = given["least"]
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+            raise InputError(
+                f"'budget.least' cannot be {share!r}: it is the share of units that stays in every block, of at least 0 and below 1"
+            )
+        if share and part.given:
+            raise InputError(
+                f"'budget.least' is {share:g}, and budget '{name}' is given what stays: leave out one of them"
+            )
         if given["shape"] == "uniform" and (given["skip_first"] or given["skip_last"]):
             raise InputError(
                 "'budget.skip_first' and 'budget.skip_last' leave some blocks wider than others: add --shape free, or set both to 0"
@@ -259,7 +272,7 @@ class UnitBudget:
     @property
     def resolved(self) -> dict[str, Any]:
         """Its name and options with the defaults that hold today."""
-        common = {name: getattr(self, name) for name in ("shape", "align", "skip_first", "skip_last")}
+        common = {name: getattr(self, name) for name in ("shape", "align", "skip_first", "skip_last", "least")}
         return {"name": self.part.name, **self.options, **common}
 
     @property
@@ -291,13 +304,14 @@ class UnitBudget:
             for index, block in enumerate(structures)
         ]
         target = round(ratio * sum(parameters))
-        demand = Demand(removable, parameters, target, {ATTENTION: 1, MLP: self.align}, scores)
+        share = Fraction(str(self.least))
+        demand = Demand(removable, parameters, target, {ATTENTION: 1, MLP: self.align}, scores, share)
         self._refuse(demand, ratio)
         counts = self.part.function(demand, **self.options)
-        if not self.part.given:
+        if self.part.given:
+            self._refuse_unaligned(demand, counts)
+        else:
             counts = self._level(demand, counts) if self.shape == "uniform" else self._aligned(demand, counts)
-        elif self.shape == "free":
-            counts = self._aligned(demand, counts)
         counts = [
             {each.name: found.get(each.name, each.count) for each in block}
             for found, block in zip(counts, structures, strict=True)
@@ -337,12 +351,23 @@ class UnitBudget:
                 )
         most = sum(structure.cost * (structure.count - demand.least_of(structure)) for structure in each)
         if not self.part.given and demand.target > most:
+            stays = f"the {self.least:g} of budget.least" if self.least else "a unit"
             raise InputError(
-                f"ratio {float(ratio):g} asks for {demand.target:,} parameters and at most {most:,} can go while a unit of every "
+                f"ratio {float(ratio):g} asks for {demand.target:,} parameters and at most {most:,} can go while {stays} of every "
                 f"structure stays: ask for at most {math.floor(1000 * most / sum(demand.parameters)) / 1000:g}, "
                 + ("skip fewer blocks, " if self.skip_first or self.skip_last else "")
                 + "or remove whole blocks"
             )
+
+    def _refuse_unaligned(self, demand: Demand, counts: Counts) -> None:
+        for each in demand.each():
+            kept = counts[each.block][each.name]
+            if each.kind == MLP and kept < each.count and kept % self.align:
+                near = max(kept // self.align, 1) * self.align
+                raise InputError(
+                    f"'budget.{each.kind}' cannot be {kept}: with align {self.align} the channels that stay are a multiple of that, "
+                    f"like {near}; or say --align 1"
+                )
 
     def _level(self, demand: Demand, counts: Counts) -> Counts:
         """The same counts in every block: groups of heads as on average, channels so that the target is met."""
@@ -362,7 +387,7 @@ class UnitBudget:
             if each.kind == ATTENTION
         }
         if any(each.kind == MLP for each in first):
-            kept = _filled(first, demand, share, kept) if kept else _filled(first, demand, share, {})
+            kept = _filled(first, demand, share, kept)
         return self._aligned(demand, [dict(kept) if block else {} for block in demand.structures])
 
     def _aligned(self, demand: Demand, counts: Counts) -> Counts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..blockwalk import Appetite, block_parameters
@@ -14,10 +15,11 @@ from ..model.source import StreamedModel, refuse_sliced
 from ..model.stream import Walk
 from ..recipe import Recipe, refuse_choices
 from .budget import Counts, blocks_to_remove, no_scores, plan_of
+from .given import given_plan
 from .gradients import gradient_bytes
 from .narrowing import Narrowing
 from .perceptron import Perceptron, find_perceptrons
-from .plan import Structures
+from .plan import Plan, Structures
 from .saving import Form
 from .searching import trial_bytes
 from .shrinker import Shrinker
@@ -35,6 +37,7 @@ class Shrinking:
     Where the residual stream is to be narrower, `narrowing` says how, and the structures are those of the narrower model: the same
     units.
     `perceptrons`, by block, are for a score that looks at gates or norms; there are none otherwise.
+    `plan` is what stays, where that is given.
     """
 
     shrinker: Shrinker
@@ -45,6 +48,7 @@ class Shrinking:
     form: Form | None
     narrowing: Narrowing | None = None
     perceptrons: tuple[Perceptron | None, ...] = ()
+    plan: Plan | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, source: StreamedModel) -> Shrinking:
@@ -58,10 +62,9 @@ class Shrinking:
                 f"calibration.choices={calibration.choices} shares out the windows, with a last share to judge by: "
                 f"{calibration.samples} --samples are too few"
             )
-        if shrinker.tune is not None and (calibration.mode == "dense" or shrinker.depth is not None):
+        if shrinker.tune is not None and calibration.mode == "dense":
             raise InputError(
-                f"tune '{shrinker.tune.part.name}' goes from block to cut block: leave out "
-                + ("--set calibration.mode=dense" if shrinker.depth is None else "the tuning, whole blocks are not cut")
+                f"tune '{shrinker.tune.part.name}' goes from block to cut block: leave out --set calibration.mode=dense"
             )
         if shrinker.search is not None:
             _refuse_search(recipe, shrinker)
@@ -71,6 +74,8 @@ class Shrinking:
                 "leave one of them out"
             )
         refuse_sliced(source, "take heads and channels out of the original")
+        if shrinker.planned:
+            return cls._planned(shrinker, recipe, source)
         narrowing = _narrowing(source, shrinker)
         # which channels stay makes no difference to shapes
         shaped = source if narrowing is None else narrowing.model(range(narrowing.width))
@@ -97,6 +102,23 @@ class Shrinking:
             form = form_of(shaped, structures, plan_of(structures, counts, chance), shrinker)
         known = None if shrinker.plans_first else counts
         return cls(shrinker, structures, known, recipe, source, form, narrowing, perceptrons)
+
+    @classmethod
+    def _planned(cls, shrinker: Shrinker, recipe: Recipe, source: StreamedModel) -> Shrinking:
+        assert recipe.plan is not None
+        plan, structures = given_plan(source.module, source.anatomy, Path(recipe.plan))
+        if shrinker.follows and len(plan.kept_blocks) < len(structures):
+            raise InputError(
+                f"plan '{recipe.plan}' drops whole blocks, and compensate.target=dense follows the dense model block by block: leave "
+                "out the target"
+            )
+        if plan.hidden is not None:
+            raise InputError(
+                f"plan '{recipe.plan}' leaves channels of the residual stream out, which is not carried out from a file: say "
+                f"--method minitron --set budget.name=widths --set budget.hidden={len(plan.hidden.kept)}"
+            )
+        form = form_of(source, structures, plan, shrinker)
+        return cls(shrinker, structures, None, recipe, source, form, plan=plan)
 
     @property
     def looks_at_data(self) -> bool:
@@ -141,10 +163,13 @@ class Shrinking:
     def _spared(self) -> int:
         """Bytes of weights that are not written, a little less than will be: what a budget takes differs from what was asked for."""
         smallest = min(entry.dtype.itemsize for entry in self.source.reader.entries.values())
-        if self.shrinker.depth is None and self.shrinker.budget.part.given:
+        if self.shrinker.score is not None and self.shrinker.budget.part.given:
             return 0 if self.narrowing is None else self.narrowing.removed * smallest
-        parameters = sum(block_parameters(self.source)) * smallest
-        return int(_SPARED * float(self.recipe.target.fraction) * parameters)
+        parameters = block_parameters(self.source)
+        gone = float(self.recipe.target.fraction) * sum(parameters)
+        if self.plan is not None:
+            gone = self.plan.removed(self.structures, parameters)
+        return int(_SPARED * gone * smallest)
 
     def work(
         self, walk: Walk, *, dense: bool, ranks: Ranks | None = None, first: int = 0, total: int | None = None
@@ -163,7 +188,8 @@ class Shrinking:
             self.structures,
             self.recipe,
             self.counts,
-            form=self.form,
+            self.plan,
+            self.form,
             narrowing=self.narrowing,
             perceptrons=self.perceptrons,
             dense=dense,
@@ -207,6 +233,11 @@ def _refuse_search(recipe: Recipe, shrinker: Shrinker) -> None:
         raise InputError(
             f"the search of '{recipe.method}' chooses how '{varied.__name__}' computes importance: leave out the options of the score, "
             f"and say what may be chosen with those of the search, which 'prunekit methods {recipe.method}' lists"
+        )
+    if search.part.sizes and shrinker.budget.least:
+        raise InputError(
+            f"the search of '{recipe.method}' has a least share of its own: in the place of budget.least say --set "
+            f"search.least={shrinker.budget.least:g}"
         )
     if search.part.sizes and not shrinker.budget.part.even:
         raise InputError(

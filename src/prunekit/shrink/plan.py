@@ -83,17 +83,23 @@ class Plan:
         return all(each == counts[0] for each in counts)
 
     def to_json(self, structures: Structures) -> dict[str, Any]:
-        """The plan as plain data; `units` says of how many, so that it is not taken for another model's."""
+        """The plan as plain data.
+
+        `units` says of how many, and `parameters` what goes with each, so that it is not taken for another model's.
+        """
         blocks = [
-            None
-            if kept is None
-            else {each.name: {"units": each.count, "kept": list(map(int, self.kept(each)))} for each in block}
+            None if kept is None else {each.name: self._entry(each) for each in block}
             for kept, block in zip(self.blocks, structures, strict=True)
         ]
         if self.hidden is None:
             return {"format": FORMAT, "blocks": blocks}
         hidden = {"channels": self.hidden.count, "kept": list(self.hidden.kept)}
         return {"format": _WITH_CHANNELS, "hidden": hidden, "blocks": blocks}
+
+    def _entry(self, structure: Structure) -> dict[str, Any]:
+        # beside channels that go a unit has fewer parameters than in the original
+        cost = {} if self.hidden is not None else {"parameters": structure.cost}
+        return {"units": structure.count, **cost, "kept": self.kept(structure).tolist()}
 
     @classmethod
     def from_json(cls, content: Any, structures: Structures) -> Plan:
@@ -121,12 +127,7 @@ class Plan:
     @classmethod
     def read(cls, path: Path, structures: Structures) -> Plan:
         """The plan in a file. Raises `InputError`."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as problem:
-            raise InputError(f"plan '{path}' cannot be read: {problem.strerror}") from None
-        except ValueError as problem:
-            raise InputError(f"plan '{path}' is not valid JSON: {problem}") from None
+        content = read_content(path)
         try:
             return cls.from_json(content, structures)
         except InputError as problem:
@@ -143,7 +144,17 @@ def _channels(entry: Any) -> Channels:
 
 def _refuse_unordered(what: str, kept: list[Any], count: int) -> None:
     if not all(type(unit) is int and 0 <= unit < count for unit in kept) or sorted(set(kept)) != kept:
-        raise InputError(f"{what}: what is kept must be ascending numbers below {count}")
+        raise InputError(f"{what}: what is kept must be ascending numbers below {count}, each once")
+
+
+def read_content(path: Path) -> Any:
+    """What a file holds that should be a plan. Raises `InputError`."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise InputError(f"plan '{path}' cannot be read: {problem.strerror}") from None
+    except ValueError as problem:
+        raise InputError(f"plan '{path}' is not valid JSON: {problem}") from None
 
 
 def _block(index: int, entry: Any, structures: Sequence[Structure]) -> dict[str, tuple[int, ...]]:
@@ -151,16 +162,26 @@ def _block(index: int, entry: Any, structures: Sequence[Structure]) -> dict[str,
     if not isinstance(entry, dict) or set(entry) - set(known):
         names = ", ".join(map(str, sorted(set(entry) - set(known)))) if isinstance(entry, dict) else repr(entry)
         raise InputError(f"block {index} has no structure {names}: it has {', '.join(sorted(known))}")
-    found = {}
-    for name, said in entry.items():
-        count = known[name].count
-        kept = said.get("kept") if isinstance(said, dict) else None
-        if not isinstance(kept, list) or said.get("units") != count:
-            raise InputError(f"'{name}' of block {index} has {count} units, the plan was made for {said}")
-        _refuse_unordered(f"'{name}' of block {index}", kept, count)
-        if not kept and known[name].sublayer is None:
-            raise InputError(f"'{name}' of block {index} would be left empty: keep at least one unit")
-        found[name] = tuple(kept)
-    if structures and not any(found.get(name, (0,)) for name in known):
+    found = {
+        name: _kept(each, entry[name]) if name in entry else tuple(range(each.count)) for name, each in known.items()
+    }
+    if known and not any(found.values()):
         raise InputError(f"block {index} would be left empty: write null in its place, or keep at least one unit")
     return found
+
+
+def _kept(structure: Structure, said: Any) -> tuple[int, ...]:
+    where, count, cost = f"'{structure.name}' of block {structure.block}", structure.count, structure.cost
+    kept = said.get("kept") if isinstance(said, dict) else None
+    if not isinstance(kept, list):
+        raise InputError(f'{where} is to be written like {{"units": {count}, "kept": [0]}}, with the units that stay')
+    if said.get("units") != count:
+        raise InputError(f"{where} has {count} units, the plan was made for {said.get('units')}")
+    if said.get("parameters", cost) != cost:
+        raise InputError(
+            f"a unit of {where} has {cost:,} parameters, the plan was made for {said['parameters']}: it belongs to another model"
+        )
+    _refuse_unordered(where, kept, count)
+    if not kept and structure.sublayer is None:
+        raise InputError(f"{where} would be left empty: keep at least one unit")
+    return tuple(kept)

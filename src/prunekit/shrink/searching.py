@@ -112,6 +112,7 @@ class Ground:
     Attributes:
         parameters: of every block.
         budget: what says how many units stay where the search does not.
+        length: tokens of a calibration window.
         scores: gives the scores of all units of the dense model, by block and structure.
         gradients: gives the sums of gradients of the dense model on some windows, by block and linear.
         scratch: the folder for what has been found so far; None where nothing is kept.
@@ -124,6 +125,7 @@ class Ground:
     structures: Structures
     parameters: Sequence[int]
     budget: UnitBudget
+    length: int
     texts: Texts
     scores: Callable[[], Scores]
     gradients: Callable[[Windows], list[dict[str, Gradients]]]

@@ -34,37 +34,30 @@ class Shrinker:
     depth: Bound | None = None
     tune: Bound | None = None
     search: Bound | None = None
+    planned: bool = False
     seed: int = 0
 
     @classmethod
     def of(cls, method: Method, options: Mapping[str, Mapping[str, Any]], seed: int = 0) -> Shrinker:
         """The method's parts with a recipe's options laid over their defaults. Raises `InputError`."""
         score, depth = bind("unit-score", method, options), bind("depth", method, options)
-        if (score is None) == (depth is None):
+        compensate, tune = bind("compensate", method, options), bind("tune", method, options)
+        search, budget = bind("search", method, options), options.get("budget")
+        if method.planned:
+            reason = f"with '{method.name}' the plan says what stays"
+            _refuse_others(method, budget, (score, depth, search), "is there to choose what goes", reason)
+        elif (score is None) == (depth is None):
             raise InputError(
                 f"method '{method.name}' must have either a score, which ranks units, or a depth, which removes blocks"
             )
-        if depth is not None and options.get("budget"):
-            name = next(iter(options["budget"]))
+        if depth is not None:
             what = "blocks" if depth.part.candidates is None else "sublayers"
-            raise InputError(
-                f"'budget.{name}' is for methods that remove units of blocks; '{method.name}' removes whole {what}: leave it out"
-            )
-        budget = UnitBudget.of(method, options.get("budget"))
-        compensate, tune = bind("compensate", method, options), bind("tune", method, options)
-        if depth is not None and depth.part.candidates is not None and compensate is not None:
-            raise InputError(
-                f"compensate '{compensate.part.name}' changes linears that lose inputs; '{method.name}' removes whole sublayers, and "
-                "nothing is left of their linears: leave it out"
-            )
-        if budget.narrows:
+            others, reason = (compensate, tune, search), f"'{method.name}' removes whole {what}"
+            _refuse_others(method, budget, others, "is about blocks that lose some of their units", reason)
+        units = UnitBudget.of(method, budget)
+        if units.narrows:
             _refuse_narrow(method, score, [part for part in (compensate, tune) if part is not None])
-        search = bind("search", method, options)
-        if search is not None and depth is not None:
-            raise InputError(
-                f"'{method.name}' removes whole blocks, and a search is about units of blocks: leave it out"
-            )
-        return cls(score, budget, compensate, depth, tune, search, seed)
+        return cls(score, units, compensate, depth, tune, search, method.planned, seed)
 
     @property
     def sublayers(self) -> bool:
@@ -129,7 +122,7 @@ class Shrinker:
     def resolved(self, options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """A recipe's part options with the names and defaults that hold today filled in."""
         own = {bound.part.word: {"name": bound.part.name, **bound.options} for bound in self.parts}
-        budget = {"budget": self.budget.resolved} if self.depth is None else {}
+        budget = {} if self.score is None else {"budget": self.budget.resolved}
         return {**{key: dict(value) for key, value in options.items()}, **own, **budget}
 
     def scores(self, view: BlockView) -> dict[str, Tensor]:
@@ -178,3 +171,17 @@ def _refuse_narrow(method: Method, score: Bound | None, others: Sequence[Bound])
             f"{others[0].part.word} '{others[0].part.name}' aims at what the whole model computes, which blocks of a narrower stream "
             "cannot: leave out budget.hidden, or the part; `prunekit recover` trains what is left"
         )
+
+
+def _refuse_others(
+    method: Method, budget: Mapping[str, Any] | None, others: Sequence[Bound | None], purpose: str, reason: str
+) -> None:
+    """Raise `InputError` for a budget and for other parts that would not be asked, saying what each is for."""
+    if budget:
+        raise InputError(
+            f"'budget.{next(iter(budget))}' is for methods that remove units of blocks; {reason}: leave it out"
+        )
+    named = [(part.part.word, part.part.name) for part in others if part is not None]
+    named += [("budget", method.budget)] if "budget" in method.of_units else []
+    for word, name in named:
+        raise InputError(f"{word} '{name}' {purpose}; {reason}: leave it out")

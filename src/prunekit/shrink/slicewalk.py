@@ -48,6 +48,10 @@ def bound_width(method: Method, options: Mapping[str, Mapping[str, Any]]) -> Bou
             raise InputError(
                 f"method '{method.name}' has no {part}: all it can be told is --set width.name or width.align"
             )
+    for part, name in method.of_units.items():
+        raise InputError(
+            f"{part} '{name}' is about units of blocks, and '{method.name}' removes channels of the residual stream: leave it out"
+        )
     bound = bind("width", method, options)
     if bound is None:
         raise InputError(f"method '{method.name}' needs a width: parameters or channels")

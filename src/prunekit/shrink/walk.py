@@ -152,7 +152,10 @@ class ShrinkWalk(BlockWalk):
         """Stand in for `look_ahead` with random scores, or with the last blocks removed."""
         blocks = len(self.structures)
         passes = self.steps_ahead / blocks
-        if self.shrinker.sublayers:
+        if self.shrinker.planned:
+            assert self.plan is not None
+            plan = self.plan
+        elif self.shrinker.sublayers:
             plan = self.plan = self._without_sublayers(list(reversed(self.shrinker.candidates(self.structures))))
         elif self.shrinker.depth is not None:
             plan = self.plan = self._without(range(blocks - self._blocks_to_remove, blocks))
@@ -222,6 +225,7 @@ class ShrinkWalk(BlockWalk):
             self.structures,
             self._parameters,
             self.shrinker.budget,
+            self.walk.windows.length,
             self.texts,
             scores=lambda: self._scores_of_all(stored, step),
             gradients=lambda windows: self._gradients(windows, stored, lambda: None),
@@ -537,8 +541,9 @@ class ShrinkWalk(BlockWalk):
         """Tune the cut block's weights towards the outputs of the whole one, on the same inputs."""
         part = self.shrinker.tune
         assert part is not None
-        names = {f"{linear.name}.weight": linear for linear in block.linears}
         slicer = self._slicer(block)
+        weights = {f"{linear.name}.weight": linear for linear in block.linears}
+        names = {name: linear for name, linear in weights.items() if not slicer.lost(name)}
         with self._cut_block(block, module, slicer):
             tuned = self._descend(part, block, module, names, wanted)
         for name, (value, _) in tuned.items():

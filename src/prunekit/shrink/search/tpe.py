@@ -221,7 +221,7 @@ def tpe(
             "blend": blend,
         },
         ground.recipe.calibration.source,
-        int(ground.recipe.calibration.length or 0),
+        ground.length,
         ground.longest,
     )
     measured: dict[str, list[dict[str, Gradients]]] = {}
