@@ -28,7 +28,7 @@ from .model.resizing import SHAPES
 from .model.source import Source, StreamedModel, exchanged, resizing_code
 from .model.stream import Walk
 from .progress import Step
-from .statistics import Collector
+from .statistics import Collector, Watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -378,18 +378,17 @@ class BlockWalk(ABC):
         needs: frozenset[str],
         outputs: HiddenStates | None,
         follow: Callable[[int], None] | None = None,
-        norms: Mapping[str, nn.Module] | None = None,
-        watched: Mapping[str, tuple[nn.Module, str]] | None = None,
+        watched: Mapping[str, Watch] | None = None,
     ) -> Collector:
-        """Statistics of some of a block's linears and norms, and its outputs where they are wanted, be it in the place of its inputs.
+        """Statistics of some of a block's linears, and its outputs where they are wanted, be it in the place of its inputs.
 
-        `watched` are more modules, each with the sum that is wanted of it.
+        `watched` are more modules, with sums of their own.
 
         `follow(position)`, where there is one, sends a batch of the dense model through the block first; what linears give then is the
         target of what they are fed by ours.
         """
         used = outputs is not None or follow is not None
-        collector = Collector(linears, needs, result_used=used, norms=norms, watched=watched)
+        collector = Collector(linears, needs, result_used=used, watched=watched)
         last = len(self.walk.batches) - 1
         with self.seconds.timed("forward"), self.ranks.together(), collector:
             for position, batch in enumerate(self.walk.batches):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -328,6 +329,15 @@ def _zeros(width: int, inputs: Tensor) -> Tensor:
     return inputs.new_zeros((*inputs.shape[:-1], width))
 
 
+@dataclass(frozen=True)
+class Watch:
+    """A module of any kind, and the sums that are wanted over what it returns, or over what it is `fed`."""
+
+    module: nn.Module
+    sums: frozenset[str]
+    fed: bool = False
+
+
 class Collector:
     """Hooks on a block's linears that sum what passes through them while it is entered.
 
@@ -337,8 +347,7 @@ class Collector:
     Where nobody uses what the block returns (`result_used=False`), nothing behind the linear that is called last is seen by anyone:
     once the first batch has shown which one that is, its product is left out and zeros are returned in its place.
 
-    `norms` are modules whose outputs are summed as inputs of linears are.
-    `watched` are more modules, of any kind, each with the one sum over its outputs or tokens that is wanted of it.
+    `watched` are more modules, linears or not, with sums of their own.
     """
 
     def __init__(
@@ -347,8 +356,7 @@ class Collector:
         needs: Iterable[str],
         *,
         result_used: bool = True,
-        norms: Mapping[str, nn.Module] | None = None,
-        watched: Mapping[str, tuple[nn.Module, str]] | None = None,
+        watched: Mapping[str, Watch] | None = None,
     ) -> None:
         self.windows = 1
         self.keep: Tensor | None = None
@@ -360,12 +368,10 @@ class Collector:
         known = INPUT_SUMS | OUTPUT_SUMS | TARGET_SUMS
         if not frozenset(needs) <= known:
             raise PrunekitError(f"unknown statistics {sorted(frozenset(needs) - known)}: known are {sorted(known)}")
-        self._norms = {} if norms is None else dict(norms)
-        self._norm_sums: dict[str, Sums] = {}
         self._input_sums: dict[str, Sums] = {}  # by the first linear that is fed the tensor
         self._output_sums: dict[str, Sums] = {}
         self._watched = dict(watched or {})
-        self._watched_sums = {name: Sums(frozenset({wanted})) for name, (_, wanted) in self._watched.items()}
+        self._watched_sums = {name: Sums(watch.sums) for name, watch in self._watched.items()}
         self._leader: dict[str, str] = {}  # linear -> the linear it shares its input with
         self._live: list[tuple[str, Tensor]] = []  # inputs of the batch under way, held so that identity means sameness
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -378,10 +384,8 @@ class Collector:
     def __enter__(self) -> Collector:
         for name, module in self._linears.items():
             self._handles.append(module.register_forward_hook(self._hook(name)))
-        for name, module in self._norms.items():
-            self._handles.append(module.register_forward_hook(partial(self._see_norm, name)))
-        for name, (module, wanted) in self._watched.items():
-            self._handles.append(module.register_forward_hook(self._watch(name, wanted)))
+        for name, watch in self._watched.items():
+            self._handles.append(watch.module.register_forward_hook(self._watch(name, watch.fed)))
         return self
 
     def __exit__(
@@ -429,10 +433,10 @@ class Collector:
 
         return hook
 
-    def _watch(self, name: str, wanted: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def _watch(self, name: str, fed: bool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if not self._following:
-                self._watched_sums[name].add(output if wanted in OUTPUT_SUMS else inputs[0], self.keep)
+                self._watched_sums[name].add(inputs[0] if fed else output, self.keep, self.windows)
 
         return hook
 
@@ -449,9 +453,6 @@ class Collector:
         if self.sample_tokens:
             self._samples[name] = self._last(value).clone()
 
-    def _see_norm(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self._norm_sums.setdefault(name, Sums(self._inputs_wanted)).add(output, self.keep, self.windows)
-
     def _last(self, values: Tensor) -> Tensor:
         """The last `sample_tokens` vectors of the last window, padding left out; some blocks flatten windows and length to one axis."""
         last = values.reshape(self.windows, -1, values.shape[-1])[-1]
@@ -464,11 +465,15 @@ class Collector:
         return self._samples[self._leader[name]]
 
     def statistics(self, sum_up: Callable[[list[Tensor]], None] = lambda tensors: None) -> dict[str, Statistics]:
-        """The sums by linear; `sum_up` adds other processes' sums to ours, in place.
+        """The sums by linear, and by what else is watched; `sum_up` adds other processes' sums to ours, in place.
 
         Raises `PrunekitError` for a linear that no token went through.
         """
-        _sum_up([*self._input_sums.values(), *self._output_sums.values(), *self._watched_sums.values()], sum_up)
+        for sums in (*self._input_sums.values(), *self._output_sums.values(), *self._watched_sums.values()):
+            count = torch.tensor([sums.count], dtype=torch.int64)
+            sum_up([count, *(sums.sums[name] for name in sorted(sums.sums))])
+            sums.count = int(count)
+            sums.finish()
         found: dict[str, Statistics] = {}
         for name in self._linears:
             if name not in self._leader:
@@ -484,17 +489,3 @@ class Collector:
             known = found[name]._sums if name in found else {}
             found[name] = Statistics(sums.count, {**known, **sums.sums})
         return found
-
-    def norm_statistics(self, sum_up: Callable[[list[Tensor]], None] = lambda tensors: None) -> list[Statistics]:
-        """The sums over what the norms returned, in the order they were given; `sum_up` as for `statistics`."""
-        found = [self._norm_sums[name] for name in self._norms]
-        _sum_up(found, sum_up)
-        return [Statistics(each.count, each.sums) for each in found]
-
-
-def _sum_up(all_sums: Iterable[Sums], sum_up: Callable[[list[Tensor]], None]) -> None:
-    for sums in all_sums:
-        count = torch.tensor([sums.count], dtype=torch.int64)
-        sum_up([count, *(sums.sums[name] for name in sorted(sums.sums))])
-        sums.count = int(count)
-        sums.finish()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..model.anatomy import Anatomy, Block, weight_of
 from ..model.source import evaluating
+from ..statistics import Watch
 from .plan import Structures
 from .units import MLP, Structure, Tracer, likeness, near
 
@@ -80,14 +81,15 @@ class Perceptron:
     gate: Gate | None = None
     norm: Norm | None = None
 
-    def watched(self, module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-        """The modules that are measured besides linears' inputs, each with its sum, by name in the block."""
-        sums: dict[str, str] = {}
+    def watched(self, module: nn.Module) -> dict[str, Watch]:
+        """The modules that are measured besides linears' inputs, by name in the block."""
+        found: dict[str, Watch] = {}
         if self.gate is not None:
-            sums |= {self.gate.activation: "output_abs", self.gate.up.linear: "output_abs"}
+            for name in (self.gate.activation, self.gate.up.linear):
+                found[name] = Watch(module.get_submodule(name), frozenset({"output_abs"}))
         if self.norm is not None:
-            sums[self.norm.name] = "inverse_rms"
-        return {name: (module.get_submodule(name), wanted) for name, wanted in sums.items()}
+            found[self.norm.name] = Watch(module.get_submodule(self.norm.name), frozenset({"inverse_rms"}), fed=True)
+        return found
 
 
 def find_perceptrons(

@@ -34,7 +34,7 @@ from ..model.stream import Windows
 from ..progress import Step
 from ..recipe import Recipe
 from ..search.history import History
-from ..statistics import Statistics
+from ..statistics import Statistics, Watch
 from ..verify import TOLERANCE, relative_difference
 from .budget import Counts, Scores, blocks_to_remove, plan_of, top_units
 from .choosing import choose_calibration
@@ -340,15 +340,16 @@ class ShrinkWalk(BlockWalk):
         for block, module in dense_blocks(self.walk, self.ranks, self.seconds, step):
             measured = self._measured(block, module)
             names = [] if self.narrowing is None else self.narrowing.norms(block)
-            own = {name: module.get_submodule(name) for name in names}
             watched = self._watched(block, module)
+            watched |= {name: Watch(module.get_submodule(name), self.shrinker.measured) for name in names}
             collector = self._collect(
-                block, module, measured, self.shrinker.measured, self.walk.hidden, norms=own, watched=watched
+                block, module, measured, self.shrinker.measured, self.walk.hidden, watched=watched
             )
             with self.seconds.timed("prune"), self.ranks.together():
+                statistics = collector.statistics(self.ranks.sum_up)
                 if norms is not None:
-                    norms += collector.norm_statistics(self.ranks.sum_up)
-                found.append(self._scores(block, module, stored, collector.statistics(self.ranks.sum_up)))
+                    norms += [statistics[name] for name in names]
+                found.append(self._scores(block, module, stored, statistics))
         return found
 
     def _scores(
@@ -369,7 +370,7 @@ class ShrinkWalk(BlockWalk):
     def _perceptron(self, block: Block) -> Perceptron | None:
         return self.perceptrons[block.index] if self.perceptrons else None
 
-    def _watched(self, block: Block, module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    def _watched(self, block: Block, module: nn.Module) -> dict[str, Watch]:
         """The modules the score looks at that are no linears it wants the inputs of."""
         perceptron = self._perceptron(block)
         return {} if perceptron is None else perceptron.watched(module)
