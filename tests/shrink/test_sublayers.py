@@ -223,7 +223,7 @@ def test_a_model_without_some_sublayers_is_shrunk_and_zeroed_again(tmp_path: Pat
         (0.05, {}, "less than half of a sublayer of"),
         (0.99, {}, "while one of 6 sublayers stays: ask for at most"),
         (0.9, {"parts": {"depth": {"what": "mlp"}}}, "while one of 3 sublayers stays"),
-        (0.3, {"method": "drop+bias"}, "'drop.bias' removes whole sublayers, and changes nothing"),
+        (0.3, {"method": "drop+bias"}, "'drop.bias' removes whole sublayers: leave it out"),
         (0.3, {"parts": {"budget": {"align": 8}}}, "'drop' removes whole sublayers: leave it out"),
     ],
 )

@@ -337,6 +337,7 @@ def test_every_score_declares_what_it_reads_and_keeps_its_promises(name: str) ->
         "window_abs": inputs.abs().mean(0).square(),
         "half_gram": inputs[:20].t() @ inputs[:20],
         "output_square": (inputs @ weight.t()).square().sum(0),
+        "output_abs": (inputs @ weight.t()).abs().sum(0),
         "gram": inputs.t() @ inputs,
     }
     assert everything.keys() == INPUT_SUMS | OUTPUT_SUMS
