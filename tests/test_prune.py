@@ -16,12 +16,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import prunekit
 import tiny
+from helpers import shards
 from prunekit import InputError, VerificationError, Windows, pruning
 from prunekit.calibration.text import documents
 from prunekit.calibration.windows import calibration_windows, token_hash
 from prunekit.checkpoint import writer
 from prunekit.checkpoint.shard import Piece, write_shard
+from prunekit.checkpoint.writer import HIDDEN_PREFIX
 from prunekit.cli import app
+from prunekit.model import hidden
 from prunekit.model.anatomy import read_anatomy
 from prunekit.model.hidden import InMemory
 from prunekit.model.stream import Walk
@@ -268,6 +271,28 @@ def test_both_ways_of_verifying_agree(tmp_path: Path, llama_folder: Path, text_f
         found[through] = verification
     assert all(verification.difference <= 1e-6 for verification in found.values())
     assert all(verification.tokens == LENGTH for verification in found.values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "wanda+blockwise", "sparsity": 0.5},
+        {"method": "wanda-sp+blockwise", "ratio": 0.2},
+        {"method": "llm-pruner", "ratio": 0.2, "parts": {"budget": {"skip_first": 0, "skip_last": 0}}},
+    ],
+)
+def test_whatever_a_method_keeps_goes_to_the_output_folder_within_the_budget(
+    options: dict[str, Any], tmp_path: Path, llama_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "not there"))
+    prune(llama_folder, tmp_path / "memory", text_file, **options)
+    monkeypatch.setattr(hidden, "InMemory", None)
+    out = tmp_path / "files"
+    out.mkdir()
+    (out / f"{HIDDEN_PREFIX}left").mkdir()  # by a run that was killed
+    prune(llama_folder, out, text_file, memory_budget=1, overwrite=True, **options)
+    assert shards(out) == shards(tmp_path / "memory")
+    assert not any(path.name.startswith(HIDDEN_PREFIX) for path in out.iterdir())
 
 
 @pytest.mark.parametrize("memory", [None, 1])

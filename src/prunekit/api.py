@@ -107,8 +107,8 @@ def prune(
         calibration: a text source, or a mapping of `Calibration` fields (`source`, `samples`, `length`, `sampling`, `mode`, `batch`).
         resume: continue what is in `out`.
         overwrite: replace what is in `out`.
-        memory_budget: bytes the hidden states may take in memory, and later the whole model for the reload check; beyond, the ones
-            go to files in `out` and the other is streamed. Default: half of what is free.
+        memory_budget: bytes the hidden states may take in memory, those that a method keeps besides as many again, and later the whole
+            model for the reload check; beyond, the ones go to files in `out` and the other is streamed. Default: half of what is free.
         progress: told what is going on; silent by default.
         **settings: the recipe's other fields: `seed`, `dtype`, `device`, `revision`, `trust_remote_code`, `parts`.
 

@@ -23,7 +23,7 @@ from .checkpoint.writer import MODELING_NAME
 from .distributed import Ranks
 from .machine import return_memory
 from .model.anatomy import Block, Stored
-from .model.hidden import HiddenStates, InMemory, Place, room_for
+from .model.hidden import HiddenStates, InMemory, Place
 from .model.resizing import SHAPES
 from .model.source import Source, StreamedModel, exchanged, resizing_code
 from .model.stream import Walk
@@ -106,6 +106,7 @@ class Appetite:
         choosing: while it works on a linear.
         tunes: whether it runs blocks with gradients, towards the outputs of the dense ones.
         ahead: all told, while gradients of the dense model are measured before the first block is changed.
+        filed: of files for the time being.
         streams: how many hidden states every window has: two where the dense model is followed beside the pruned one.
     """
 
@@ -114,6 +115,7 @@ class Appetite:
     tunes: bool = False
     written: int = 0
     ahead: int = 0
+    filed: int = 0
     streams: int = 1
 
 
@@ -418,7 +420,7 @@ def dense_blocks(
     `walk.hidden` holds the inputs of the block that is given, and has to hold its outputs when the next one is asked for. `step` is
     called behind every block; `walk` is prepared again at the end.
     """
-    with room_for(walk.shape, walk.dtype, walk.source.device) as hidden:
+    with walk.room() as hidden:
         with seconds.timed("forward"), ranks.together():
             walk.start(hidden)
         for block in walk.source.anatomy.blocks:

@@ -28,7 +28,7 @@ from .checkpoint.storage import make_folder, write_json, write_text
 from .errors import InputError
 from .evaluation.perplexity import perplexity_behind
 from .model.anatomy import Block
-from .model.hidden import HiddenStates, room_for
+from .model.hidden import HiddenStates
 from .model.source import StreamedModel
 from .model.stream import Walk, Windows
 from .opening import find_model, open_model, open_tokenizer
@@ -276,7 +276,7 @@ def _dense(recipe: Recipe) -> Recipe:
 
 
 def _streams(walk: Walk, count: int, stack: ExitStack) -> list[HiddenStates]:
-    return [stack.enter_context(room_for(walk.shape, walk.dtype, walk.source.device)) for _ in range(count)]
+    return [stack.enter_context(walk.room()) for _ in range(count)]
 
 
 @torch.inference_mode()

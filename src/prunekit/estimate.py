@@ -18,7 +18,7 @@ class Needs:
     Attributes:
         memory: by phase, the process's peak up to its end: `start` (embedding rows, first hidden states), `walk`, `verify`; `peak`
             is the last of them. Several processes on one machine take this each.
-        disk: `weights` stay, `hidden` (saved hidden states) only while the run lasts; `peak` is their sum.
+        disk: `weights` stay, `hidden` (saved hidden states, and others in files) only while the run lasts; `peak` is their sum.
         hidden: the hidden states of one process; they lie in files where they exceed the memory budget (`in_files`).
     """
 
@@ -69,10 +69,12 @@ def needs_of(
     hidden = appetite.streams * windows * length * width * size
     in_files = hidden > budget
     in_memory = appetite.streams * batch * length * width * size if in_files else hidden
-    choosing = appetite.choosing
+    choosing, filed = appetite.choosing, appetite.filed
     if appetite.tunes:
         # the dense block's outputs beside its inputs; gradients, moments and copies of a block; a window's activations kept for them
-        in_memory += 0 if in_files else hidden // appetite.streams
+        targets = hidden // appetite.streams
+        in_memory += targets if targets <= budget else 0
+        filed = max(filed, 0 if targets <= budget else all_windows * length * width * size)
         choosing = max(choosing, 8 * block_weights * 4 + 3 * activations)
     outer = source.outer_bytes(all_windows * length)
     start = base + max(outer + in_memory + block + converted + activations, appetite.ahead)
@@ -83,7 +85,7 @@ def needs_of(
     memory["peak"] = memory["verify"]
     weights = sum(stored.values()) + appetite.written
     kept = 2 * appetite.streams * all_windows * length * width * size if len(anatomy.blocks) > 1 else 0
-    disk = {"weights": weights, "hidden": kept, "peak": weights + kept}
+    disk = {"weights": weights, "hidden": kept + filed, "peak": weights + kept + filed}
     return Needs(memory, disk, hidden, in_files, activations, block + converted)
 
 

@@ -18,6 +18,7 @@ from .checkpoint.reader import bytes_of
 from .distributed import Ranks
 from .estimate import Needs, hidden_room, needs_of, refuse_disk, refuse_memory
 from .jobs import job_of
+from .model.hidden import Scratch
 from .model.source import StreamedModel
 from .model.stream import Walk, Windows, batch_size
 from .opening import find_model, open_model, open_tokenizer
@@ -82,6 +83,8 @@ class _Outline:
         """Raises `InputError` for what a run would refuse of the model, the method, the budget and the machine."""
         folder = find_model(recipe, progress)
         source = open_model(recipe, folder)
+        room = hidden_room(memory_budget)
+        source.scratch = Scratch(room)
         calibration = recipe.calibration
         job = job_of(recipe, source)
         length = window_length(source.module.config, calibration.length, progress)
@@ -97,7 +100,7 @@ class _Outline:
             all_windows=windows,
             length=length,
             batch=batch,
-            budget=hidden_room(memory_budget),
+            budget=room,
             base=base,
         )
         refuse_memory(needs, base=base, processes=1)

@@ -40,7 +40,7 @@ from .errors import InputError, PrunekitError, StorageError, VerificationError
 from .estimate import Needs, hidden_room, needs_of, refuse_disk, refuse_memory
 from .jobs import job_of, source_of
 from .keeper import Keeper, saved_blocks
-from .model.hidden import HiddenStates, InFiles, Place
+from .model.hidden import HiddenStates, InFiles, Place, Scratch
 from .model.source import StreamedModel, evaluating
 from .model.stream import Walk, Windows, batch_size
 from .opening import find_model, open_model, open_tokenizer
@@ -174,8 +174,8 @@ def run(
         out: the folder to write.
         resume: continue what was begun in `out`; start where there is nothing; return the result where it is finished.
         overwrite: replace a model folder that stands in `out`. Files that do not belong to one are left alone.
-        memory_budget: bytes the hidden states may take in memory, and later the whole model for the reload check; beyond, the ones
-            go to files in `out` and the other is streamed. Default: half of what is free.
+        memory_budget: bytes the hidden states may take in memory, those that a method keeps besides as many again, and later the whole
+            model for the reload check; beyond, the ones go to files in `out` and the other is streamed. Default: half of what is free.
         progress: told what is going on.
 
     Under torchrun, every process calls this with the same arguments and is given the same result.
@@ -206,6 +206,8 @@ def run(
         journal = ranks.share(lambda: _journal(out, prepared, resume=resume, overwrite=overwrite))
         if not out.is_dir():
             raise InputError(f"output folder '{out}' is not there for process {ranks.rank}: all need the same folder")
+        for source in (prepared.source, prepared.walked):
+            source.scratch = Scratch(prepared.room, out)
         machine.adopt_threads(journal.identity["machine"]["threads"], progress)
         writer = Writer(out, len(prepared.source.anatomy.blocks) + 1)
         done, settle = partial(_finished_blocks, journal, prepared), partial(_settle, ranks)
@@ -272,6 +274,8 @@ def prune_in_memory(
 
 def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: Progress, ranks: Ranks) -> _Run:
     source = open_model(recipe, folder)
+    room = hidden_room(memory_budget, ranks.here)
+    source.scratch = Scratch(room)
     job = job_of(recipe, source)
     calibration = recipe.calibration
     length = window_length(source.module.config, calibration.length, progress)
@@ -311,7 +315,6 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
     mine = ranks.share_of(-(-len(windows) // batch))
     walk = Walk(source, windows[mine.start * batch : mine.stop * batch], batch)
     work = job.work(walk, dense=calibration.mode == "dense", ranks=ranks, first=mine.start * batch, total=len(windows))
-    room = hidden_room(memory_budget, ranks.here)
     base = machine.rss_bytes()
     needs = needs_of(
         source,

@@ -41,7 +41,6 @@ from .distributed import Ranks, among_several
 from .errors import HistoryError, InputError, PrunekitError, StorageError
 from .evaluation.perplexity import perplexity_of, window_losses
 from .jobs import check_options, job_of
-from .model.hidden import room_for
 from .model.source import StreamedModel
 from .model.stream import Walk, Windows
 from .opening import find_model, open_model, open_tokenizer
@@ -249,7 +248,7 @@ class Bench:
         """Mean loss of the model as it is, on the text that recipes are chosen by and on the other."""
         walk = Walk(self.source, self._texts)
         walk.prepare()
-        with room_for(walk.shape, walk.dtype, self.source.device) as hidden:
+        with walk.room() as hidden:
             walk.start(hidden)
             walk.run_all()
             return self._means(walk, hidden)
@@ -272,7 +271,7 @@ class Bench:
         evaluation = Walk(self.source, self._texts)
         with torch.inference_mode(), ExitStack() as stack:
             evaluation.prepare()
-            hidden = stack.enter_context(room_for(evaluation.shape, evaluation.dtype, self.source.device))
+            hidden = stack.enter_context(evaluation.room())
             evaluation.start(hidden)
             for block in self.source.anatomy.blocks:
                 module = self.source.load_block(block.index)

@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from limits import small_files
+from prunekit.checkpoint.writer import is_leftover
 from prunekit.errors import StorageError
 from prunekit.model import hidden
-from prunekit.model.hidden import HiddenStates, InFiles, InMemory, Place, is_whole, room_for
+from prunekit.model.hidden import HiddenStates, InFiles, InMemory, Place, Scratch, is_whole
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -285,13 +286,25 @@ def test_room_is_in_memory_or_in_files_that_go_again(
 ) -> None:
     monkeypatch.setattr(hidden, "available_memory_bytes", lambda: free)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with room_for((4, 2, 3), torch.float32, torch.device("cpu")) as states:  # 96 bytes
+    with Scratch().room_for((4, 2, 3), torch.float32, torch.device("cpu")) as states:  # 96 bytes
         assert type(states) is kind
         filled(states, 2.0)
         filled(states, 3.0)
         assert torch.equal(states[:], torch.full((4, 2, 3), 3.0))
-        kept = [path.name for path in tmp_path.rglob(".prunekit-hidden-*")]
+        kept = [path for path in tmp_path.rglob(".prunekit-hidden-*") if path.is_file()]
         assert len(kept) == (2 if kind is InFiles else 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_run_may_take_and_its_folder_hold_for_room_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "not there"))
+    for most, asked, kind in ((96, None, InMemory), (95, None, InFiles), (96, 95, InFiles)):
+        with Scratch(most, tmp_path).room_for((4, 2, 3), torch.float32, torch.device("cpu"), asked) as states:
+            assert type(states) is kind
+            filled(states, 2.0)
+            left = list(tmp_path.iterdir())
+            assert all(is_leftover(path) for path in left)
+            assert len(left) == (kind is InFiles)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -304,7 +317,7 @@ def test_room_is_given_back_after_an_error(free: int, tmp_path: Path, monkeypatc
         filled(states, 1.0)
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), room_for((4, 2, 3), torch.float32, torch.device("cpu")) as states:
+    with pytest.raises(ZeroDivisionError), Scratch().room_for((4, 2, 3), torch.float32, torch.device("cpu")) as states:
         fail(states)
     assert list(tmp_path.iterdir()) == []
     if isinstance(states, InMemory):

@@ -15,11 +15,9 @@ MORE = {"samples": 8, "length": 512, "batch": 1}  # what is tuned on too few tok
 MEASURED = {"length": 256, "samples": 8}
 
 
-def perplexity(
-    model: Path, tmp_path: Path, method: str, calibration: dict[str, int] = CALIBRATION, **options: Any
-) -> float:
-    out = tmp_path / f"{method}-{calibration['length']}"
-    result = prunekit.prune(model, out=out, method=method, calibration=calibration, **options)
+def perplexity(model: Path, tmp_path: Path, method: str, **options: Any) -> float:
+    out = tmp_path / method
+    result = prunekit.prune(model, out=out, method=method, calibration=MORE, **options)
     assert result.verification is not None
     found = prunekit.inspect(out)
     assert found.sound
@@ -27,11 +25,10 @@ def perplexity(
 
 
 def test_what_takes_more_into_account_is_better(smollm2: Path, tmp_path: Path) -> None:
-    methods = ("magnitude", "wanda", "sparsegpt")
-    found = [perplexity(smollm2, tmp_path, method, sparsity=0.6) for method in methods]
+    short = {"auto": {"reconstruct": {"steps": 3, "polish": 4}}}  # of twelve and ten, which take minutes
+    methods = ("magnitude", "wanda", "sparsegpt", "auto")
+    found = [perplexity(smollm2, tmp_path, method, sparsity=0.6, parts=short.get(method, {})) for method in methods]
     assert found == sorted(found, reverse=True), dict(zip(methods, found, strict=True))
-    wanda, auto = (perplexity(smollm2, tmp_path, method, MORE, sparsity=0.6) for method in ("wanda", "auto"))
-    assert auto < wanda
 
 
 def test_permuted_channels_serve_a_group_pattern(smollm2: Path, tmp_path: Path) -> None:

@@ -295,7 +295,7 @@ def model_files(folder: Path) -> list[Path]:
         for path in sorted(folder.iterdir())
         if path.name != LOCK_NAME
         and (
-            (path.is_dir() and path.name == _TEMPLATES)
+            (path.is_dir() and (path.name == _TEMPLATES or path.name.startswith(HIDDEN_PREFIX)))
             or (path.is_file() and (path.name in ours or path.suffix == ".safetensors" or is_leftover(path)))
         )
     ]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..model.hidden import HiddenStates, room_for
+from ..model.hidden import HiddenStates
 from ..model.source import Source
 from ..model.stream import Walk, Windows
 
@@ -55,7 +55,7 @@ def perplexity(
 def walked(walk: Walk, step: Callable[[], None] = lambda: None) -> Iterator[HiddenStates]:
     """The hidden states behind the last block; `step` is called after each block."""
     walk.prepare()
-    with room_for(walk.shape, walk.dtype, walk.source.device) as hidden:
+    with walk.room() as hidden:
         walk.start(hidden)
         walk.run_all(step)
         yield hidden

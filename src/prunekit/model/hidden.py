@@ -47,6 +47,43 @@ class Place:
         return self.folder / f"{HIDDEN_PREFIX}{index % 2}"
 
 
+@dataclass(frozen=True)
+class Scratch:
+    """Where hidden states beside those of a run go, such as the targets of tuning, which nobody resumes from.
+
+    Attributes:
+        most: bytes that each of them may take in memory; None where only what is free sets a limit.
+        folder: holds the files of those that take more; None for the system's folder of temporary files.
+    """
+
+    most: int | None = None
+    folder: Path | None = None
+
+    def bytes_for(self, most: int | None = None) -> int:
+        """Bytes that hidden states for the time being may take in memory: half of what is free, and no more than was asked."""
+        limits = (available_memory_bytes() // 2, self.most, most)
+        return min(limit for limit in limits if limit is not None)
+
+    @contextmanager
+    def room_for(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, most: int | None = None
+    ) -> Iterator[HiddenStates]:
+        """Hidden states for the time being: in memory where they and `most` bytes allow, or in files that go at the end.
+
+        The files lie in a folder whose name says that it is left over where we are killed.
+        """
+        size = torch.Size(shape).numel() * dtype.itemsize
+        with ExitStack() as stack:
+            hidden: HiddenStates
+            if size <= self.bytes_for(most):
+                hidden = InMemory(shape, dtype, device)
+            else:
+                folder = stack.enter_context(TemporaryDirectory(prefix=HIDDEN_PREFIX, dir=self.folder))
+                hidden = InFiles(shape, dtype, Place(Path(folder)))
+            stack.callback(hidden.close)
+            yield hidden
+
+
 class HiddenStates(Protocol):
     """[windows, length, hidden], read and written a batch of windows at a time.
 
@@ -189,29 +226,6 @@ class InFiles:
         for stream in self._streams.values():
             stream.close()
         self._streams.clear()
-
-
-@contextmanager
-def room_for(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, most: int | None = None
-) -> Iterator[HiddenStates]:
-    """Hidden states that nobody will resume from: in memory, or in temporary files beyond `most` bytes and half of what is free."""
-    size = torch.Size(shape).numel() * dtype.itemsize
-    with ExitStack() as stack:
-        hidden: HiddenStates
-        if size <= memory_for(most):
-            hidden = InMemory(shape, dtype, device)
-        else:
-            folder = stack.enter_context(TemporaryDirectory(prefix="prunekit-"))
-            hidden = InFiles(shape, dtype, Place(Path(folder)))
-        stack.callback(hidden.close)
-        yield hidden
-
-
-def memory_for(most: int | None = None) -> int:
-    """Bytes that hidden states for the time being may take in memory."""
-    half = available_memory_bytes() // 2
-    return half if most is None else min(half, most)
 
 
 def is_whole(path: Path, parts: list[dict[str, Any]], window: int) -> bool:

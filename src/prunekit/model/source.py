@@ -37,6 +37,7 @@ from ..errors import InputError
 from ..machine import resolve_device, resolve_dtype
 from . import resizing
 from .anatomy import Anatomy, Linear, read_anatomy, tensors_of, tied_names
+from .hidden import Scratch
 from .resizing import REMOVED, SHAPES, SHORTCUTS, resize
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Source(Protocol):
     anatomy: Anatomy
     device: torch.device
     dtype: torch.dtype
+    scratch: Scratch
 
     @property
     def parameter_count(self) -> int:
@@ -90,6 +92,7 @@ class ResidentModel:
         first = next(module.parameters())
         self.device = first.device
         self.dtype = first.dtype
+        self.scratch = Scratch()
 
     @property
     def parameter_count(self) -> int:
@@ -170,6 +173,7 @@ class StreamedModel:
         stored: for the blocks loaded now, checkpoint tensor name -> tensor in its stored dtype. Pruning changes these in place,
             and the writer writes them, so that kept weights stay bit-identical whatever the dtype of the forward passes.
         key_of: parameter name -> the name it is stored under.
+        scratch: where hidden states go that nobody resumes from; whoever opens the model may say so.
     """
 
     def __init__(
@@ -185,6 +189,7 @@ class StreamedModel:
         self.reader = reader
         self.dtype = dtype
         self.device = device
+        self.scratch = Scratch()
         if skeleton is None:
             skeleton = build_skeleton(reader, dtype, device, trust_remote_code=trust_remote_code, config=config)
         self.module = skeleton

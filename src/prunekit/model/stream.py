@@ -10,7 +10,7 @@ exact logits, whatever its final norm, projections, scaling or soft-capping.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -202,6 +202,10 @@ class Walk:
     def hidden_bytes(self) -> int:
         """Size of the hidden states; known after `prepare`."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def room(self) -> AbstractContextManager[HiddenStates]:
+        """Hidden states beside those of a run, of the same shape and for the time being; known after `prepare`."""
+        return self.source.scratch.room_for(self.shape, self.dtype, self.source.device)
 
     @torch.inference_mode()
     def prepare(self) -> None:

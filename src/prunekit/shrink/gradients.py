@@ -29,7 +29,7 @@ from ..errors import InputError
 from ..evaluation.perplexity import chunk_tokens
 from ..machine import return_memory
 from ..model.anatomy import Block, Linear
-from ..model.hidden import HiddenStates, memory_for, room_for
+from ..model.hidden import HiddenStates
 from ..model.source import Source
 from ..model.stream import Walk, Windows
 from .plan import Structures
@@ -82,8 +82,8 @@ def measure_gradients(
         count, blocks = len(windows), source.anatomy.blocks
         # the inputs of all blocks, one block's windows behind another's
         shape = (len(blocks) * count, *walk.shape[1:])
-        inputs = stack.enter_context(room_for(shape, walk.dtype, source.device, weight_bytes(source)))
-        walk.start(stack.enter_context(room_for(walk.shape, walk.dtype, source.device)))
+        inputs = stack.enter_context(source.scratch.room_for(shape, walk.dtype, source.device, weight_bytes(source)))
+        walk.start(stack.enter_context(walk.room()))
         source.free_block(0)  # read in inference mode to be tried
         for block in blocks:
             module = source.load_block(block.index)
@@ -115,10 +115,8 @@ def measure_gradients(
 def gradient_bytes(source: Source, windows: int, length: int, needs: frozenset[str]) -> int:
     """Memory `measure_gradients` takes at most, from shapes: what all blocks were fed, and then the head, or a block with gradients."""
     config = source.module.config.get_text_config()
-    size, width, blocks = source.dtype.itemsize, int(config.hidden_size), len(source.anatomy.blocks)
-    fed = windows * length * width * size
-    rooms = ((blocks * fed, memory_for(weight_bytes(source))), (fed, memory_for()))
-    held = sum(part for part, room in rooms if part <= room)  # or they lie in files
+    size, width = source.dtype.itemsize, int(config.hidden_size)
+    held = sum(part for part, room in _buffers(source, windows, length) if part <= room)  # or they lie in files
     rows, columns = map(int, source.module.get_output_embeddings().weight.shape)
     head = rows * columns * size + _HEAD_COPIES * chunk_tokens(rows) * rows * 4
     widest = max(max(linear.out_features, linear.in_features) for linear in source.anatomy.linears())
@@ -126,6 +124,22 @@ def gradient_bytes(source: Source, windows: int, length: int, needs: frozenset[s
     weights = max(sum(linear.count for linear in block.linears) for block in source.anatomy.blocks)
     carried = (2 if MIXED in needs else 1) * weights * 4
     return held + max(head, 2 * max(block_parameters(source)) * size + carried + _KEPT * activations)
+
+
+def gradient_files(source: Source, windows: int, length: int) -> int:
+    """Disk `measure_gradients` takes meanwhile: what all blocks were fed once, what goes from block to block twice."""
+    (fed, most), (passing, room) = _buffers(source, windows, length)
+    return (fed if fed > most else 0) + (2 * passing if passing > room else 0)
+
+
+def _buffers(source: Source, windows: int, length: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Bytes of what all blocks were fed and of what goes from block to block, each with what it may take in memory."""
+    fed = windows * length * int(source.module.config.get_text_config().hidden_size) * source.dtype.itemsize
+    scratch = source.scratch
+    return (
+        (len(source.anatomy.blocks) * fed, scratch.bytes_for(weight_bytes(source))),
+        (fed, scratch.bytes_for()),
+    )
 
 
 def weight_bytes(source: Source) -> int:

@@ -16,7 +16,7 @@ from ..model.stream import Walk
 from ..recipe import Recipe, refuse_choices
 from .budget import Counts, blocks_to_remove, no_scores, plan_of
 from .given import given_plan
-from .gradients import gradient_bytes
+from .gradients import gradient_bytes, gradient_files
 from .narrowing import Narrowing
 from .perceptron import Perceptron, find_perceptrons
 from .plan import Plan, Structures
@@ -155,6 +155,7 @@ class Shrinking:
             3 * largest * 4 + (3 * widest**2 * 8 if gram else 0),
             self.shrinker.tune is not None,
             ahead=ahead,
+            filed=gradient_files(self.source, windows, length) if gradients else 0,
             written=-self._spared,
             streams=2 if self.shrinker.follows else 1,
         )

@@ -105,12 +105,14 @@ class Narrowing:
         cuts = {
             source.key_of[name]: dict.fromkeys(axes, index) for name, axes in self.axes.items() if name in source.key_of
         }
-        return StreamedModel(
+        model = StreamedModel(
             CutReader(source.reader, self.config, cuts),
             source.dtype,
             source.device,
             config=CONFIG_MAPPING[self.config["model_type"]].from_dict(self.config),
         )
+        model.scratch = source.scratch
+        return model
 
 
 def narrowed(source: StreamedModel, hidden: Channels) -> StreamedModel:

@@ -15,7 +15,7 @@ from torch import nn
 from ..evaluation.perplexity import losses_behind
 from ..machine import return_memory
 from ..model.anatomy import Block
-from ..model.hidden import HiddenStates, room_for
+from ..model.hidden import HiddenStates
 from ..model.source import Source
 from ..model.stream import Walk, Windows
 from .masking import masked_inputs
@@ -40,7 +40,7 @@ def tried(
     walk = Walk(source, windows)
     walk.prepare()
     with ExitStack() as stack:
-        found = [stack.enter_context(room_for(walk.shape, walk.dtype, source.device)) for _ in plans]
+        found = [stack.enter_context(walk.room()) for _ in plans]
         walk.start(found[0])
         for states in found[1:]:
             for batch in walk.batches:

@@ -27,7 +27,7 @@ from ..checkpoint.shard import Piece
 from ..checkpoint.writer import PLAN_NAME
 from ..errors import InputError, PrunekitWarning, VerificationError
 from ..model.anatomy import Block, Stored, weight_of
-from ..model.hidden import HiddenStates, Place, room_for
+from ..model.hidden import HiddenStates, Place
 from ..model.memory import MemoryModel
 from ..model.source import StreamedModel
 from ..model.stream import Windows
@@ -437,7 +437,7 @@ class ShrinkWalk(BlockWalk):
         with ExitStack() as stack:
             outputs = walk.hidden if self.dense else None
             if self.shrinker.tune is not None:
-                outputs = stack.enter_context(room_for(walk.shape, walk.dtype, walk.source.device))
+                outputs = stack.enter_context(walk.room())
             settled = None if self.plan is None else self.plan.blocks[block.index]
             needs = self.shrinker.refits | (frozenset() if settled is not None else self.shrinker.measured)
             linears = self._measured(block, module) if settled is None else self._consumers(block, module)

@@ -22,7 +22,7 @@ from ..catalogue import find_method
 from ..distributed import Ranks
 from ..errors import InputError
 from ..model.anatomy import Anatomy, Block, Linear, Stored, in_module, weight_of
-from ..model.hidden import HiddenStates, room_for
+from ..model.hidden import HiddenStates
 from ..model.stream import Walk
 from ..recipe import Pattern, Recipe, refuse_choices
 from ..statistics import Collector, Statistics
@@ -128,7 +128,7 @@ class SparsifyWalk(BlockWalk):
             return self.prune_measured(block, module, stored, self.measure(block, module, self.sparsifier.needs))
         with ExitStack() as stack:
             walk = self.walk
-            wanted = stack.enter_context(room_for(walk.shape, walk.dtype, walk.source.device))
+            wanted = stack.enter_context(walk.room())
             measured = self.measure(block, module, self.sparsifier.needs, outputs=wanted)
             measured, permuted = self._put_in_order(block, module, stored, measured)
             dense = {linear.name: linear.matrix(stored(linear)[0]).clone() for linear in block.linears}
