@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from . import machine
 from .blockwalk import Job, activation_bytes
@@ -113,13 +112,3 @@ def refuse_memory(needs: Needs, *, base: int, processes: int) -> None:
     else:
         advice = f"its largest block alone takes {needs.block / 1e9:.2f} GB: take a machine with more memory"
     raise InputError(f"the run needs about {wanted / 1e9:.2f} GB of memory and {free / 1e9:.2f} GB are free: {advice}")
-
-
-def refuse_disk(out: Path, needed: int, *, weights: int, hidden: int, replaced: int) -> None:
-    """Raise `InputError` where the disk of `out` cannot hold `needed` bytes; `replaced` of those it holds will be given back."""
-    free = machine.free_disk_bytes(out) + replaced
-    if needed * 1.02 > free:
-        raise InputError(
-            f"'{out}' needs {needed / 1e9:.2f} GB ({weights / 1e9:.2f} for the weights, {hidden / 1e9:.2f} for hidden states while "
-            f"it runs), but its disk has {free / 1e9:.2f} GB free: make room, choose another --out, or take fewer --samples"
-        )

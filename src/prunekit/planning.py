@@ -14,9 +14,10 @@ import torch
 from . import machine
 from .blockwalk import BlockWalk, Job, Rehearsal, block_parameters
 from .calibration.windows import window_length
+from .checkpoint.output import refuse_no_room
 from .checkpoint.reader import bytes_of
 from .distributed import Ranks
-from .estimate import Needs, hidden_room, needs_of, refuse_disk, refuse_memory
+from .estimate import Needs, hidden_room, needs_of, refuse_memory
 from .jobs import job_of
 from .model.hidden import Scratch
 from .model.source import StreamedModel
@@ -104,7 +105,7 @@ class _Outline:
             base=base,
         )
         refuse_memory(needs, base=base, processes=1)
-        refuse_disk(out, needs.disk["peak"], weights=needs.disk["weights"], hidden=needs.disk["hidden"], replaced=0)
+        refuse_no_room(out, needs.disk["peak"], hidden=needs.disk["hidden"], replaced=0)
         return cls(source, job, windows, length, batch, needs)
 
 

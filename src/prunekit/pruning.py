@@ -22,7 +22,7 @@ from .blockwalk import BlockWalk, LinearReport, Seconds, block_parameters
 from .calibration.windows import check_vocabulary, recipe_windows, token_hash, window_length
 from .checkpoint.lock import LOCK_NAME, locked
 from .checkpoint.manifest import FORMAT, changed_files, read_manifest
-from .checkpoint.output import check_output, orderly_end, refuse_other, take_output
+from .checkpoint.output import check_output, orderly_end, refuse_no_room, refuse_other, take_output
 from .checkpoint.reader import INDEX_NAME, read_file, sha256_file
 from .checkpoint.shard import Piece
 from .checkpoint.storage import remove
@@ -37,7 +37,7 @@ from .checkpoint.writer import (
 )
 from .distributed import Ranks, find_ranks
 from .errors import InputError, PrunekitError, StorageError, VerificationError
-from .estimate import Needs, hidden_room, needs_of, refuse_disk, refuse_memory
+from .estimate import Needs, hidden_room, needs_of, refuse_memory
 from .jobs import job_of, source_of
 from .keeper import Keeper, saved_blocks
 from .model.hidden import HiddenStates, InFiles, Place, Scratch
@@ -352,7 +352,7 @@ def _journal(out: Path, run_: _Run, *, resume: bool, overwrite: bool) -> Journal
     written_over = [path for path in model_files(out) if path.suffix == ".safetensors" or is_leftover(path)]
     replaced = sum(path.stat().st_size for path in written_over if path.name not in kept)
     disk = run_.needs.disk
-    refuse_disk(out, disk["peak"] - finished, weights=disk["weights"], hidden=disk["hidden"], replaced=replaced)
+    refuse_no_room(out, disk["peak"] - finished, hidden=disk["hidden"], replaced=replaced)
     journal.save()  # before anything is removed or written, so that a run killed at any moment is known for what it is
     if not journal.shards:  # also where an earlier --overwrite was killed before all of the old was gone
         clear(out, keep=journal.path, keep_search=begun)

@@ -133,14 +133,14 @@ def test_what_a_stopped_run_has_taken_is_not_asked_for_again(
 ) -> None:
     # the disk had just enough room when the run began, and nothing else was put there since
     asked: list[int] = []
-    real = pruning.refuse_disk
+    real = pruning.refuse_no_room
 
     def note(out: Path, needed: int, **named: int) -> None:
         asked.append(needed)
         real(out, needed, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pruning, "refuse_disk", note)
+        patch.setattr(pruning, "refuse_no_room", note)
         interrupt(setting, out, Writer, "write_shard", 3)
     room = int(asked[0] * 1.03)
 

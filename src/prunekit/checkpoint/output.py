@@ -68,13 +68,20 @@ def take_output(folder: Path, out: Path, held: ExitStack, *, resume: bool | None
     check_output(folder, out, resume=resume, overwrite=overwrite, ours=True)
 
 
-def refuse_no_room(out: Path, needed: int) -> None:
-    """Raise `InputError` where the disk of `out` cannot hold `needed` bytes, what they replace given back."""
-    replaced = sum(path.stat().st_size for path in model_files(out) if path.is_file()) if out.is_dir() else 0
+def refuse_no_room(out: Path, needed: int, *, hidden: int = 0, replaced: int | None = None) -> None:
+    """Raise `InputError` where the disk of `out` cannot hold `needed` bytes, `hidden` of them hidden states while a run lasts.
+
+    `replaced` of those it holds are given back: by default what the model files in `out` take.
+    """
+    if replaced is None:
+        replaced = sum(path.stat().st_size for path in model_files(out) if path.is_file()) if out.is_dir() else 0
     free = machine.free_disk_bytes(out) + replaced
     if needed * 1.02 > free:
+        kept = f" ({hidden / 1e9:.2f} of them for hidden states while it runs)" if hidden else ""
+        fewer = ", or take fewer --samples" if hidden else ""
         raise InputError(
-            f"'{out}' needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free: make room or choose another --out"
+            f"'{out}' needs {needed / 1e9:.2f} GB{kept}, but its disk has {free / 1e9:.2f} GB free: "
+            f"make room, or choose another --out{fewer}"
         )
 
 
