@@ -130,3 +130,12 @@ def test_what_cannot_be_compared_is_refused(
     with pytest.raises(InputError, match=message):
         prunekit.compare(model, methods, out=tmp_path / "out", **options(text_file))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["there/below", "\0"])
+def test_a_folder_that_cannot_be_made_is_refused_in_a_sentence(
+    where: str, model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "there").write_text("a file")
+    with pytest.raises(InputError, match="cannot be used: "):
+        prunekit.compare(model, ["wanda"], out=tmp_path / where, **options(text_file))

@@ -24,6 +24,7 @@ from .blockwalk import LinearReport
 from .calibration.text import documents
 from .calibration.windows import check_vocabulary, evaluation_windows, recipe_windows, window_length
 from .catalogue import find_method
+from .checkpoint.output import usable
 from .checkpoint.storage import make_folder, write_json, write_text
 from .errors import InputError
 from .evaluation.perplexity import perplexity_behind
@@ -114,6 +115,8 @@ def compare(
     evaluation = Walk(ground.source, ground.held_out)
     with ExitStack() as stack:
         evaluation.prepare()
+        with usable(out):
+            make_folder(out)
         streams = _streams(evaluation, 1 + len(recipes), stack)
         outcomes, both = _walk(ground.source, pruners, evaluation, streams, progress)
         dense, predictions = perplexity_behind(evaluation, streams[0])
@@ -146,7 +149,6 @@ def compare(
         },
         peak_rss_bytes=machine.peak_rss_bytes(),
     )
-    make_folder(out)
     write_json(out / RESULT_NAME, comparison.summary())
     write_text(out / TABLE_NAME, as_markdown(comparison.summary()))
     draw_comparison(comparison.summary(), out / FIGURE_NAME)
@@ -170,8 +172,9 @@ def _refuse(recipes: Sequence[Recipe], out: Path) -> None:
     if len(set(names)) < len(names):
         raise InputError(f"method '{max(names, key=names.count)}' is named twice: name each once")
     check_drawable(out / FIGURE_NAME)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"output '{out}' is a file: choose another --out")
+    with usable(out):
+        if out.exists() and not out.is_dir():
+            raise InputError(f"output '{out}' is a file: choose another --out")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 from . import machine
 from .checkpoint.manifest import read_manifest
+from .checkpoint.output import usable
 from .checkpoint.storage import write_json, write_text
 from .errors import InputError
 from .progress import Progress
@@ -99,12 +100,15 @@ def run_study(
     page, data, picture = (out / f"{study.name}{suffix}" for suffix in (".md", ".json", ".svg"))
     check_drawable(picture)
     _refuse_other_model(study, data)
-    try:
-        folder = _work_folder(out, study.name) if work is None else work.expanduser()
+    folder = out / ".work" / study.name if work is None else work.expanduser()
+    with usable(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        if work is None:
+            (folder.parent / ".gitignore").write_text(
+                "*\n", encoding="utf-8"
+            )  # results are kept in the repository, records not
+    with usable(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise InputError(f"folder of the study cannot be used: {problem}") from None
     dense = _dense(study, folder / DENSE_RECORD, progress)
     sweep = run_grid(study.grid, folder, retry=retry, executor=None, progress=progress, keep_models=keep_models)
     axes = {combination.name: combination.axes for combination in study.grid.combinations()}
@@ -143,13 +147,6 @@ def _refuse_other_model(study: Study, data: Path) -> None:
         raise InputError(
             f"'{data}' holds this study of the model '{before}', not '{study.model}': choose another --out"
         )
-
-
-def _work_folder(out: Path, name: str) -> Path:
-    work = out / ".work"
-    work.mkdir(parents=True, exist_ok=True)
-    (work / ".gitignore").write_text("*\n", encoding="utf-8")  # results are kept in the repository, records are not
-    return work / name
 
 
 def _dense(study: Study, path: Path, progress: Progress) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 
 from . import machine, pruning
 from .checkpoint.manifest import read_manifest
+from .checkpoint.output import usable
 from .checkpoint.storage import is_temporary, remove, write_json
 from .checkpoint.writer import MANIFEST_NAME, difference, holds_model
 from .errors import InputError, PrunekitError
@@ -160,12 +161,10 @@ def run_grid(
     begun = time.perf_counter()
     out = out.expanduser()
     combinations = grid.combinations()
-    try:
+    with usable(out):
         _check_folder(out)
         runs = {c.name: _stand(c, out / c.name, grid.evaluate, retry=retry) for c in combinations}
         (out / RECORDS).mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as problem:  # no permission, a null byte, ...
-        raise InputError(f"output folder {str(out)!r} cannot be used: {problem}") from None
     table = Table(grid.axes, evaluated=grid.evaluate is not None)
     todo = [run for run in runs.values() if run.status == "open" or (retry and run.status == "failed")]
     skipped = len(runs) - len(todo)

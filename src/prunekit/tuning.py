@@ -36,6 +36,7 @@ from .bits import count_zeros
 from .calibration.text import documents
 from .calibration.windows import check_vocabulary, recipe_windows, token_hash, window_length
 from .checkpoint.lock import locked
+from .checkpoint.output import usable
 from .checkpoint.storage import make_folder, write_json, write_text
 from .distributed import Ranks, among_several
 from .errors import HistoryError, InputError, PrunekitError, StorageError
@@ -438,11 +439,9 @@ def _refuse_other(out: Path) -> None:
 def _taken(out: Path) -> Iterator[None]:
     """Make the folder and lock it meanwhile."""
     with ExitStack() as held:
-        try:
+        with usable(out):
             make_folder(out)
             held.enter_context(locked(out))
-        except OSError as problem:
-            raise InputError(f"output folder '{out}' cannot be used: {problem.strerror}") from None
         yield
 
 

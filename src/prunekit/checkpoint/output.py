@@ -16,17 +16,26 @@ from .storage import make_folder
 from .writer import Journal, clear, difference, holds_model, is_leftover, model_files
 
 
+@contextmanager
+def usable(out: Path) -> Iterator[None]:
+    """Raise `InputError` where the system refuses what is done to an output folder."""
+    try:
+        yield
+    except (OSError, ValueError) as problem:  # no permission, a null byte, ...
+        raise InputError(
+            f"output folder {str(out)!r} cannot be used: {getattr(problem, 'strerror', None) or problem}"
+        ) from None
+
+
 def check_output(folder: Path, out: Path, *, resume: bool | None, overwrite: bool, ours: bool = False) -> None:
     """Refuse an output folder that cannot be what the user means.
 
     `resume` is None where the verb has nothing to resume; `ours` says that we hold the folder's lock.
     """
-    try:
+    with usable(out):
         _check_place(folder, out, resume=resume, overwrite=overwrite)
         if not ours:
             refuse_locked(out)
-    except (OSError, ValueError) as problem:  # no permission, a null byte, ...
-        raise InputError(f"output folder {str(out)!r} cannot be used: {problem}") from None
 
 
 def _check_place(folder: Path, out: Path, *, resume: bool | None, overwrite: bool) -> None:
@@ -58,13 +67,11 @@ def _check_place(folder: Path, out: Path, *, resume: bool | None, overwrite: boo
 
 def take_output(folder: Path, out: Path, held: ExitStack, *, resume: bool | None, overwrite: bool) -> None:
     """Make the output folder and lock it until `held` is left; another run may have come first since it was looked at."""
-    try:
+    with usable(out):
         if not out.exists():
             held.callback(_leave_no_empty, out)
         make_folder(out)
         held.enter_context(locked(out))
-    except OSError as problem:
-        raise InputError(f"output folder '{out}' cannot be used: {problem.strerror}") from None
     check_output(folder, out, resume=resume, overwrite=overwrite, ours=True)
 
 
