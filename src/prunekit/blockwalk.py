@@ -24,8 +24,9 @@ from .distributed import Ranks
 from .machine import return_memory
 from .model.anatomy import Block, Stored
 from .model.hidden import HiddenStates, InMemory, Place
+from .model.modules import exchanged
 from .model.resizing import SHAPES
-from .model.source import Source, StreamedModel, exchanged, resizing_code
+from .model.source import Source, StreamedModel, resizing_code
 from .model.stream import Walk
 from .progress import Step
 from .statistics import Collector, Watch

@@ -28,7 +28,8 @@ from .evaluation.perplexity import paired_losses, perplexity_of, walked, window_
 from .evaluation.record import EvaluationRecord, TaskFigures, TextFigures
 from .evaluation.tasks import Item, Scored, file_tasks, read_task, score_items
 from .loading import DENSE, load_model
-from .model.source import ResidentModel, StreamedModel, evaluating
+from .model.modules import evaluating
+from .model.source import ResidentModel, StreamedModel
 from .model.stream import Walk, Windows
 from .progress import Progress
 

@@ -41,7 +41,8 @@ from .estimate import Needs, hidden_room, needs_of, refuse_memory
 from .jobs import job_of, source_of
 from .keeper import Keeper, saved_blocks
 from .model.hidden import HiddenStates, InFiles, Place, Scratch
-from .model.source import StreamedModel, evaluating
+from .model.modules import evaluating
+from .model.source import StreamedModel
 from .model.stream import Walk, Windows, batch_size
 from .opening import find_model, open_model, open_tokenizer
 from .progress import Progress, Silent

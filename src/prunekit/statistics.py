@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .bits import row_chunks
 from .errors import PrunekitError
+from .model.modules import answering
 
 INPUT_SUMS = frozenset({"input_sum", "input_square", "input_abs", "window_abs", "gram", "half_gram"})
 OUTPUT_SUMS = frozenset({"output_square", "output_abs"})
@@ -379,7 +379,8 @@ class Collector:
         self._following = False
         self._skips_last = not result_used and not self._outputs_wanted
         self._last_called = ""
-        self._skipped: tuple[nn.Module, Any] | None = None  # a module and the `forward` of its own that it had
+        self._skipped = ExitStack()
+        self._skips = False
 
     def __enter__(self) -> Collector:
         for name, module in self._linears.items():
@@ -395,21 +396,16 @@ class Collector:
             handle.remove()
         self._handles.clear()
         self._live.clear()
-        if self._skipped is not None:
-            module, own = self._skipped
-            del module.forward
-            if own is not None:
-                module.forward = own
-            self._skipped = None
+        self._skipped.close()
+        self._skips = False
 
     def end_batch(self) -> None:
         """Forget the batch's tensors. Which linears share an input, and which comes last, is known after the first one."""
         self._live.clear()
         self._targets = {}
-        if self._skips_last and self._skipped is None and self._last_called:
-            module = self._linears[self._last_called]
-            self._skipped = module, module.__dict__.get("forward")
-            module.forward = partial(_zeros, self._last_width)
+        if self._skips_last and not self._skips and self._last_called:
+            self._skips = True
+            self._skipped.enter_context(answering(self._linears[self._last_called], partial(_zeros, self._last_width)))
 
     @contextmanager
     def following(self) -> Iterator[None]:

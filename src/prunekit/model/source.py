@@ -17,10 +17,7 @@ import inspect
 import mmap
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -119,51 +116,6 @@ class ResidentModel:
 
     def free_block(self, index: int) -> None:
         """Nothing to do."""
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and the like for the time being; each module's own mode is restored."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def exchanged(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let a module compute with other parameters and buffers for the time being."""
-    before = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    _set(module, tensors)
-    try:
-        yield
-    finally:
-        _set(module, before)
-
-
-@contextmanager
-def hollow(module: nn.Module, linears: Iterable[Linear], answer: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-    """Let a block's linears return `answer(name, inputs)` for the time being, whatever their weights."""
-    children = {linear.name: module.get_submodule(linear.name) for linear in linears}
-    own: dict[str, Any] = {name: child.__dict__.get("forward") for name, child in children.items()}
-    for name, child in children.items():
-        child.forward = partial(answer, name)
-    try:
-        yield
-    finally:
-        for name, child in children.items():
-            del child.forward
-            if own[name] is not None:
-                child.forward = own[name]
-
-
-def _set(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    for path, tensor in tensors.items():
-        home, _, name = path.rpartition(".")
-        setattr(module.get_submodule(home), name, tensor)
 
 
 class StreamedModel:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..model.anatomy import Anatomy
+from ..model.modules import answering
 from ..model.stream import split_call
 from .plan import Plan, Structures
 from .units import Structure
@@ -35,7 +36,7 @@ def masked(model: nn.Module, anatomy: Anatomy, structures: Structures, plan: Pla
         for block, found, kept in zip(anatomy.blocks, structures, plan.blocks, strict=True):
             module = model.get_submodule(block.name)
             if kept is None:
-                stack.enter_context(_passing(module))
+                stack.enter_context(answering(module, partial(_pass_on, module.forward)))
                 continue
             for structure in found:
                 if plan.leaves_out(structure):
@@ -81,19 +82,6 @@ def _mask(there: dict[torch.device, Tensor], mask: Tensor, module: nn.Module, in
         there[value.device] = mask.to(value.device)
     # not a product: what a removed unit computes may be infinite
     return (torch.where(there[value.device], value, 0), *inputs[1:])
-
-
-@contextmanager
-def _passing(module: nn.Module) -> Iterator[None]:
-    """Let a block hand its hidden states on unchanged, in the form it returns them."""
-    own = module.__dict__.get("forward")
-    module.forward = partial(_pass_on, module.forward)
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
 
 
 def _pass_on(real: Any, *args: Any, **kwargs: Any) -> Any:

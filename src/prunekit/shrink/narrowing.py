@@ -21,8 +21,9 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from ..checkpoint.cutting import CutReader
 from ..errors import InputError
 from ..model.anatomy import Anatomy, Block, Linear, is_linear, read_anatomy
+from ..model.modules import hollow
 from ..model.resizing import SHAPES
-from ..model.source import StreamedModel, hollow, make_buffers
+from ..model.source import StreamedModel, make_buffers
 from .plan import Channels, Plan
 from .residual import LowRank
 from .saving import FormChooser, NarrowConfig

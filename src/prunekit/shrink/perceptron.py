@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..model.anatomy import Anatomy, Block, weight_of
-from ..model.source import evaluating
+from ..model.modules import evaluating
 from ..statistics import Watch
 from .plan import Structures
 from .units import MLP, Structure, Tracer, likeness, near

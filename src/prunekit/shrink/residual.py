@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..model.anatomy import Anatomy, Block, Linear
 from ..model.memory import bare_copy
+from ..model.modules import evaluating
 from ..model.resizing import add_shortcuts
-from ..model.source import evaluating
 from ..model.stream import Call
 from .plan import Structures
 from .units import ATTENTION, MLP, Answer, Tracer, other_parameters

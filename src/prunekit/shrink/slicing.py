@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..model.source import exchanged
+from ..model.modules import exchanged
 from .plan import Plan
 from .sublayers import left_out
 from .units import Structure, scaled_numbers, told_heads

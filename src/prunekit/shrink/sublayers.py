@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..model.anatomy import Anatomy, Block, Linear
+from ..model.modules import evaluating
 from ..model.resizing import Removed
-from ..model.source import evaluating
 from .plan import Plan, Structures
 from .units import (
     ATTENTION,

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..model.anatomy import Anatomy, Block, Linear
-from ..model.source import evaluating, exchanged, hollow, untouched
+from ..model.modules import evaluating, exchanged, hollow
+from ..model.source import untouched
 from ..model.stream import Call, Recorder
 
 TOKENS = 8

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.anatomy import Block, Linear
-from ..model.source import hollow
+from ..model.modules import hollow
 
 # A probed output is in the lower range or, changed, in the upper one. Both are positive, where no activation is flat, and far enough
 # apart to be told from each other in bfloat16 behind one.
