@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import FileIO
+from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import Any, Protocol
 
 import torch
@@ -78,8 +80,8 @@ class Scratch:
             if size <= self.bytes_for(most):
                 hidden = InMemory(shape, dtype, device)
             else:
-                folder = stack.enter_context(TemporaryDirectory(prefix=HIDDEN_PREFIX, dir=self.folder))
-                hidden = InFiles(shape, dtype, Place(Path(folder)))
+                folder = Path(gettempdir()) if self.folder is None else self.folder
+                hidden = InFiles(shape, dtype, Place(stack.enter_context(_own_folder(folder))))
             stack.callback(hidden.close)
             yield hidden
 
@@ -226,6 +228,24 @@ class InFiles:
         for stream in self._streams.values():
             stream.close()
         self._streams.clear()
+
+
+@contextmanager
+def _own_folder(folder: Path) -> Iterator[Path]:
+    """A folder in `folder` for the time being, by the first number that is free: the same in every run, another for every process."""
+    for number in count():
+        place = folder / f"{HIDDEN_PREFIX}beside-{number}"
+        try:
+            place.mkdir(mode=0o700)
+            break
+        except FileExistsError:
+            continue
+        except OSError as problem:
+            raise StorageError(f"cannot make '{place}': {problem.strerror}") from problem
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)  # where the disk refuses that, it is left over
 
 
 def is_whole(path: Path, parts: list[dict[str, Any]], window: int) -> bool:
