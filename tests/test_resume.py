@@ -428,6 +428,7 @@ def test_methods_that_remove_structures_resume_to_the_same_bits(
     asked: dict[str, Any] = {"method": method, "ratio": 0.3, "calibration": {"mode": mode}}
     asked |= {"parts": {"budget": {"align": 1, "shape": "free"}}} if method == "nirvana" else {}
     asked |= {"parts": {"compensate": {"target": "dense"}}} if method == "wanda-sp+least-squares" else {}
+    asked |= {"parts": {"tune": {"target": "dense"}}} if method == "wanda-sp+blockwise" else {}
     setting.run(tmp_path / "whole", **asked)
     interrupt(setting, out, call, **asked)
     setting.run(out, resume=True, **asked)
@@ -458,12 +459,20 @@ def test_a_model_of_fewer_blocks_resumes_to_the_same_bits(setting: Setting, out:
     assert shards(out) == shards(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", ["owl", "wanda+least-squares+blockwise", "sparsegpt+owl"])
+@pytest.mark.parametrize(
+    ("method", "parts"),
+    [
+        ("owl", {}),
+        ("wanda+least-squares+blockwise", {}),
+        ("wanda+blockwise", {"tune": {"target": "dense"}}),
+        ("sparsegpt+owl", {}),
+    ],
+)
 def test_methods_that_measure_first_or_refit_resume_to_the_same_bits(
-    method: str, setting: Setting, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, parts: dict[str, Any], setting: Setting, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tmp_path / "whole"
-    setting.run(whole, method=method)
+    setting.run(whole, method=method, parts=parts)
     with monkeypatch.context() as patch:
         walks: list[int] = []
 
@@ -473,7 +482,7 @@ def test_methods_that_measure_first_or_refit_resume_to_the_same_bits(
 
         profile = SparsifyWalk._profile
         patch.setattr(SparsifyWalk, "_profile", count)
-        interrupt(setting, out, 2, method=method)
-        setting.run(out, method=method, resume=True)
+        interrupt(setting, out, 2, method=method, parts=parts)
+        setting.run(out, method=method, parts=parts, resume=True)
         assert len(walks) == ("owl" in method), "the journal knows what the first walk found"
     assert shards(out) == shards(whole)

@@ -21,6 +21,11 @@ class Bound:
     part: Part
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it reads with these options."""
+        return self.part.needed(self.options)
+
     def __call__(self, *arguments: Any, **more: Any) -> Any:
         """What the part's function returns."""
         return self.part.function(*arguments, **self.options, **more)

@@ -105,7 +105,8 @@ class Appetite:
         sums: of a block's statistics, at most.
         written: bytes of the model that is written beyond those of the one that is read; negative where it has less.
         choosing: while it works on a linear.
-        tunes: whether it runs blocks with gradients, towards the outputs of the dense ones.
+        tunes: whether it runs blocks with gradients.
+        targets: whether it does so towards the outputs of whole blocks for what pruned ones are fed, which it then keeps besides.
         ahead: all told, while gradients of the dense model are measured before the first block is changed.
         filed: of files for the time being.
         streams: how many hidden states every window has: two where the dense model is followed beside the pruned one.
@@ -114,6 +115,7 @@ class Appetite:
     sums: int
     choosing: int
     tunes: bool = False
+    targets: bool = False
     written: int = 0
     ahead: int = 0
     filed: int = 0
@@ -164,6 +166,7 @@ class BlockWalk(ABC):
         check: hidden states of the last batch of all, computed by the pruned model; what a reload is compared with. In dense mode
             they go along from the start; in sequential mode they are there after the last block. None in every process but the last.
         scratch: the folder in which `look_ahead` may keep what it has found so far, until the run is done.
+        beside: hidden states of the dense model, where something aims at what that computes.
     """
 
     walk: Walk
@@ -174,6 +177,12 @@ class BlockWalk(ABC):
     seconds: Seconds = field(default_factory=Seconds, kw_only=True)
     check: InMemory | None = field(init=False, default=None)
     scratch: Path | None = field(init=False, default=None)
+    beside: HiddenStates | None = field(init=False, default=None)
+
+    @property
+    def follows(self) -> bool:
+        """Whether something aims at what the dense model computes, whose hidden states then go beside ours."""
+        return False
 
     def prepare(self) -> None:
         """Have everything refused that can be refused before the output folder exists. Raises `InputError`."""
@@ -241,6 +250,9 @@ class BlockWalk(ABC):
         """The block as an earlier run left it, from what that wrote; its module computes what the written tensors do."""
         source = self.walk.source
         assert isinstance(source, StreamedModel)
+        if self.beside is not None:
+            self.follow_all(block, source.load_block(block.index))
+            source.free_block(block.index)
         return source.load_block(block.index, tensors)
 
     @property
@@ -281,6 +293,37 @@ class BlockWalk(ABC):
             self.walk.start(hidden, keep=keep, enter=self.enter)
         if self.dense and self._checks:
             self.check = self._last_batch(self.walk.hidden[self.walk.batches[-1]] if keep else None)
+        if not self.follows:
+            return
+        self.beside = self.walk.hidden.beside(self._behind)
+        if keep:  # the dense model's first hidden states are the same as ours
+            for batch in self.walk.batches:
+                self.beside[batch] = self.walk.hidden[batch]
+            self.beside.turn()
+
+    def follow(self, block: Block, module: nn.Module, position: int) -> None:
+        """Send a batch of the dense model's hidden states through a block that is still whole."""
+        assert self.beside is not None
+        batch = self.walk.batches[position]
+        self.beside[batch] = self.walk.run_batch(block.index, module, position, self.beside[batch])
+
+    @torch.inference_mode()
+    def follow_all(self, block: Block, module: nn.Module) -> None:
+        """Send all of them through it."""
+        assert self.beside is not None
+        with self.seconds.timed("forward"):
+            for position in range(len(self.walk.batches)):
+                self.follow(block, module, position)
+            self.beside.turn()
+
+    @property
+    def _behind(self) -> int:
+        """In files the dense model's windows lie behind all of ours."""
+        return self.first + self._windows
+
+    @property
+    def _windows(self) -> int:
+        return len(self.walk.windows) if self.total is None else self.total
 
     def enter(self, hidden: Tensor) -> Tensor:
         """What the first block is given in the place of the model's own first hidden states [windows, length, hidden]."""
@@ -295,27 +338,29 @@ class BlockWalk(ABC):
         return check
 
     def states(self, folder: Path) -> list[tuple[HiddenStates, Place]]:
-        """What has to be saved to go on from here, and where: `check` as if it were more windows behind the last."""
+        """What has to be saved to go on from here, and where: all but our own as if they were more windows behind the last."""
         own: list[tuple[HiddenStates, Place]] = [(self.walk.hidden, Place(folder, self.first))]
         if self.dense and self.check is not None:
-            total = len(self.walk.windows) if self.total is None else self.total
-            own.append((self.check, Place(folder, total)))
+            own.append((self.check, Place(folder, self._windows)))
+        if self.beside is not None:
+            own.append((self.beside, Place(folder, self._behind)))
         return own
 
     @property
     def measures_in_place(self) -> bool:
-        """Whether measuring a block overwrites hidden states, which then have to be saved by that time."""
-        return self.dense
+        """Whether measuring a block overwrites hidden states, which then have to be saved by that time: the dense model's."""
+        return self.dense or self.follows
 
     @property
     def hidden_bytes(self) -> int:
-        """What the hidden states of our windows take, all of them."""
-        return self.walk.hidden_bytes
+        """What the hidden states of our windows take, all of them; those of the dense model too where it is followed."""
+        return self.walk.hidden_bytes * (2 if self.follows else 1)
 
     def release(self) -> None:
         """Give the hidden states back; the walk is over."""
-        if self.check is not None:
-            self.check.close()
+        for states in (self.check, self.beside):
+            if states is not None:
+                states.close()
         self.walk.release()
 
     @torch.inference_mode()
@@ -380,17 +425,15 @@ class BlockWalk(ABC):
         linears: Mapping[str, nn.Module],
         needs: frozenset[str],
         outputs: HiddenStates | None,
-        follow: Callable[[int], None] | None = None,
         watched: Mapping[str, Watch] | None = None,
+        follow: bool = False,
     ) -> Collector:
         """Statistics of some of a block's linears, and its outputs where they are wanted, be it in the place of its inputs.
 
-        `watched` are more modules, with sums of their own.
-
-        `follow(position)`, where there is one, sends a batch of the dense model through the block first; what linears give then is the
-        target of what they are fed by ours.
+        `watched` are more modules, with sums of their own. Where we `follow` the dense model each of its batches goes through the block
+        first; what linears give then is the target of what they are fed by ours.
         """
-        used = outputs is not None or follow is not None
+        used = outputs is not None or follow
         collector = Collector(linears, needs, result_used=used, watched=watched)
         last = len(self.walk.batches) - 1
         with self.seconds.timed("forward"), self.ranks.together(), collector:
@@ -400,15 +443,18 @@ class BlockWalk(ABC):
                 collector.windows = batch.stop - batch.start
                 collector.keep = self.walk.windows[batch].keep
                 collector.sample_tokens = ERROR_TOKENS if position == last else 0
-                if follow is not None:
+                if follow:
                     with collector.following():
-                        follow(position)
+                        self.follow(block, module, position)
                 output = self.walk.run_batch(block.index, module, position, self.walk.hidden[batch])
                 collector.end_batch()
                 if outputs is not None:
                     outputs[batch] = output
             if outputs is not None:
                 outputs.turn()
+            if follow:
+                assert self.beside is not None
+                self.beside.turn()
         return collector
 
 

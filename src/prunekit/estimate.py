@@ -70,8 +70,8 @@ def needs_of(
     in_memory = appetite.streams * batch * length * width * size if in_files else hidden
     choosing, filed = appetite.choosing, appetite.filed
     if appetite.tunes:
-        # the dense block's outputs beside its inputs; gradients, moments and copies of a block; a window's activations kept for them
-        targets = hidden // appetite.streams
+        # a whole block's outputs beside its inputs; gradients, moments and copies of a block; a window's activations kept for them
+        targets = hidden // appetite.streams if appetite.targets else 0
         in_memory += targets if targets <= budget else 0
         filed = max(filed, 0 if targets <= budget else all_windows * length * width * size)
         choosing = max(choosing, 8 * block_weights * 4 + 3 * activations)

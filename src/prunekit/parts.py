@@ -20,6 +20,8 @@ from .errors import InputError, nearest
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+FOLLOWED = "followed"  # of a part that tunes: it needs the dense model's hidden states beside ours
+
 _HOMES = {
     "score": "prunekit.sparsify.scores",
     "budget": "prunekit.sparsify.budget",
@@ -171,12 +173,15 @@ def reconstruct(
     return _register("reconstruct", needs, paper, rowwise=rowwise, chooses=chooses)
 
 
-def tune(*, paper: str) -> Callable[[Function], Function]:
+def tune(
+    *, paper: str, needs: set[str] | None = None, reads: Callable[..., set[str]] | None = None
+) -> Callable[[Function], Function]:
     """Register `function(weights, batches, steps_an_epoch, sum_up, *, options...) -> (first loss, last loss)`.
 
-    It changes the kept weights of a pruned block's linears all together, in place; see `sparsify/tune/blockwise.py`.
+    It changes the kept weights of a pruned block's linears all together, in place; see `sparsify/tune/blockwise.py`. What it `needs`
+    can only be `FOLLOWED`: that the dense model's hidden states go along, to be what the batches are to give.
     """
-    return _register("tune", set(), paper)
+    return _register("tune", needs or set(), paper, reads=reads)
 
 
 def budget(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .bits import row_chunks
 from .errors import PrunekitError
 from .model.modules import answering
+from .runtime.kernels import add_gram
 
 INPUT_SUMS = frozenset({"input_sum", "input_square", "input_abs", "window_abs", "gram", "half_gram"})
 OUTPUT_SUMS = frozenset({"output_square", "output_abs"})
@@ -302,10 +303,13 @@ class Sums:
 
     def _add_gram(self, name: str, rows: Tensor) -> None:
         width = rows.shape[1]
+        if name not in self.sums:
+            wide = rows.dtype if rows.dtype == torch.float64 else torch.float32
+            self.sums[name] = rows.new_zeros(width, width, dtype=wide)
+        if add_gram(self.sums[name], rows):
+            return
         for chunk in torch.split(rows, _GRAM_ROWS):
             exact = chunk if chunk.dtype == torch.float64 else chunk.float()
-            if name not in self.sums:
-                self.sums[name] = exact.new_zeros(width, width)
             for start in range(0, width, _GRAM_PANEL):
                 panel = slice(start, start + _GRAM_PANEL)
                 # a product of its own, not `addmm_`: terms are then added up in two stages, and few of them to the long sum
@@ -313,7 +317,7 @@ class Sums:
 
     @torch.inference_mode()  # as the sums were made
     def finish(self) -> None:
-        """Mirror gram matrices, of which only the lower half was summed, and join the halves of windows."""
+        """Mirror gram matrices, of which only what lies below the diagonal was summed, and join the halves of windows."""
         if "half_target" in self.sums:
             self.sums["target"] += self.sums["half_target"]
         if "half_gram" in self.sums and "gram" in self.sums:
@@ -322,6 +326,8 @@ class Sums:
             for start in range(0, len(gram), _GRAM_PANEL):
                 end = start + _GRAM_PANEL
                 gram[start:end, end:] = gram[end:, start:end].t()
+                corner = gram[start:end, start:end]
+                corner.copy_(corner.tril() + corner.tril(-1).t())
 
 
 def _zeros(width: int, inputs: Tensor) -> Tensor:
@@ -419,8 +425,9 @@ class Collector:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if self._following:
-                bias = module.bias
-                self._targets[name] = output - bias if isinstance(bias, Tensor) else output.clone()
+                if self._inputs_wanted & TARGET_SUMS:
+                    bias = module.bias
+                    self._targets[name] = output - bias if isinstance(bias, Tensor) else output.clone()
                 return
             self._see_input(name, inputs[0])
             self._last_called, self._last_width = name, output.shape[-1]

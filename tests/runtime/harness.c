@@ -12,6 +12,7 @@ void prunekit_set_parallel(void *entry);
 int prunekit_multiply(
     int level, int dtype, int threads, int x_is_bfloat16, int64_t rows, int64_t columns, const unsigned char *mask,
     const void *values, const int64_t *offsets, const void *bias, int64_t batch, const void *x, void *y);
+int prunekit_add_gram(int threads, int64_t tokens, int64_t width, const void *x, float *gram);
 void prunekit_expand(
     int level, int dtype, int threads, int64_t columns, const unsigned char *mask, const void *values,
     const int64_t *offsets, int64_t begin, int64_t end, void *out);
@@ -122,6 +123,27 @@ static int try_one(int level, int dtype, int as_bfloat16, int64_t rows, int64_t 
     return wrong;
 }
 
+static int try_gram(int64_t tokens, int64_t width)
+{
+    uint16_t *x = exactly((size_t)(tokens * width) * sizeof *x);
+    float *gram = calloc((size_t)(width * width), sizeof *gram);
+    int wrong = 0;
+    for (int64_t i = 0; i < tokens * width; i++)
+        put(x, BFLOAT16, i, (int)draw(17) - 8);
+    for (int times = 1; times <= 2; times++) {
+        wrong += prunekit_add_gram(3, tokens, width, x, gram);
+        for (int64_t row = 0; row < width; row++)
+            for (int64_t column = 0; column <= row; column++) {
+                double sum = 0;
+                for (int64_t token = 0; token < tokens; token++)
+                    sum += (double)float_of_bfloat16(x[token * width + row]) * float_of_bfloat16(x[token * width + column]);
+                wrong += gram[row * width + column] != times * sum; /* sums of whole numbers are exact */
+            }
+    }
+    free(x), free(gram);
+    return wrong;
+}
+
 int main(int count, char **words)
 {
     static const int densities[] = {0, 1, 40, 50, 95, 100};
@@ -141,6 +163,11 @@ int main(int count, char **words)
                 wrong += try_one(level, dtype, as_bfloat16, 200, 700, 3, 60); /* several parts */
                 products++;
             }
+        if (level == AVX512_BF16) {
+            for (int i = 0; i < tries; i++)
+                wrong += try_gram(1 + (int64_t)draw(40), 1 + (int64_t)draw(150));
+            wrong += try_gram(1025, 50); /* several stretches of tokens */
+        }
         printf("%d: %d\n", level, products);
     }
     printf("wrong: %d\n", wrong);

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prunekit.runtime.kernels import available, kernels_called, linear, unpacked
+from prunekit.runtime import kernels
+from prunekit.runtime.kernels import add_gram, available, kernels_called, linear, unpacked
 from prunekit.runtime.packed import Packed
 
 KERNELS = available()
@@ -65,6 +66,33 @@ def test_products_are_those_of_float64(name: str, dtype: torch.dtype, problem: d
     close(kernels.few_rows(packed, x, bias), weight, x, bias)
     close(linear(packed, x, bias, kernels), weight, x, bias)
     close(linear(packed, x.float(), None if bias is None else bias.float(), kernels), weight, x.float(), bias)
+
+
+@settings(max_examples=40, deadline=None)
+@given(tokens=st.integers(1, 1100), width=st.integers(1, 200), seed=st.integers(0, 2**31))
+def test_gram_matrices_are_those_of_float64(tokens: int, width: int, seed: int) -> None:
+    if "avx512-bf16" not in KERNELS:
+        pytest.skip("this processor has no products of bfloat16 with float32 sums")
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    gram = torch.zeros(width, width)
+    assert add_gram(gram, x)
+    exact = x.double().T @ x.double()
+    size = x.double().abs().T @ x.double().abs()
+    assert bool(((gram.double() - exact).abs().tril() <= 1e-5 * size).all())
+    again = torch.zeros(width, width)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    assert add_gram(again, x)
+    torch.set_num_threads(threads)
+    assert torch.equal(again.tril(), gram.tril()), "sums do not depend on the number of threads"
+
+
+def test_gram_matrices_of_other_inputs_or_with_other_kernels_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    gram = torch.zeros(3, 3)
+    assert not add_gram(gram, torch.ones(2, 3))
+    monkeypatch.setattr(kernels, "chosen", kernels.TorchKernels)
+    assert not add_gram(gram, torch.ones(2, 3).bfloat16())
+    assert not gram.any()
 
 
 @pytest.mark.parametrize("name", KERNELS)

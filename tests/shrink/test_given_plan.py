@@ -205,6 +205,11 @@ def edited(change: Any) -> Any:
             {"method": "planned+least-squares", "parts": {"compensate": {"target": "dense"}}},
             "drops whole blocks, and compensate.target=dense",
         ),
+        (
+            edited(lambda blocks: blocks.__setitem__(1, None)),
+            {"method": "planned+blockwise", "parts": {"tune": {"target": "dense"}}},
+            "drops whole blocks, and tune.target=dense",
+        ),
     ],
 )
 def test_what_cannot_be_carried_out_is_refused_and_nothing_is_written(

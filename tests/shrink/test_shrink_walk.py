@@ -140,6 +140,32 @@ def test_sequential_wanda_with_least_squares_is_the_oracles(target: str, tmp_pat
             weight[:, keep] = new
 
 
+def test_tuned_towards_the_dense_model_whole_blocks_make_up_for_what_went_before_them(
+    tmp_path: Path, text: Path
+) -> None:
+    tiny.save_model(tmp_path / "model", "llama", num_hidden_layers=5)
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    ids, _ = tiny_windows(tmp_path / "model", text)
+    budget = {"shape": "free", "skip_first": 1, "skip_last": 2}
+    moved, far = {}, {}
+    for target in ("own", "dense"):
+        parts = {"budget": budget, "tune": {"target": target, "rate": 0.02, "epochs": 4}}
+        asked: dict[str, Any] = {"parts": parts, "calibration": {"batch": 1}}
+        shrink(tmp_path / "model", tmp_path / target, text, "wanda-sp+least-squares+blockwise", 0.3, **asked)
+        found = prunekit.load(tmp_path / target, dtype="float32")
+        moved[target] = [
+            any(
+                new.shape != old.shape or not torch.equal(new, old)
+                for new, old in zip(ours.parameters(), dense.parameters(), strict=True)
+            )
+            for ours, dense in zip(found.model.layers, before.model.layers, strict=True)
+        ]
+        with torch.no_grad():
+            far[target] = float((found.model(ids).last_hidden_state - before.model(ids).last_hidden_state).norm())
+    assert moved == {"own": [False, True, True, False, False], "dense": [False, True, True, True, True]}
+    assert far["dense"] < 0.95 * far["own"]
+
+
 def tiny_windows(folder: Path, text: Path) -> tuple[Tensor, str]:
     from prunekit.calibration.text import documents
     from prunekit.calibration.windows import calibration_windows, load_tokenizer, token_hash

@@ -174,6 +174,51 @@ def test_a_folder_is_tuned_to_the_bits_of_the_model_in_memory(tmp_path: Path, te
     assert prunekit.inspect(tmp_path / "out").sound
 
 
+@pytest.mark.parametrize("target", ["own", "dense"])
+def test_what_is_wanted_is_the_whole_blocks_output_here_or_the_dense_models(target: str) -> None:
+    # by hand: every block of a pruned copy descends towards what the dense block gives, fed by the pruned or by the dense ones
+    ids = torch.randint(0, tiny.VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(0))
+    model, dense, mine = tiny.make_model("llama"), tiny.make_model("llama"), tiny.make_model("llama")
+    asked: dict[str, Any] = {"method": "wanda+blockwise", "sparsity": 0.5, "calibration": {"batch": 2}}
+    prunekit.prune_(model, ids, parts={"tune": {"rate": 0.05, "target": target}}, **asked)
+
+    def fed(whose: nn.Module, index: int) -> list[tuple[Tensor, dict[str, Any]]]:
+        found: list[tuple[Tensor, dict[str, Any]]] = []
+        handle = whose.get_submodule(f"model.layers.{index}").register_forward_pre_hook(
+            lambda module, given, more: found.append((given[0].detach(), more)), with_kwargs=True
+        )
+        with torch.no_grad():
+            for batch in ids.split(2):
+                whose(batch, use_cache=False)
+        handle.remove()
+        return found
+
+    for index in range(len(mine.model.layers)):
+        ours, layer, whole = (one.model.layers[index] for one in (model, mine, dense))
+        inputs = fed(mine, index)
+        aims = inputs if target == "own" else fed(dense, index)
+        weights: dict[str, tuple[nn.Parameter, Tensor]] = {}
+        for (name, weight), kept in zip(layer.named_parameters(), ours.parameters(), strict=True):
+            weight.requires_grad_(weight.ndim == 2)
+            if weight.ndim == 2:
+                weights[name] = weight, kept.detach() != 0
+                with torch.no_grad():
+                    weight.mul_(weights[name][1])
+        with torch.no_grad():
+            wanted = [whole(values, **more) for values, more in aims]
+        batches = [(x, more, y) for (x, more), y in zip(inputs, wanted, strict=True)]
+        blockwise(
+            weights,
+            lambda batches=batches, layer=layer: ((x, layer(x, **more), y) for x, more, y in batches),
+            len(batches),
+            lambda tensors: None,
+            rate=0.05,
+            target=target,
+        )
+        for name, tuned in layer.named_parameters():
+            torch.testing.assert_close(ours.get_parameter(name), tuned, rtol=1e-3, atol=1e-5, msg=f"{index} {name}")
+
+
 def test_what_is_left_dense_is_not_tuned() -> None:
     model, before = tiny.make_model("llama"), tiny.make_model("llama")
     ids = torch.randint(0, tiny.VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(0))

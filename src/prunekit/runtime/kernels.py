@@ -23,7 +23,7 @@ from .packed import Packed
 VARIABLE = "PRUNEKIT_KERNEL"
 LEVELS = ("portable", "avx2", "avx512", "avx512-bf16", "neon")  # as in native/packed.h
 FALLBACK = "torch"
-_INTERFACE = 1
+_INTERFACE = 2
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 # both measured by benchmarks/runtime.py --parts switch; nothing is known of neon but that its vectors are half as wide as those of avx2
@@ -119,6 +119,21 @@ class TorchKernels:
         end = begin + len(out)
         keep = read_mask(packed.mask[begin:end], packed.columns)
         unpack(out, keep, packed.values[packed.offsets[begin] : packed.offsets[end]])
+
+
+def add_gram(gram: Tensor, rows: Tensor) -> bool:
+    """Add Σ x xᵀ over some rows x to the lower triangle of `gram`; what stands above it is then no longer of use.
+
+    Sums are float32, and the same whatever the number of threads. Shapes: gram [in, in] float32, rows [tokens, in]. Returns False, and
+    has done nothing, where the kernels in use have none for rows of their kind: it takes bfloat16 products, with float32 sums.
+    """
+    if rows.dtype is not torch.bfloat16 or rows.device.type != "cpu" or chosen().name != "avx512-bf16":
+        return False
+    library, rows = _library(), rows.contiguous()
+    assert library is not None
+    if library.prunekit_add_gram(torch.get_num_threads(), *rows.shape, rows.data_ptr(), gram.data_ptr()):
+        raise MemoryError(f"no memory for a copy of inputs of {rows.shape[1]} columns")
+    return True
 
 
 def linear(packed: Packed, x: Tensor, bias: Tensor | None, kernels: Kernels | None = None) -> Tensor:
@@ -229,6 +244,7 @@ def _library() -> ctypes.CDLL | None:
     ]
     library.prunekit_expand.argtypes = [*[number] * 3, word, *[address] * 3, *[word] * 2, address]
     library.prunekit_expand.restype = None
+    library.prunekit_add_gram.argtypes = [number, word, word, address, address]
     library.prunekit_set_parallel.argtypes = [address]
     library.prunekit_set_parallel.restype = None
     library.prunekit_set_parallel(_openmp_entry())

@@ -14,6 +14,7 @@ from ..model.memory import MemoryModel
 from ..model.source import StreamedModel, refuse_sliced
 from ..model.stream import Walk
 from ..recipe import Recipe, refuse_choices
+from ..statistics import TARGET_SUMS
 from .budget import Counts, blocks_to_remove, no_scores, plan_of
 from .given import given_plan
 from .gradients import gradient_bytes, gradient_files
@@ -70,7 +71,7 @@ class Shrinking:
             _refuse_search(recipe, shrinker)
         if shrinker.follows and calibration.mode == "dense":
             raise InputError(
-                "compensate.target=dense follows the dense model beside the cut one, and in calibration.mode=dense there is no other: "
+                f"{shrinker.follows} follows the dense model beside the cut one, and in calibration.mode=dense there is no other: "
                 "leave one of them out"
             )
         refuse_sliced(source, "take heads and channels out of the original")
@@ -109,8 +110,8 @@ class Shrinking:
         plan, structures = given_plan(source.module, source.anatomy, Path(recipe.plan))
         if shrinker.follows and len(plan.kept_blocks) < len(structures):
             raise InputError(
-                f"plan '{recipe.plan}' drops whole blocks, and compensate.target=dense follows the dense model block by block: leave "
-                "out the target"
+                f"plan '{recipe.plan}' drops whole blocks, and {shrinker.follows} follows the dense model block by block: leave out "
+                "the target"
             )
         if plan.hidden is not None:
             raise InputError(
@@ -139,7 +140,7 @@ class Shrinking:
         widths = [[each.consumer.in_features for each in block] for block in self.structures]
         matrices = 2 if "half_gram" in needs else 1
         sums = matrices * max(sum(width**2 * 4 for width in block) for block in widths) if gram else 0
-        if self.shrinker.follows:
+        if needs & TARGET_SUMS:
             sums += matrices * max(sum(each.consumer.count * 4 for each in block) for block in self.structures)
         if gram and self.shrinker.coupled:
             sums += matrices * 4 * int(self.source.module.config.get_text_config().hidden_size) ** 2
@@ -154,6 +155,7 @@ class Shrinking:
             sums,
             3 * largest * 4 + (3 * widest**2 * 8 if gram else 0),
             self.shrinker.tune is not None,
+            self.shrinker.keeps_targets,
             ahead=ahead,
             filed=gradient_files(self.source, windows, length) if gradients else 0,
             written=-self._spared,

@@ -12,6 +12,7 @@ from ..binding import Bound, bind, named_generator
 from ..bits import all_finite
 from ..catalogue import Method
 from ..errors import InputError, PrunekitError
+from ..parts import FOLLOWED
 from ..statistics import TARGET_SUMS, Statistics
 from .budget import UnitBudget
 from .perceptron import AROUND
@@ -92,8 +93,8 @@ class Shrinker:
 
     @property
     def _needs(self) -> frozenset[str]:
-        searched = frozenset() if self.search is None else self.search.part.needed(self.search.options)
-        return searched or (frozenset() if self.score is None else self.score.part.needed(self.score.options))
+        searched = frozenset() if self.search is None else self.search.needs
+        return searched or (frozenset() if self.score is None else self.score.needs)
 
     @property
     def coupled(self) -> bool:
@@ -103,12 +104,24 @@ class Shrinker:
     @property
     def refits(self) -> frozenset[str]:
         """Statistics its compensation reads."""
-        return frozenset() if self.compensate is None else self.compensate.part.needed(self.compensate.options)
+        return frozenset() if self.compensate is None else self.compensate.needs
 
     @property
-    def follows(self) -> bool:
-        """Whether the compensation aims at what linears give in the dense model, whose hidden states then go beside ours."""
-        return bool(self.refits & TARGET_SUMS)
+    def follows(self) -> str:
+        """The option by which something aims at what the dense model computes, whose hidden states then go beside ours; or nothing."""
+        if self.refits & TARGET_SUMS:
+            return "compensate.target=dense"
+        return "tune.target=dense" if self.tunes_to_dense else ""
+
+    @property
+    def tunes_to_dense(self) -> bool:
+        """Whether blocks are tuned towards what those of the dense model give there."""
+        return self.tune is not None and FOLLOWED in self.tune.needs
+
+    @property
+    def keeps_targets(self) -> bool:
+        """Whether they are tuned towards what whole blocks give for what they are fed here, which is then kept."""
+        return self.tune is not None and not self.tunes_to_dense
 
     @property
     def plans_first(self) -> bool:

@@ -12,8 +12,6 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +25,7 @@ from ..checkpoint.shard import Piece
 from ..checkpoint.writer import PLAN_NAME
 from ..errors import InputError, PrunekitWarning, VerificationError
 from ..model.anatomy import Block, Stored, weight_of
-from ..model.hidden import HiddenStates, Place
+from ..model.hidden import HiddenStates
 from ..model.memory import MemoryModel
 from ..model.source import StreamedModel
 from ..model.stream import Windows
@@ -76,7 +74,6 @@ class ShrinkWalk(BlockWalk):
         aside: tensors of the smaller model in memory that are not as they were in the whole one, by name.
         texts: what candidates of a search are judged by.
         found: what was found before the first block is cut: the plan, and what the manifest says of a search or a choice.
-        beside: hidden states of the dense model, where a compensation aims at what linears give there.
     """
 
     shrinker: Shrinker
@@ -93,8 +90,6 @@ class ShrinkWalk(BlockWalk):
     aside: dict[str, Tensor] = field(default_factory=dict, init=False)
     texts: Texts | None = field(default=None, init=False)
     found: Mapping[str, Any] = field(default_factory=dict, init=False)
-
-    beside: HiddenStates | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         source = self.walk.source
@@ -375,48 +370,10 @@ class ShrinkWalk(BlockWalk):
         perceptron = self._perceptron(block)
         return {} if perceptron is None else perceptron.watched(module)
 
-    def start(self, hidden: HiddenStates | None = None, *, keep: bool = True) -> None:
-        """Run the model around its blocks; the dense model's first hidden states are the same as ours."""
-        super().start(hidden, keep=keep)
-        if not self.shrinker.follows:
-            return
-        self.beside = self.walk.hidden.beside(self._behind)
-        if keep:
-            for batch in self.walk.batches:
-                self.beside[batch] = self.walk.hidden[batch]
-            self.beside.turn()
-
-    def _follow(self, block: Block, module: nn.Module, position: int) -> None:
-        """Send a batch of the dense model's hidden states through a block that is still whole."""
-        assert self.beside is not None
-        batch = self.walk.batches[position]
-        self.beside[batch] = self.walk.run_batch(block.index, module, position, self.beside[batch])
-
     @property
-    def _behind(self) -> int:
-        """In files the dense model's windows lie behind all of ours."""
-        return self.first + (len(self.walk.windows) if self.total is None else self.total)
-
-    @property
-    def measures_in_place(self) -> bool:
-        """Whether measuring a block overwrites hidden states: it does those of the dense model."""
-        return super().measures_in_place or self.shrinker.follows
-
-    @property
-    def hidden_bytes(self) -> int:
-        """What the hidden states take, those of the dense model too where it is followed."""
-        return super().hidden_bytes * (2 if self.shrinker.follows else 1)
-
-    def states(self, folder: Path) -> list[tuple[HiddenStates, Place]]:
-        """The hidden states, and those of the dense model as if they were more windows."""
-        more = [] if self.beside is None else [(self.beside, Place(folder, self._behind))]
-        return [*super().states(folder), *more]
-
-    def release(self) -> None:
-        """Give all hidden states back."""
-        super().release()
-        if self.beside is not None:
-            self.beside.close()
+    def follows(self) -> bool:
+        """Whether compensation or tuning aims at what the dense model computes."""
+        return bool(self.shrinker.follows)
 
     def _consumers(self, block: Block, module: nn.Module) -> dict[str, nn.Module]:
         return {each.name: module.get_submodule(each.name) for each in self.structures[block.index]}
@@ -436,16 +393,14 @@ class ShrinkWalk(BlockWalk):
         walk = self.walk
         with ExitStack() as stack:
             outputs = walk.hidden if self.dense else None
-            if self.shrinker.tune is not None:
-                outputs = stack.enter_context(walk.room())
+            wanted = self.beside
+            if self.shrinker.keeps_targets:
+                outputs = wanted = stack.enter_context(walk.room())
             settled = None if self.plan is None else self.plan.blocks[block.index]
             needs = self.shrinker.refits | (frozenset() if settled is not None else self.shrinker.measured)
             linears = self._measured(block, module) if settled is None else self._consumers(block, module)
-            follow = None if self.beside is None else partial(self._follow, block, module)
             watched = self._watched(block, module) if settled is None else {}
-            collector = self._collect(block, module, linears, needs, outputs, follow, watched=watched)
-            if self.beside is not None:
-                self.beside.turn()
+            collector = self._collect(block, module, linears, needs, outputs, watched, follow=self.follows)
             begun = time.perf_counter()
             with self.seconds.timed("prune"), self.ranks.together():
                 statistics = collector.statistics(self.ranks.sum_up)
@@ -458,10 +413,10 @@ class ShrinkWalk(BlockWalk):
                 shifts = {each.name: self._cut(each, module, stored, statistics[each.name]) for each in lost}
                 given = (self.biases.get(each.consumer.full_name) for each in lost)
                 self.added[block.index] = sum(bias.numel() for bias in given if bias is not None)
-            if self.shrinker.tune is not None and lost:
-                assert outputs is not None
+            if self.shrinker.tune is not None and (lost or self._strayed(block)):
+                assert wanted is not None
                 with self.seconds.timed("tune"):
-                    self._tune(block, module, stored, outputs)
+                    self._tune(block, module, stored, wanted)
             with self.seconds.timed("prune"), self.ranks.together():
                 errors = {
                     each.name: self._cut_error(
@@ -473,6 +428,13 @@ class ShrinkWalk(BlockWalk):
                     for each in lost
                 }
             return self._reports(block, stored, errors, time.perf_counter() - begun)
+
+    def _strayed(self, block: Block) -> bool:
+        """Whether tuning a block that stays whole can make up for what went before it."""
+        before = (each for index in self.kept if index < block.index for each in self.structures[index])
+        return self.shrinker.tunes_to_dense and any(
+            len(self.kept[each.block][each.name]) < each.count for each in before
+        )
 
     def _reports(self, block: Block, stored: Stored, errors: Mapping[str, float], seconds: float) -> list[LinearReport]:
         """What became of every linear of a block; the seconds it took are shared among those that were refitted."""
@@ -539,7 +501,7 @@ class ShrinkWalk(BlockWalk):
                 tensor.detach().zero_()
 
     def _tune(self, block: Block, module: nn.Module, stored: Stored, wanted: HiddenStates) -> None:
-        """Tune the cut block's weights towards the outputs of the whole one, on the same inputs."""
+        """Tune the cut block's weights towards `wanted` outputs."""
         part = self.shrinker.tune
         assert part is not None
         slicer = self._slicer(block)
@@ -681,10 +643,7 @@ class ShrinkWalk(BlockWalk):
         source, names = self._streamed, self._form.names
         module = source.load_block(block.index)
         if self.beside is not None:
-            with self.seconds.timed("forward"):
-                for position in range(len(self.walk.batches)):
-                    self._follow(block, module, position)
-                self.beside.turn()
+            self.follow_all(block, module)
         stored = source.stored[block.index]
         self.skip(block, noted)
         slicer = self._slicer(block)

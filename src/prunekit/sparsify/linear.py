@@ -13,6 +13,7 @@ from ..binding import Bound, bind, named_generator
 from ..bits import all_finite, row_chunks
 from ..catalogue import Method
 from ..errors import InputError, PrunekitError
+from ..parts import FOLLOWED
 from ..recipe import Pattern
 from ..statistics import Statistics
 from .patterns import Group, Selection
@@ -82,7 +83,12 @@ class Sparsifier:
     @property
     def needs(self) -> frozenset[str]:
         """Statistics its parts read."""
-        return frozenset().union(*(bound.part.needs for bound in self.parts))
+        return frozenset().union(*(bound.part.needs for bound in self.parts if bound is not self.tune))
+
+    @property
+    def tunes_to_dense(self) -> bool:
+        """Whether blocks are tuned towards what those of the dense model give there, whose hidden states then go beside ours."""
+        return self.tune is not None and FOLLOWED in self.tune.needs
 
     def resolved(self, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """A recipe's part options with the names and defaults that hold today filled in."""

@@ -79,7 +79,9 @@ class Sparsification:
             choosing += 3 * largest * 4  # the same of a whole linear
         if gram:
             choosing += 4 * largest * 4 + 3 * max(linear.in_features for linear in linears) ** 2 * 4
-        return Appetite(sums if gram else 0, choosing, sparsifier.tune is not None)
+        follows = sparsifier.tunes_to_dense
+        tunes = sparsifier.tune is not None
+        return Appetite(sums if gram else 0, choosing, tunes, tunes and not follows, streams=2 if follows else 1)
 
     def work(
         self, walk: Walk, *, dense: bool, ranks: Ranks | None = None, first: int = 0, total: int | None = None
@@ -119,6 +121,11 @@ class SparsifyWalk(BlockWalk):
     budget: Budget
     target: Pattern
 
+    @property
+    def follows(self) -> bool:
+        """Whether tuning aims at what the dense model computes."""
+        return self.sparsifier.tunes_to_dense
+
     def prune_block(self, block: Block, module: nn.Module, stored: Stored) -> list[LinearReport]:
         """Measure and prune one block in place; `pass_on` then sends the windows through it.
 
@@ -127,9 +134,10 @@ class SparsifyWalk(BlockWalk):
         if self.sparsifier.tune is None:
             return self.prune_measured(block, module, stored, self.measure(block, module, self.sparsifier.needs))
         with ExitStack() as stack:
-            walk = self.walk
-            wanted = stack.enter_context(walk.room())
-            measured = self.measure(block, module, self.sparsifier.needs, outputs=wanted)
+            wanted = self.beside
+            if wanted is None:
+                wanted = stack.enter_context(self.walk.room())
+            measured = self.measure(block, module, self.sparsifier.needs, outputs=None if self.follows else wanted)
             measured, permuted = self._put_in_order(block, module, stored, measured)
             dense = {linear.name: linear.matrix(stored(linear)[0]).clone() for linear in block.linears}
             reports = self._prune_linears(block, module, stored, measured, permuted)
@@ -146,7 +154,7 @@ class SparsifyWalk(BlockWalk):
     ) -> Measured:
         """What the linears of a block are fed, over all windows; in dense mode the windows go on to the next block.
 
-        `outputs` is where the dense block's outputs are wanted.
+        `outputs` is where the whole block's outputs are wanted.
         """
         collector = self._measure(block, module, needs, self.walk.hidden if self.dense else outputs)
         with self.seconds.timed("prune"):
@@ -218,7 +226,7 @@ class SparsifyWalk(BlockWalk):
         return moved
 
     def _tune(self, block: Block, module: nn.Module, stored: Stored, wanted: HiddenStates) -> None:
-        """Tune the block's kept weights on all windows; `wanted` are the dense block's outputs."""
+        """Tune the block's kept weights on all windows, towards `wanted` outputs."""
         part = self.sparsifier.tune
         assert part is not None
         pruned = {f"{linear.name}.weight": linear for linear in block.linears if self.patterns[linear.full_name]}
@@ -320,4 +328,4 @@ class SparsifyWalk(BlockWalk):
     ) -> Collector:
         """Statistics of a block's linears, and its outputs where they are wanted, be it in the place of its inputs."""
         linears = {linear.name: module.get_submodule(linear.name) for linear in block.linears}
-        return self._collect(block, module, linears, needs, outputs)
+        return self._collect(block, module, linears, needs, outputs, follow=self.beside is not None)

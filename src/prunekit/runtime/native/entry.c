@@ -8,7 +8,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 
-enum { INTERFACE = 1, SMALLEST_PART = 16 << 10, LARGEST_PART = 256 << 10, PARTS_PER_THREAD = 4 };
+enum { INTERFACE = 2, SMALLEST_PART = 16 << 10, LARGEST_PART = 256 << 10, PARTS_PER_THREAD = 4 };
 
 typedef void (*Parallel)(void (*)(void *), void *, unsigned threads, unsigned flags);
 
@@ -41,6 +41,15 @@ int prunekit_interface(void)
 void prunekit_set_parallel(void *entry)
 {
     parallel = (Parallel)entry;
+}
+
+void in_threads(void (*work)(void *), void *data, int threads)
+{
+    const Parallel start = parallel;
+    if (start && threads > 1)
+        start(work, data, (unsigned)threads, 0);
+    else
+        work(data);
 }
 
 int prunekit_has(int level)
@@ -127,15 +136,11 @@ static void take_parts(void *data)
 
 static void run(Work *work, int threads)
 {
-    const Parallel start = parallel;
     const int64_t bytes = bytes_before(work, work->end) - bytes_before(work, work->begin);
     int64_t part = bytes / ((int64_t)threads * PARTS_PER_THREAD);
     part = part < SMALLEST_PART ? SMALLEST_PART : part > LARGEST_PART ? LARGEST_PART : part;
     work->parts = bytes / part + 1;
-    if (!start || threads <= 1 || work->parts == 1)
-        take_parts(work);
-    else
-        start(take_parts, work, work->parts < threads ? (unsigned)work->parts : (unsigned)threads, 0);
+    in_threads(take_parts, work, work->parts < threads ? (int)work->parts : threads);
 }
 
 /* Returns 0, or 1 where there is no memory for a copy of x. `level` must be one this processor has; `dtype` is that of the values. x is

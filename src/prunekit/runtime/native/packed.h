@@ -46,6 +46,9 @@ extern const Multiply bfloat16_dot;
 extern const Kernels neon_kernels;
 #endif
 
+/* `work(data)` in so many threads at once, this one among them */
+void in_threads(void (*work)(void *), void *data, int threads);
+
 /* for every byte of mask the bytes of eight 16-bit values in their places: where there is none, an index that table look-ups answer with 0 */
 extern uint8_t places[256][16];
 

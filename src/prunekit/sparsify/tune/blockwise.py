@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ...parts import Limits, tune
+from ...parts import FOLLOWED, Limits, tune
 
 # of Adam: decay of the squared gradients for a few dozen steps, and what keeps a gradient of 0 from being divided by
 _DECAY, _SQUARED_DECAY, _TINY = 0.9, 0.95, 1e-12
 
 
-@tune(paper="https://arxiv.org/abs/2402.12419")
+Target = Literal["own", "dense"]
+
+
+def _reads(target: Target, **_: float) -> set[str]:
+    return {FOLLOWED} if target == "dense" else set()
+
+
+@tune(paper="https://arxiv.org/abs/2402.12419", needs={FOLLOWED}, reads=_reads)
 def blockwise(
     weights: Mapping[str, tuple[nn.Parameter, Tensor]],
     batches: Callable[[], Iterable[tuple[Tensor, Tensor, Tensor]]],
@@ -26,8 +33,9 @@ def blockwise(
     rate: Annotated[float, Limits(above=0)] = 0.01,
     warmup: Annotated[float, Limits(at_least=0, at_most=1)] = 0.1,
     share: Annotated[float, Limits(above=0, at_most=1)] = 1.0,
+    target: Target = "own",
 ) -> tuple[float, float]:
-    """Descend the mean square between a block's outputs and those of the dense block, on the same inputs, masks held.
+    """Descend the mean square between a pruned block's outputs and those that are wanted, masks held.
 
     Unlike the reconstructions of single linears this sees the block's attention, activation and residual, so that linears make up for
     each other. Adam on float32 copies, one step a batch; the step's length rises over the first `warmup` of the steps and falls to 0
@@ -42,6 +50,9 @@ def blockwise(
         epochs, rate, warmup: see above.
         share: so many of the batches are descended on, in every epoch the first ones, which windows drawn at random make as good as
             any. A step costs three passes of a batch through the block, so this is most of what tuning costs.
+        target: which outputs are wanted. `own`: what the block gave before it was pruned, for the same inputs. `dense`: what it gives
+            in the dense model, so that blocks also make up for what was pruned before them, those that lose nothing too where units are
+            removed; the dense model's hidden states go along, one more pass.
 
     Returns:
         The loss in the first and in the last batch, as a share of what the dense block changes its inputs by.
