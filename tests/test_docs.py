@@ -69,7 +69,7 @@ SHORT = {
 }
 TINY = {"num_hidden_layers": 2, "max_position_embeddings": 32}
 # options that all budgets of methods that remove structures have
-SHAPES = ("shape", "align", "skip_first", "skip_last", "least")
+SHAPES = ("shape", "align", "skip_first", "skip_last", "least", "only")
 # verbs that go on in the folder they are given
 CONTINUING = ("sweep", "study", "tune")
 

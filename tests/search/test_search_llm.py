@@ -133,6 +133,10 @@ def test_a_damaged_history_is_refused_and_nothing_is_lost(
             "and so does budget 'global-cost': say --set budget.name=uniform",
         ),
         ({"parts": {"search": SEARCH, "budget": {"name": "widths", "mlp": 9}}, "ratio": None}, "name no widths"),
+        (
+            {"parts": {"search": SEARCH, "budget": {"shape": "free", "only": "mlp"}}},
+            "has a choice of kinds of its own: in the place of budget.only",
+        ),
         ({"parts": {"search": {**SEARCH, "samples": 10_000}}}, "what candidates are judged by takes 10000 windows"),
         ({"parts": {"search": {**SEARCH, "parents": 9}}}, "search.parents=9 make no search"),
         ({"parts": {"search": {**SEARCH, "text": "nowhere.txt"}}}, "text 'nowhere.txt' is neither a file"),

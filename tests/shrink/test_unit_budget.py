@@ -172,6 +172,25 @@ def test_heads_make_up_for_channels_that_must_stay(parts: tuple[Structures, list
     assert counted(structures, counts) == pytest.approx(0.4 * sum(parameters), abs=structures[0][0].cost)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    ratio=some.fractions(Fraction(1, 10), Fraction(15, 100)),
+    name=some.sampled_from(["uniform", "global-cost", "global-types"]),
+    shape=some.sampled_from(["uniform", "free"]),
+    only=some.sampled_from(["attention", "mlp"]),
+)
+def test_units_of_one_kind_alone_can_go(
+    parts: tuple[Structures, list[int]], ratio: Fraction, name: str, shape: str, only: str
+) -> None:
+    structures, parameters = parts
+    budget = make(name=name, shape=shape, only=only)
+    counts = budget.counts(structures, parameters, ratio, draw_scores(structures))
+    for block, found in zip(structures, counts, strict=True):
+        assert all(found[each.name] == each.count for each in block if each.kind != only)
+    unit = max(each.cost for block in structures for each in block if each.kind == only)
+    assert abs(counted(structures, counts) - ratio * sum(parameters)) <= len(structures) * unit
+
+
 def test_without_a_least_share_a_block_may_lose_nearly_everything(parts: tuple[Structures, list[int]]) -> None:
     structures, parameters = parts
     scores = draw_scores(structures)
@@ -192,6 +211,11 @@ def test_without_a_least_share_a_block_may_lose_nearly_everything(parts: tuple[S
             {"least": 0.8},
             Fraction(3, 10),
             "while the 0.8 of budget.least of every structure stays: ask for at most 0.1",
+        ),
+        (
+            {"only": "attention"},
+            Fraction(1, 2),
+            "at most .* can go .*: ask for at most 0.2.*, take from both kinds with --set budget.only=all, or",
         ),
         ({"name": "widths", "attention": 9}, Fraction(0), "'budget.attention' cannot be 9"),
         (
@@ -219,6 +243,8 @@ def test_what_would_leave_nothing_is_refused(
         ({"least": 1}, "'budget.least' cannot be 1: it is the share of units that stays in every block"),
         ({"least": True}, "'budget.least' cannot be True"),
         ({"least": 0.5, "name": "widths", "mlp": 8}, "'budget.least' is 0.5, and budget 'widths' is given what stays"),
+        ({"only": "heads"}, "'budget.only' cannot be 'heads': it is attention, mlp, or all for both"),
+        ({"only": "mlp", "name": "widths", "mlp": 8}, "'budget.only' is mlp, and budget 'widths' is given what stays"),
         ({"gama": 2}, "'budget.gama' is not an option of budget 'uniform'"),
     ],
 )

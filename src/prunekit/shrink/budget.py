@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from .plan import Plan, Structures
 from .units import ATTENTION, MLP, Structure
 
 Shape = Literal["uniform", "free"]
+Only = Literal["all", "attention", "mlp"]
 Counts = list[dict[str, int]]
 Scores = Sequence[Mapping[str, Tensor]]
 
@@ -225,6 +226,7 @@ class UnitBudget:
         align: channels that stay, also those of the residual stream, are a multiple of this.
         skip_first, skip_last: blocks at either end that stay whole.
         least: the share of the groups of heads, and of the channels, that stays at least in every block.
+        only: `attention` or `mlp` where units of the other kind stay whole; `all` takes from both.
     """
 
     part: Part
@@ -234,6 +236,7 @@ class UnitBudget:
     skip_first: int
     skip_last: int
     least: float
+    only: Only
 
     @classmethod
     def of(cls, method: Method, options: Mapping[str, Any] | None = None) -> UnitBudget:
@@ -242,7 +245,7 @@ class UnitBudget:
         name = own.pop("name", method.budget)
         part = find_part("unit-budget", name)
         defaults = dict(method.options.get("budget", {}))
-        common = {"shape": "uniform", "align": 1, "skip_first": 0, "skip_last": 0, "least": 0.0}
+        common = {"shape": "uniform", "align": 1, "skip_first": 0, "skip_last": 0, "least": 0.0, "only": "all"}
         given = {key: own.pop(key, defaults.pop(key, value)) for key, value in common.items()}
         if given["shape"] not in ("uniform", "free"):
             raise InputError(f"'budget.shape' cannot be {given['shape']!r}: it is uniform or free")
@@ -258,6 +261,12 @@ class UnitBudget:
             raise InputError(
                 f"'budget.least' is {share:g}, and budget '{name}' is given what stays: leave out one of them"
             )
+        if given["only"] not in get_args(Only):
+            raise InputError(f"'budget.only' cannot be {given['only']!r}: it is {ATTENTION}, {MLP}, or all for both")
+        if given["only"] != "all" and part.given:
+            raise InputError(
+                f"'budget.only' is {given['only']}, and budget '{name}' is given what stays of each kind: leave out one of them"
+            )
         if given["shape"] == "uniform" and (given["skip_first"] or given["skip_last"]):
             raise InputError(
                 "'budget.skip_first' and 'budget.skip_last' leave some blocks wider than others: add --shape free, or set both to 0"
@@ -272,7 +281,7 @@ class UnitBudget:
     @property
     def resolved(self) -> dict[str, Any]:
         """Its name and options with the defaults that hold today."""
-        common = {name: getattr(self, name) for name in ("shape", "align", "skip_first", "skip_last", "least")}
+        common = {name: getattr(self, name) for name in ("shape", "align", "skip_first", "skip_last", "least", "only")}
         return {"name": self.part.name, **self.options, **common}
 
     @property
@@ -328,8 +337,10 @@ class UnitBudget:
         return counts
 
     def _may_lose(self, structure: Structure) -> bool:
-        return structure.count > 1 and (
-            structure.resizes == "alone" or (structure.resizes == "together" and self.shape == "uniform")
+        return (
+            structure.count > 1
+            and self.only in ("all", structure.kind)
+            and (structure.resizes == "alone" or (structure.resizes == "together" and self.shape == "uniform"))
         )
 
     def _refuse(self, demand: Demand, ratio: Fraction) -> None:
@@ -340,8 +351,9 @@ class UnitBudget:
                 f"{len(demand.structures)} blocks: set them to less, like --set budget.skip_first=1 --set budget.skip_last=1"
             )
         if not each:
+            asked = "" if self.only == "all" else f" with 'budget.only={self.only}'"
             raise InputError(
-                "no block of this model has units that can be taken out: shrinking cannot do anything here"
+                f"no block of this model has units that can be taken out{asked}: shrinking cannot do anything here"
             )
         for structure in each:
             if structure.kind == MLP and self.align > structure.count:
@@ -356,6 +368,7 @@ class UnitBudget:
                 f"ratio {float(ratio):g} asks for {demand.target:,} parameters and at most {most:,} can go while {stays} of every "
                 f"structure stays: ask for at most {math.floor(1000 * most / sum(demand.parameters)) / 1000:g}, "
                 + ("skip fewer blocks, " if self.skip_first or self.skip_last else "")
+                + ("take from both kinds with --set budget.only=all, " if self.only != "all" else "")
                 + "or remove whole blocks"
             )
 

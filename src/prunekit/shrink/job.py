@@ -242,6 +242,11 @@ def _refuse_search(recipe: Recipe, shrinker: Shrinker) -> None:
             f"the search of '{recipe.method}' has a least share of its own: in the place of budget.least say --set "
             f"search.least={shrinker.budget.least:g}"
         )
+    if search.part.sizes and shrinker.budget.only != "all":
+        raise InputError(
+            f"the search of '{recipe.method}' has a choice of kinds of its own: in the place of budget.only say --set "
+            "search.attention=none for channels alone, or search.attention=kv_group for both"
+        )
     if search.part.sizes and not shrinker.budget.part.even:
         raise InputError(
             f"the search of '{recipe.method}' finds itself how many units stay, and so does budget '{shrinker.budget.part.name}': say "
