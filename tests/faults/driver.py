@@ -64,6 +64,9 @@ _MODES = {
     "biased": ["--method", "flap", "--ratio", "0.3", "--shape", "free", "--set", "calibration.mode=dense"],
     "shallower": ["--method", "shortgpt", "--ratio", "0.25"],
     "sliced": ["--method", "slicegpt", "--ratio", "0.3"],
+    # weights tuned towards the dense model, whose hidden states go along here too; and channels of the stream that are left out
+    "tuned": ["--method", "wanda+blockwise", "--set", "tune.target=dense", "--set", "tune.epochs=1"],
+    "narrowed": ["--method", "minitron", "--set", "budget.name=widths", "--set", "budget.hidden=24"],
 }
 SETTINGS = {
     f"{mode}-{where}": [*words, "--memory-budget", budget]

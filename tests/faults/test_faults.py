@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes
 FAULTS = int(os.environ.get("PRUNEKIT_FAULTS", "0"))
 JOBS = -(-FAULTS // 13)  # of each of ten sorts; some are chains
 SEED = int(os.environ.get("PRUNEKIT_FAULT_SEED", "20261122"))  # the same for everyone: what fails, fails again
-MODES = ["sequential", "dense", "refitted", "biased", "shallower", "sliced"]
+MODES = ["sequential", "dense", "refitted", "biased", "shallower", "sliced", "tuned", "narrowed"]
 SETTINGS = [f"{mode}-{where}" for mode in MODES for where in ("memory", "files")]
 EVERYWHERE = (
     "dense-memory"  # measuring overwrites its inputs, and they are saved by another thread: the hardest of them
@@ -190,14 +190,14 @@ def test_killed_before_every_operation(driver: Driver, survive: Callable[[list[J
     assert {job["forwarded_again"] for job in found} == {0, 1}
 
 
-def test_structures_are_removed_from_wherever_it_was_killed(
+def test_killed_before_every_note_of_what_keeps_more_than_weights(
     driver: Driver, survive: Callable[[list[Job]], list[Job]]
 ) -> None:
-    # what a resumed run has to know differs from note to note: the plan, units and biases of blocks, hidden states, bases
+    # what a resumed run has to know differs from note to note: the plan, units and biases of blocks, hidden states of two kinds, bases
     found = survive(
         [
             {"setting": setting, "faults": [{"kind": "kill", "at": label}]}
-            for setting in ("refitted-memory", "biased-files", "sliced-memory")
+            for setting in ("refitted-memory", "biased-files", "sliced-memory", "tuned-files", "narrowed-memory")
             for label in driver.operations[setting]
             if label.startswith("move out/.prunekit-journal.json")
         ]
