@@ -56,6 +56,19 @@ def test_methods_that_take_more_are_planned_to_take_more(
     assert more.disk == plain.disk
 
 
+def test_blocks_that_are_tuned_are_planned_for_though_the_first_is_skipped(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path / "model", "llama", num_hidden_layers=5)
+    budget = {"shape": "free", "skip_first": 1, "skip_last": 1}
+    tuned = {}
+    for target in ("own", "dense"):
+        asked = {"method": "wanda-sp+blockwise", "ratio": 0.2, "parts": {"budget": budget, "tune": {"target": target}}}
+        assert make(tmp_path / "model", **asked).seconds["tune"] > 0
+        rehearsal = jobs_walk(tmp_path / "model", asked).rehearse()
+        assert rehearsal.tried == 1
+        tuned[target] = rehearsal.tuned
+    assert tuned == {"own": 3, "dense": 4}
+
+
 def test_hidden_states_grow_with_samples_and_magnitude_needs_one_window(llama_folder: Path) -> None:
     small = make(llama_folder)
     large = make(llama_folder, calibration={"samples": 40, "length": 16})

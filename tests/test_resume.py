@@ -217,6 +217,14 @@ def test_resume_of_the_same_model_under_another_path_goes_on(setting: Setting, o
     assert shards(out) == setting.whole
 
 
+def test_resume_with_other_kernels_is_refused_where_they_would_sum(
+    setting: Setting, begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prunekit.pruning.gram_kernel", lambda dtype, device: "another")
+    with pytest.raises(InputError, match=r'machine\.gram_kernel is "torch" there and "another" here'):
+        setting.run(begun, resume=True)
+
+
 @pytest.mark.parametrize("content", ["", "not json", "[]", '{"identity": {}}'])
 def test_an_overwritten_journal_is_refused(setting: Setting, out: Path, content: str) -> None:
     interrupt(setting, out, 2)

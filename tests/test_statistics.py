@@ -203,6 +203,19 @@ def test_half_precision_inputs_are_added_up_precisely(dtype: torch.dtype) -> Non
     assert_sums(found, inputs, module(inputs).detach(), None, rtol=1e-6)
 
 
+@pytest.mark.parametrize("width", [100, 600])
+def test_wide_gram_matrices_of_half_precision_are_whole(width: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    inputs = (1 + torch.randn(5, 30, width, generator=draw)).bfloat16()
+    keep = torch.rand(5, 30, generator=draw) < 0.8
+    found = measure(nn.Linear(width, 1, dtype=torch.bfloat16), inputs, keep, batch=2)
+    for name, length in (("gram", 30), ("half_gram", 15)):
+        real = inputs[:, :length][keep[:, :length]].double()
+        gram = getattr(found, name)
+        torch.testing.assert_close(gram.double(), real.t() @ real, rtol=1e-5, atol=1e-4)
+        assert torch.equal(gram, gram.t())
+
+
 class Block(nn.Module):
     """A decoder layer as far as sharing goes: q, k and v see one tensor; gate and up another; o and down their own."""
 

@@ -130,11 +130,15 @@ class Rehearsal:
         removed: how many parameters of blocks go with structures, as nearly as that is known.
         passes: what `look_ahead` takes, in forward passes of all windows through all blocks.
         outside: how many parameters go that are in no block.
+        tried: the place among `blocks` of the first that is changed.
+        tuned: how many of them are tuned, where they are at all.
     """
 
     removed: int
     passes: float
     outside: int = 0
+    tried: int = 0
+    tuned: int = 0
 
 
 class Job(Protocol):
@@ -223,8 +227,9 @@ class BlockWalk(ABC):
         return 0
 
     def rehearse(self) -> Rehearsal:
-        """Stand in for `look_ahead` with made-up findings, so that the first of `blocks` can be tried as a run would change it."""
-        return Rehearsal(0, self.steps_ahead / len(self.walk.source.anatomy.blocks))
+        """Stand in for `look_ahead` with made-up findings, so that one of `blocks` can be tried as a run would change it."""
+        blocks = len(self.walk.source.anatomy.blocks)
+        return Rehearsal(0, self.steps_ahead / blocks, tuned=blocks)
 
     def shard(self, block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is written of a block, by the names it is stored under; `tensors` are the checkpoint's, changed by `prune_block`."""
@@ -438,14 +443,14 @@ class BlockWalk(ABC):
         last = len(self.walk.batches) - 1
         with self.seconds.timed("forward"), self.ranks.together(), collector:
             for position, batch in enumerate(self.walk.batches):
-                if not needs and outputs is None and position < last:
-                    continue  # nothing is wanted but the sample
-                collector.windows = batch.stop - batch.start
-                collector.keep = self.walk.windows[batch].keep
-                collector.sample_tokens = ERROR_TOKENS if position == last else 0
                 if follow:
                     with collector.following():
                         self.follow(block, module, position)
+                if not needs and outputs is None and position < last:
+                    continue  # of ours nothing is wanted but the sample
+                collector.windows = batch.stop - batch.start
+                collector.keep = self.walk.windows[batch].keep
+                collector.sample_tokens = ERROR_TOKENS if position == last else 0
                 output = self.walk.run_batch(block.index, module, position, self.walk.hidden[batch])
                 collector.end_batch()
                 if outputs is not None:

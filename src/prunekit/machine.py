@@ -173,14 +173,11 @@ def describe() -> dict[str, str | int]:
     """What the manifest keeps of the machine a run was made on."""
     import torch
 
-    from .runtime.kernels import chosen
-
     return {
         "system": platform.system(),
         "processor": _processor(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
-        "kernels": chosen().name,
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 

@@ -26,7 +26,7 @@ from .opening import find_model, open_model, open_tokenizer
 from .progress import Progress, Silent
 from .recipe import Recipe
 
-_TRIED = 3  # batches that are sent through the first block
+_TRIED = 3  # batches that are sent through one block
 
 
 @dataclass(frozen=True)
@@ -154,14 +154,14 @@ def make_plan(recipe: Recipe, out: Path, progress: Progress, memory_budget: int 
 
 
 class _Trial:
-    """The first block measured, pruned and run as a run does it, on a few batches of random tokens; nothing of it is kept."""
+    """One block measured, pruned and run as a run does it, on a few batches of random tokens; nothing of it is kept."""
 
     def __init__(self, trial: BlockWalk, rehearsal: Rehearsal, source: StreamedModel, out: Path) -> None:
         self._source = source
         self._rehearsal = rehearsal
         self._dense_blocks = len(source.anatomy.blocks)
         self._blocks = len(trial.blocks)
-        block = trial.blocks[0]
+        block = trial.blocks[rehearsal.tried]
         self._tried = len(trial.walk.batches)
         begun = time.perf_counter()
         trial.start()
@@ -214,7 +214,7 @@ class _Trial:
             + (self._blocks - 1) * pass_on
             + self._rehearsal.passes * ahead,
             "prune": self._prune * self._weights / self._pruned_weights,
-            "tune": self._tune * more * self._blocks,
+            "tune": self._tune * more * self._rehearsal.tuned,
             "write": max(0, stored - blocks_bytes) * per_byte
             + self._blocks * (max(0.0, shard - pass_on) + max(0.0, saving - measure)),
             "read": self._read,

@@ -49,6 +49,7 @@ from .progress import Progress, Silent
 from .recipe import Recipe
 from .report.card import model_card
 from .report.page import run_page
+from .runtime.kernels import gram_kernel
 from .verify import Verification, compared_tokens, verify
 
 if TYPE_CHECKING:
@@ -309,7 +310,8 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
         "inputs": inputs,
         "calibration_tokens": token_hash(windows),
         "versions": machine.versions(),
-        "machine": machine.describe(),  # sums are taken in another order on another processor or number of threads
+        # sums are taken in another order on another processor, with another number of threads or other kernels
+        "machine": {**machine.describe(), "gram_kernel": gram_kernel(source.dtype, source.device)},
     }
     # whole batches are shared out, so that each is computed as a single process would
     batch = min(calibration.batch or batch_size(length), len(windows) // ranks.size)

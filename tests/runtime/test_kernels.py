@@ -95,6 +95,14 @@ def test_gram_matrices_of_other_inputs_or_with_other_kernels_are_left_to_torch(m
     assert not gram.any()
 
 
+def test_the_kernel_of_gram_matrices_is_named_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    half, single, processor = torch.bfloat16, torch.float32, torch.device("cpu")
+    for name in KERNELS:
+        monkeypatch.setattr(kernels, "chosen", lambda name=name: kernels_called(name))
+        assert kernels.gram_kernel(half, processor) == (name if name == "avx512-bf16" else "torch")
+        assert {kernels.gram_kernel(single, processor), kernels.gram_kernel(half, torch.device("cuda"))} == {"torch"}
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_large_weights_go_in_parts_and_tiles(name: str) -> None:
     torch.manual_seed(0)

@@ -162,6 +162,15 @@ def test_any_method_can_be_given_the_search(asked: dict[str, Any], tmp_path: Pat
     assert first == [[2, 0], [48, 0]], "the block that is skipped stays whole"
 
 
+@pytest.mark.parametrize("part", ["tune", "compensate"])
+def test_a_search_that_drops_blocks_follows_no_dense_model(part: str, asked: dict[str, Any], tmp_path: Path) -> None:
+    method = "search-llm+blockwise" if part == "tune" else "search-llm"
+    parts = {"search": {**SEARCH, "dropped": 1}, "budget": {"shape": "free"}, part: {"target": "dense"}}
+    with pytest.raises(InputError, match=rf"search\.dropped=1 lets whole blocks go, and {part}\.target=dense follows"):
+        prunekit.prune(**{**asked, "method": method, "parts": parts}, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_plan_says_what_a_search_takes(asked: dict[str, Any]) -> None:
     recipe = prunekit.recipe.Recipe.build({**asked, "model": str(asked["model"])})
     made = prunekit.plan(recipe)

@@ -166,6 +166,34 @@ def test_tuned_towards_the_dense_model_whole_blocks_make_up_for_what_went_before
     assert far["dense"] < 0.95 * far["own"]
 
 
+@pytest.mark.parametrize("method", ["magnitude-sp", "planned"])
+@pytest.mark.parametrize("budget", [None, 1])
+def test_the_dense_model_is_followed_where_nothing_is_measured(
+    method: str, budget: int | None, tmp_path: Path, text: Path
+) -> None:
+    # a plan that no block's statistics have a say in, and a block that loses nothing but a whole sublayer
+    tiny.save_model(tmp_path / "model", "llama", num_hidden_layers=4)
+    model, _, structures, plan = read_plan(
+        tmp_path / "model", shrink(tmp_path / "model", tmp_path / "cut", text, "magnitude-sp").out
+    )
+    content = plan.to_json(structures)
+    content["blocks"][0] = {"self_attn.o_proj": {**content["blocks"][0]["self_attn.o_proj"], "kept": []}}
+    (tmp_path / "plan.json").write_text(json.dumps(content), encoding="utf-8")
+    asked: dict[str, Any] = {"plan": tmp_path / "plan.json", "ratio": None} if method == "planned" else {}
+    ids, _ = tiny_windows(tmp_path / "model", text)
+    far: dict[str, list[float]] = {}
+    for name, added, tune in [("cut", "", {}), *((each, "+blockwise", {"target": each}) for each in ("own", "dense"))]:
+        parts = {"tune": {**tune, "rate": 0.02, "epochs": 4}} if added else {}
+        more = {**asked, "parts": parts, "calibration": {"batch": 1}, "memory_budget": budget}
+        shrink(tmp_path / "model", tmp_path / name, text, method + added, overwrite=True, **more)
+        found = prunekit.load(tmp_path / name, dtype="float32")
+        with torch.no_grad():
+            ours, whole = (each(ids, output_hidden_states=True).hidden_states for each in (found, model))
+        far[name] = [float((mine - dense).norm()) for mine, dense in zip(ours, whole, strict=True)]
+    assert far["dense"][-1] < 0.95 * min(far["own"][-1], far["cut"][-1])
+    assert far["dense"][1] < 0.95 * far["cut"][1], "the first block makes up for what it lost itself"
+
+
 def tiny_windows(folder: Path, text: Path) -> tuple[Tensor, str]:
     from prunekit.calibration.text import documents
     from prunekit.calibration.windows import calibration_windows, load_tokenizer, token_hash

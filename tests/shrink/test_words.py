@@ -202,7 +202,10 @@ def test_given_widths_are_said_and_repeated_without_a_ratio(place: Path, tmp_pat
         (["--align", "8"], r"'budget.align' is for methods that remove structures \(random, "),
         (["--method", "wanda-sp", "--ratio", "0.3", *WIDTHS], "both say how much goes"),
         (["--method", "wanda-sp", *WIDTHS], "is given the numbers that stay: say --set budget.mlp=N"),
-        (["--method", "wanda-sp", "--ratio", "0.0001"], r"a unit has 96 or more: with align 1 none goes"),
+        (
+            ["--method", "wanda-sp", "--ratio", "0.0001"],
+            r"a unit has 96 or more and goes from every block alike: with align 1 none goes; ask for more, or add --shape free",
+        ),
         (["--method", "wanda-sp", "--ratio", "0.9"], r"ask for at most 0\.78"),
         (["--method", "llm-pruner", "--ratio", "0.9"], "skip fewer blocks, or remove whole blocks"),
         (["--method", "shortgpt", "--ratio", "0.05"], r"of 7 blocks is less than half of one: ask for 0\.143 or more"),

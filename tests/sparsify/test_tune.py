@@ -174,13 +174,16 @@ def test_a_folder_is_tuned_to_the_bits_of_the_model_in_memory(tmp_path: Path, te
     assert prunekit.inspect(tmp_path / "out").sound
 
 
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])  # which reads nothing itself
 @pytest.mark.parametrize("target", ["own", "dense"])
-def test_what_is_wanted_is_the_whole_blocks_output_here_or_the_dense_models(target: str) -> None:
+def test_what_is_wanted_is_the_whole_blocks_output_here_or_the_dense_models(target: str, method: str) -> None:
     # by hand: every block of a pruned copy descends towards what the dense block gives, fed by the pruned or by the dense ones
     ids = torch.randint(0, tiny.VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(0))
     model, dense, mine = tiny.make_model("llama"), tiny.make_model("llama"), tiny.make_model("llama")
-    asked: dict[str, Any] = {"method": "wanda+blockwise", "sparsity": 0.5, "calibration": {"batch": 2}}
-    prunekit.prune_(model, ids, parts={"tune": {"rate": 0.05, "target": target}}, **asked)
+    asked: dict[str, Any] = {"method": f"{method}+blockwise", "sparsity": 0.5, "calibration": {"batch": 2}}
+    result = prunekit.prune_(model, ids, parts={"tune": {"rate": 0.05, "target": target}}, **asked)
+
+    assert result.windows == 4
 
     def fed(whose: nn.Module, index: int) -> list[tuple[Tensor, dict[str, Any]]]:
         found: list[tuple[Tensor, dict[str, Any]]] = []
@@ -217,6 +220,20 @@ def test_what_is_wanted_is_the_whole_blocks_output_here_or_the_dense_models(targ
         )
         for name, tuned in layer.named_parameters():
             torch.testing.assert_close(ours.get_parameter(name), tuned, rtol=1e-3, atol=1e-5, msg=f"{index} {name}")
+
+
+@pytest.mark.parametrize("target", ["own", "dense"])
+def test_a_block_that_is_left_dense_stays_as_it_is(target: str) -> None:
+    model, before = tiny.make_model("llama"), tiny.make_model("llama")
+    ids = torch.randint(0, tiny.VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(0))
+    parts = {"budget": {"ignore": ["model.layers.1.*"]}, "tune": {"target": target}}
+    prunekit.prune_(model, ids, method="wanda+blockwise", parts=parts)
+    moved = {
+        int(name.split(".")[2])
+        for (name, new), old in zip(model.named_parameters(), before.named_parameters(), strict=True)
+        if not torch.equal(new, old[1])
+    }
+    assert moved == set(range(len(model.model.layers))) - {1}
 
 
 def test_what_is_left_dense_is_not_tuned() -> None:

@@ -121,13 +121,20 @@ class TorchKernels:
         unpack(out, keep, packed.values[packed.offsets[begin] : packed.offsets[end]])
 
 
+def gram_kernel(dtype: torch.dtype, device: torch.device) -> str:
+    """The name of the kernels that sum gram matrices of inputs of a dtype, `torch` where that does it itself."""
+    if dtype is not torch.bfloat16 or device.type != "cpu" or chosen().name != "avx512-bf16":
+        return FALLBACK
+    return chosen().name
+
+
 def add_gram(gram: Tensor, rows: Tensor) -> bool:
     """Add Σ x xᵀ over some rows x to the lower triangle of `gram`; what stands above it is then no longer of use.
 
     Sums are float32, and the same whatever the number of threads. Shapes: gram [in, in] float32, rows [tokens, in]. Returns False, and
     has done nothing, where the kernels in use have none for rows of their kind: it takes bfloat16 products, with float32 sums.
     """
-    if rows.dtype is not torch.bfloat16 or rows.device.type != "cpu" or chosen().name != "avx512-bf16":
+    if gram_kernel(rows.dtype, rows.device) == FALLBACK:
         return False
     library, rows = _library(), rows.contiguous()
     assert library is not None

@@ -23,6 +23,7 @@ from .units import ATTENTION, MLP, Structure
 
 Shape = Literal["uniform", "free"]
 Only = Literal["all", "attention", "mlp"]
+_BETWEEN = ("gamma", "attention_scale")  # options that weigh groups of heads against channels
 Counts = list[dict[str, int]]
 Scores = Sequence[Mapping[str, Tensor]]
 
@@ -59,18 +60,30 @@ class Demand:
 
 @unit_budget(even=True)
 def uniform(demand: Demand) -> Counts:
-    """The same share of every block: whole groups of heads as far as the ratio goes, and channels for the rest."""
+    """The same share of every block: whole groups of heads as far as the ratio goes, and channels for the rest.
+
+    Without channels, what whole groups leave of a block or take too much is the next one's.
+    """
     counts: Counts = [{} for _ in demand.structures]
     open_blocks = [block for block in demand.structures if block]
+    left = Fraction(0)
     share = Fraction(demand.target, max(1, sum(demand.parameters[block[0].block] for block in open_blocks)))
     for block in open_blocks:
         wanted = share * demand.parameters[block[0].block]
-        counts[block[0].block] = _filled(block, demand, wanted, {})
+        if any(each.kind == MLP for each in block):
+            counts[block[0].block] = _filled(block, demand, wanted, {})
+            continue
+        left += wanted
+        for each in block:
+            most = each.count - demand.least_of(each)
+            gone = min(max(round(left / each.cost), 0), most)
+            counts[each.block][each.name] = each.count - gone
+            left -= gone * each.cost
     return counts
 
 
 def _filled(block: Sequence[Structure], demand: Demand, wanted: Fraction, kept: Mapping[str, int]) -> dict[str, int]:
-    """Counts of one block that remove `wanted` parameters as nearly as whole units can.
+    """Counts of one block with channels that remove `wanted` parameters as nearly as whole units can.
 
     Of groups `kept` stay, or fewer where channels alone cannot do it.
     """
@@ -271,7 +284,22 @@ class UnitBudget:
             raise InputError(
                 "'budget.skip_first' and 'budget.skip_last' leave some blocks wider than others: add --shape free, or set both to 0"
             )
-        return cls(part, part.bind({**(defaults if name == method.budget else {}), **own}), **cast(Any, given))
+        bound = part.bind({**(defaults if name == method.budget else {}), **own})
+        if given["only"] != "all":
+            for key, usual in part.bind({}).items():
+                if key in _BETWEEN and bound[key] != usual:
+                    raise InputError(
+                        f"'budget.{key}' weighs groups of heads against channels, and with 'budget.only={given['only']}' those of one "
+                        "kind alone go: leave out one of them"
+                    )
+        if given["only"] == ATTENTION:
+            if (options or {}).get("align", 1) != 1:
+                raise InputError(
+                    f"'budget.align' is {given['align']}, and with 'budget.only={ATTENTION}' channels stay as they are: leave out "
+                    "one of them"
+                )
+            given["align"] = 1  # whatever the method's default is
+        return cls(part, bound, **cast(Any, given))
 
     @property
     def scored(self) -> bool:
@@ -330,9 +358,11 @@ class UnitBudget:
         )
         if target and not gone and not self.part.given:
             least = min(each.cost for each in demand.each())
+            even = " and goes from every block alike" if self.shape == "uniform" else ""
             raise InputError(
-                f"ratio {float(ratio):g} asks for {target:,} parameters of {len(structures)} blocks, and a unit has {least:,} or more: "
-                f"with align {self.align} none goes; ask for more"
+                f"ratio {float(ratio):g} asks for {target:,} parameters of {len(structures)} blocks, and a unit has {least:,} or "
+                f"more{even}: with align {self.align} none goes; ask for more"
+                + (", or add --shape free" if even else "")
             )
         return counts
 

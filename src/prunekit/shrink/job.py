@@ -231,6 +231,12 @@ def _refuse_search(recipe: Recipe, shrinker: Shrinker) -> None:
     search, score = shrinker.search, shrinker.score
     assert search is not None
     assert score is not None
+    dropped = search.options.get("dropped")
+    if dropped and shrinker.follows:
+        raise InputError(
+            f"search.dropped={dropped} lets whole blocks go, and {shrinker.follows} follows the dense model block by block: leave "
+            "one of them out"
+        )
     varied = search.part.varies
     if varied is not None and (score.part.function is not varied or score.options != score.part.bind({})):
         raise InputError(

@@ -179,7 +179,16 @@ class ShrinkWalk(BlockWalk):
             if f"{each.consumer.full_name}.bias" not in names
         ]
         added = sum(each.consumer.out_features for each in new) + self._zeros
-        return Rehearsal(self._removed_by(plan) - added, passes, self._removed_outside)
+        losing = [
+            place for place, block in enumerate(self.blocks) if self._loses(block.index, plan.blocks[block.index])
+        ]
+        first = losing[0] if losing else 0
+        tuned = len(self.blocks) - first if self.shrinker.tunes_to_dense else len(losing)
+        removed = self._removed_by(plan) - added
+        return Rehearsal(removed, passes, self._removed_outside, tried=first, tuned=tuned)
+
+    def _loses(self, index: int, kept: Kept | None) -> bool:
+        return kept is None or any(len(kept[each.name]) < each.count for each in self.structures[index])
 
     @property
     def _passes_of_search(self) -> float:
@@ -413,7 +422,7 @@ class ShrinkWalk(BlockWalk):
                 shifts = {each.name: self._cut(each, module, stored, statistics[each.name]) for each in lost}
                 given = (self.biases.get(each.consumer.full_name) for each in lost)
                 self.added[block.index] = sum(bias.numel() for bias in given if bias is not None)
-            if self.shrinker.tune is not None and (lost or self._strayed(block)):
+            if self.shrinker.tune is not None and self._strayed(block):
                 assert wanted is not None
                 with self.seconds.timed("tune"):
                     self._tune(block, module, stored, wanted)
@@ -430,11 +439,9 @@ class ShrinkWalk(BlockWalk):
             return self._reports(block, stored, errors, time.perf_counter() - begun)
 
     def _strayed(self, block: Block) -> bool:
-        """Whether tuning a block that stays whole can make up for what went before it."""
-        before = (each for index in self.kept if index < block.index for each in self.structures[index])
-        return self.shrinker.tunes_to_dense and any(
-            len(self.kept[each.block][each.name]) < each.count for each in before
-        )
+        """Whether there is something tuning can make up for: in this block, or towards the dense model before it, too."""
+        first = 0 if self.shrinker.tunes_to_dense else block.index
+        return any(self._loses(index, kept) for index, kept in self.kept.items() if first <= index <= block.index)
 
     def _reports(self, block: Block, stored: Stored, errors: Mapping[str, float], seconds: float) -> list[LinearReport]:
         """What became of every linear of a block; the seconds it took are shared among those that were refitted."""

@@ -58,8 +58,8 @@ class Sparsification:
 
     @property
     def looks_at_data(self) -> bool:
-        """Whether a part reads statistics."""
-        return bool(self.sparsifier.needs | self.budget.part.needs)
+        """Whether a part reads statistics or runs blocks."""
+        return bool(self.sparsifier.needs | self.budget.part.needs) or self.sparsifier.tune is not None
 
     @property
     def resolved(self) -> dict[str, dict[str, Any]]:
@@ -230,6 +230,8 @@ class SparsifyWalk(BlockWalk):
         part = self.sparsifier.tune
         assert part is not None
         pruned = {f"{linear.name}.weight": linear for linear in block.linears if self.patterns[linear.full_name]}
+        if not pruned:
+            return
         with torch.inference_mode():
             for name, (tuned, keep) in self._descend(part, block, module, pruned, wanted).items():
                 linear = pruned[name]
