@@ -221,8 +221,17 @@ def test_resume_with_other_kernels_is_refused_where_they_would_sum(
     setting: Setting, begun: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("prunekit.pruning.gram_kernel", lambda dtype, device: "another")
-    with pytest.raises(InputError, match=r'machine\.gram_kernel is "torch" there and "another" here'):
+    with pytest.raises(InputError, match=r'gram_kernel is "torch" there and "another" here'):
         setting.run(begun, resume=True)
+
+
+def test_a_folder_of_before_something_counted_is_refused_in_a_sentence(setting: Setting, out: Path) -> None:
+    setting.run(out)
+    manifest = json.loads((out / MANIFEST_NAME).read_text(encoding="utf-8"))
+    del manifest["gram_kernel"]
+    (out / MANIFEST_NAME).write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(InputError, match=r'gram_kernel is null there and "torch" here'):
+        setting.run(out, resume=True)
 
 
 @pytest.mark.parametrize("content", ["", "not json", "[]", '{"identity": {}}'])

@@ -311,7 +311,8 @@ def _prepare(recipe: Recipe, folder: Path, memory_budget: int | None, progress: 
         "calibration_tokens": token_hash(windows),
         "versions": machine.versions(),
         # sums are taken in another order on another processor, with another number of threads or other kernels
-        "machine": {**machine.describe(), "gram_kernel": gram_kernel(source.dtype, source.device)},
+        "machine": machine.describe(),
+        "gram_kernel": gram_kernel(source.dtype, source.device),
     }
     # whole batches are shared out, so that each is computed as a single process would
     batch = min(calibration.batch or batch_size(length), len(windows) // ranks.size)
@@ -370,7 +371,7 @@ def _finished(out: Path, identity: dict[str, Any]) -> Result | None:
         if manifest.get(key) is not None:
             raise InputError(f"'{out}' is what {verb} wrote, not prune: choose another --out")
     recipe = {name: value for name, value in manifest["recipe"].items() if name not in _PATHS}
-    refuse_other(out, {**{name: manifest[name] for name in identity}, "recipe": recipe}, identity)
+    refuse_other(out, {**{name: manifest.get(name) for name in identity}, "recipe": recipe}, identity)
     changed = changed_files(out, manifest)
     if changed:
         raise InputError(
