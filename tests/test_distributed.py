@@ -163,8 +163,10 @@ def test_two_processes_refit_and_measure_as_one_does(folder: Path) -> None:
     scenarios["gradients"] = options(folder, folder / "pair-gradients", method="nirvana", ratio=0.3)
     scenarios["sliced"] = options(folder, folder / "pair-sliced", method="slicegpt", ratio=0.2)
     scenarios["permuted"] = options(folder, folder / "pair-permuted", method="wanda", pattern="2:4", parts=parts)
-    followed = {"tune": {"target": "dense"}}
-    scenarios["tuned"] = options(folder, folder / "pair-tuned", method="wanda+blockwise", parts=followed)
+    for target in ("own", "dense"):
+        aims = {"tune": {"target": target}}
+        out = folder / f"pair-tuned-{target}"
+        scenarios[f"tuned-{target}"] = options(folder, out, method="wanda+blockwise", parts=aims)
     told = together(folder, 2, scenarios)
     for name, changes in kinds.items():
         assert "zeros" in told[0][name], told[0][name]
@@ -194,8 +196,9 @@ def test_two_processes_refit_and_measure_as_one_does(folder: Path) -> None:
     assert told[0]["permuted"]["permuted"] == 6
     assert prunekit.inspect(folder / "pair-permuted").sound
     # a step of tuning sees a batch of either process: other weights than one process has, but the same everywhere
-    assert told[0]["tuned"] == told[1]["tuned"]
-    assert told[0]["tuned"]["verification"]["difference"] <= told[0]["tuned"]["verification"]["tolerance"]
+    for tuned in ("tuned-own", "tuned-dense"):
+        assert told[0][tuned] == told[1][tuned]
+        assert told[0][tuned]["verification"]["difference"] <= told[0][tuned]["verification"]["tolerance"]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
