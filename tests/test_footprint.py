@@ -45,6 +45,18 @@ def test_figures_are_those_of_the_model(family: str, changes: dict[str, Any], tm
         assert found.pattern == "unstructured"
 
 
+def test_what_is_left_of_a_dropped_sublayer_weighs_nothing(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    calibration = {"source": str(text_file), "samples": 4, "length": 32}
+    what = {"depth": {"what": "attention"}}
+    out = tmp_path / "dropped"
+    result = prunekit.prune(llama_folder, out=out, method="drop", ratio=0.1, calibration=calibration, parts=what)
+    assert result.removed > 0
+    found, whole = footprint(out), footprint(llama_folder)
+    assert found.parameters == whole.parameters - result.removed
+    assert found.nonzero == whole.nonzero - result.removed
+    assert found.flops < whole.flops
+
+
 def test_compression_is_that_of_zlib(llama_folder: Path) -> None:
     tensors = load_file(llama_folder / "model.safetensors")
     whole = b"".join(tensors[name].numpy().tobytes() for name in tensors)

@@ -68,7 +68,8 @@ def measure_footprint(source: StreamedModel) -> Footprint:
     for name, parameter in source.module.named_parameters():
         key = next(source.key_of[alias] for alias in ties.get(name, [name]) if alias in source.key_of)
         tensor = reader.read([key])[key]
-        zeros[id(parameter)] = count_zeros(tensor.reshape(len(tensor) if tensor.ndim else 1, -1))
+        matrix = tensor if tensor.ndim > 1 else tensor.reshape(1, tensor.numel())
+        zeros[id(parameter)] = count_zeros(matrix.flatten(end_dim=-2))
         if name not in linears:
             continue
         inside += zeros[id(parameter)]
