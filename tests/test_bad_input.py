@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from helpers import contents, edit_config
+from prunekit.errors import InputError
+from prunekit.recipe import Recipe
 from test_cli import Done, call
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -133,6 +135,23 @@ def test_options(options: dict[str, object], named: list[str], case: Case, monke
     case.options = options
     assert_refused(case.prune(), *named)
     assert not case.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"metod": "wanda"}, "'metod' is not a name a recipe has at that place: did you mean 'method'? Known: "),
+        ({"samples": 4}, "'samples' is not a name .*: write it under calibration, like calibration.samples"),
+        ({"shape": "free"}, "'shape' is not a name .*: write it under parts, like parts.budget.shape"),
+        (
+            {"calibration": {"sampels": 4}},
+            "'calibration.sampels' is not a name .*: did you mean 'samples'? Known: batch,",
+        ),
+    ],
+)
+def test_names_that_a_recipe_does_not_have(values: dict[str, object], named: str) -> None:
+    with pytest.raises(InputError, match=named.replace("?", r"\?")):
+        Recipe.build({"model": "M", "method": "wanda", **values})
 
 
 def test_cuda_where_there_is_none(case: Case) -> None:

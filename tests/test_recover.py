@@ -605,7 +605,7 @@ def test_a_lost_zero_is_found_and_nothing_loads_the_folder(
         ({"data": "nowhere.txt"}, r"text 'nowhere\.txt' is neither a file"),
         ({"dtype": "float16"}, "gradients do not fit into float16"),
         ({"rank": 0}, "rank cannot be 0: input should be greater than or equal to 1"),
-        ({"rnak": 4}, "'rnak' is not a name a recovery has"),
+        ({"rnak": 4}, "'rnak' is not a name a recovery has at that place: did you mean 'rank'"),
         ({"rate": 1e9}, "loss .* in step .*: try --dtype float32, or a smaller --rate"),
     ],
 )

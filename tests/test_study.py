@@ -409,7 +409,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"study": {"rows": "varian"}}, "rows of the study is 'varian', which is no axis of its grid: did you mean 'variant'?"),
     ({"study": {"over": "pattern"}}, "axis 'pattern' is named twice"),
     ({"study": {"plot": "pie"}}, 'plot cannot be "pie"'),
-    ({"study": {"titel": "x"}}, "'titel' is not a name a study has"),
+    ({"study": {"titel": "x"}}, "'titel' is not a name a study has at that place: did you mean 'title'?"),
     ({"study": {"value": "speed"}}, 'value cannot be "speed"'),
     ({"study": {"claims": [{"claim": "c", "less": ["a", 0.5], "than": ["c", 0.5]}]}}, "row 'c', which its table does not have"),
     ({"study": {"claims": [{"claim": "c", "less": ["a", 0.6], "than": ["b", 0.5]}]}}, "column '0.6', which its table"),
@@ -423,7 +423,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"grid": BASE | {"variant": [{"label": "a", "metod": "ria"}]}}, "'metod' of case 'a' is not a name of a recipe"),
     ({"grid": BASE | {"variant": [{"label": "a", "method": "wonda"}]}}, "combination (variant=a, pattern=0.5): method 'wonda'"),
     ({"grid": {"zeros": [{"label": "a"}]}}, "the name of a column"),
-    ({"evaluate": {"text": "builtin:eval", "sample": 3}}, "'evaluate.sample' is not a name"),
+    ({"evaluate": {"text": "builtin:eval", "sample": 3}}, "a grid has at that place: did you mean 'samples'?"),
     ({"evaluate": 5}, "evaluate cannot be 5"),
     ({"calibration": {"source": "speeches"}}, "say where it lies with --calibration speeches=FILE"),
 ]  # fmt: skip

@@ -48,10 +48,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import InputError, nearest
 from .jobs import check_options
-from .recipe import Calibration, Recipe, first_sentence
+from .recipe import Recipe, first_sentence, recipe_names
 from .report.table import COLUMNS
 
-_SECTIONS = ("calibration", "parts")
 _OVERRIDES = "parts.budget.overrides."  # a glob follows, which may hold dots
 _LONGEST_NAME = 100
 
@@ -122,7 +121,7 @@ class Grid(BaseModel):
         try:
             return cls.model_validate({"base": base, "axes": axes, "evaluate": values.get("evaluate")})
         except ValidationError as problem:
-            raise InputError(first_sentence(problem, "a grid")) from None
+            raise InputError(first_sentence(problem, cls, "a grid")) from None
 
     def combinations(self) -> list[Combination]:
         """The product of the axes in the file's order, the last axis varying fastest.
@@ -251,12 +250,11 @@ def _check_axis(name: str, given: Any) -> None:
 
 
 def _check_name(name: str, what: str) -> None:
-    fields = [field for field in Recipe.model_fields if field not in _SECTIONS]
-    known = [*fields, *(f"calibration.{field}" for field in Calibration.model_fields)]
+    known = recipe_names()
     steps = _steps(name)
     if name in known or (steps[0] == "parts" and len(steps) > 2 and all(steps)):
         return
-    hint = "it is written parts.PART.OPTION" if steps[0] == "parts" else nearest(name, [*known, "parts.PART.OPTION"])
+    hint = "it is written parts.PART.OPTION" if steps[0] == "parts" else nearest(name, known)
     raise InputError(f"{what} is not a name of a recipe: {hint}")
 
 

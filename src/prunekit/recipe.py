@@ -22,6 +22,7 @@ import json
 import re
 import shlex
 import sys
+import typing
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -31,7 +32,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .catalogue import GIVEN_BUDGETS, METHODS, Method, find_method
-from .errors import InputError
+from .errors import InputError, nearest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -45,6 +46,8 @@ KINDS = {
     "shrink": ("score", "budget", "compensate", "tune", "depth", "width", "search"),
 }
 DEFAULT_RATIO = 0.2
+# options of budgets that the command line has names of their own for
+SHAPES = ("shape", "align")
 
 
 class _Yaml(yaml.SafeLoader):
@@ -189,7 +192,7 @@ class Recipe(_Section):
                 f"ratio {self.ratio} is for methods that remove structures; '{method.name}' zeroes single weights: "
                 f"use --sparsity or --pattern, or one of the others ({_removing()})"
             )
-        for name in ("shape", "align"):
+        for name in SHAPES:
             if method.kind == "sparsify" and name in self.parts.get("budget", {}):
                 raise ValueError(
                     f"'budget.{name}' is for methods that remove structures ({_removing()}); '{method.name}' zeroes single weights"
@@ -281,7 +284,7 @@ class Recipe(_Section):
         try:
             return cls.model_validate(values)
         except ValidationError as problem:
-            raise InputError(first_sentence(problem)) from None
+            raise InputError(first_sentence(problem, cls, "a recipe")) from None
 
     @classmethod
     def read(cls, path: Path) -> dict[str, Any]:
@@ -371,16 +374,40 @@ def assign(values: dict[str, Any], setting: str) -> None:
     section[option] = value
 
 
-def first_sentence(problem: ValidationError, holder: str = "a recipe") -> str:
-    """What a person is told of a failed validation: the first thing that is wrong, in one sentence."""
+def recipe_names() -> list[str]:
+    """The names a recipe has, those of `Calibration` with their section."""
+    own = [name for name in Recipe.model_fields if name not in ("calibration", "parts")]
+    return [*own, *(f"calibration.{name}" for name in Calibration.model_fields), "parts.PART.OPTION"]
+
+
+def first_sentence(problem: ValidationError, model: type[BaseModel], holder: str) -> str:
+    """What a person is told of a failed validation of `model`: the first thing that is wrong, in one sentence."""
     error = problem.errors()[0]
     where = ".".join(str(step) for step in error["loc"])
     if error["type"] == "value_error":
         return str(error["ctx"]["error"]) if "ctx" in error else str(error["msg"])
     if error["type"] == "extra_forbidden":
-        home = f": write it under calibration, like calibration.{where}" if where in Calibration.model_fields else ""
-        return f"'{where}' is not a name {holder} has at that place{home}"
+        name = str(error["loc"][-1])
+        section = model
+        for step in error["loc"][:-1]:
+            section = _held(section.model_fields[str(step)].annotation)
+        if section is Recipe and name in Calibration.model_fields:
+            home = f"write it under calibration, like calibration.{name}"
+        elif section is Recipe and name in SHAPES:
+            home = f"write it under parts, like parts.budget.{name}"
+        else:
+            home = nearest(name, recipe_names() if section is Recipe else section.model_fields)
+        return f"'{where}' is not a name {holder} has at that place: {home}"
     if error["type"] == "missing":
         return f"'{where}' is missing: name it on the command line or in the recipe file"
     value = json.dumps(error["input"], default=str)
     return f"{where} cannot be {value}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _held(annotation: Any) -> type[BaseModel]:
+    """The section that a field holds, which it may also leave out."""
+    return next(
+        kind
+        for kind in (annotation, *typing.get_args(annotation))
+        if isinstance(kind, type) and issubclass(kind, BaseModel)
+    )

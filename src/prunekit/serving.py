@@ -45,7 +45,7 @@ class Limits(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as problem:
-            raise InputError(first_sentence(problem, "a server")) from None
+            raise InputError(first_sentence(problem, cls, "a server")) from None
 
 
 def serve_model(

@@ -200,7 +200,7 @@ def read_study(
     try:
         options = StudyOptions.model_validate(section)
     except ValidationError as problem:
-        raise InputError(f"[study] of '{path}': {first_sentence(problem, 'a study')}") from None
+        raise InputError(f"[study] of '{path}': {first_sentence(problem, StudyOptions, 'a study')}") from None
     values.setdefault("evaluate", {})
     if model is not None:
         values["model"] = model

@@ -61,7 +61,7 @@ def test_logits_that_are_no_numbers_are_an_error(value: float, temperature: floa
         ({"seed": 2**63}, "seed cannot be"),
         ({"stop": ("",)}, 'stop.0 cannot be ""'),
         ({"stop": ("a",) * 17}, "stop cannot be"),
-        ({"top_k": 5}, "'top_k' is not a name a generation has"),
+        ({"top_k": 5}, "'top_k' is not a name a generation has at that place: did you mean 'top_p'"),
     ],
 )
 def test_what_cannot_be_is_refused(values: dict[str, object], words: str) -> None:

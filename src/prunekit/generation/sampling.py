@@ -50,7 +50,7 @@ class Sampling(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as problem:
-            raise InputError(first_sentence(problem, "a generation")) from None
+            raise InputError(first_sentence(problem, cls, "a generation")) from None
 
 
 class Chooser:

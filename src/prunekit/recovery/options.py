@@ -54,7 +54,7 @@ class RecoveryOptions(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as problem:
-            raise InputError(first_sentence(problem, "a recovery")) from None
+            raise InputError(first_sentence(problem, cls, "a recovery")) from None
 
     @classmethod
     def of(cls, recovery: Mapping[str, Any]) -> RecoveryOptions:
