@@ -410,6 +410,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"study": {"over": "pattern"}}, "axis 'pattern' is named twice"),
     ({"study": {"plot": "pie"}}, 'plot cannot be "pie"'),
     ({"study": {"titel": "x"}}, "'titel' is not a name a study has at that place: did you mean 'title'?"),
+    (
+        {"study": {"claims": [{"claim": "c", "less": ["a", 0.5], "than": ["b", 0.5], "slak": 1}]}},
+        "'claims.0.slak' is not a name a study has at that place: did you mean 'slack'?",
+    ),
     ({"study": {"value": "speed"}}, 'value cannot be "speed"'),
     ({"study": {"claims": [{"claim": "c", "less": ["a", 0.5], "than": ["c", 0.5]}]}}, "row 'c', which its table does not have"),
     ({"study": {"claims": [{"claim": "c", "less": ["a", 0.6], "than": ["b", 0.5]}]}}, "column '0.6', which its table"),

@@ -42,23 +42,22 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from .errors import InputError, nearest
 from .jobs import check_options
-from .recipe import Recipe, first_sentence, recipe_names
+from .recipe import Recipe
 from .report.table import COLUMNS
+from .settings import Section
 
 _OVERRIDES = "parts.budget.overrides."  # a glob follows, which may hold dots
 _LONGEST_NAME = 100
 
 
-class EvaluationOptions(BaseModel):
+class EvaluationOptions(Section):
     """How every result of a grid is evaluated; the same names and defaults as `prunekit eval`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     text: str = Field("builtin:eval", description="file, folder, preset or hf:ID[:split[:field]]")
     length: int | None = Field(None, ge=2, description="tokens per window; default as for calibration")
@@ -80,7 +79,7 @@ class Combination:
     recipe: Recipe
 
 
-class Grid(BaseModel):
+class Grid(Section):
     """Recipes that differ along some axes.
 
     Attributes:
@@ -89,7 +88,7 @@ class Grid(BaseModel):
         evaluate: how to evaluate what comes out; None = not at all.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    holder: ClassVar[str] = "a grid"
 
     base: dict[str, Any]
     axes: dict[str, list[Any]]
@@ -118,10 +117,7 @@ class Grid(BaseModel):
             )
         if "model" not in base and "model" not in axes:
             raise InputError("the grid names no model: write `model = ...` at its top, or an axis `model = [...]`")
-        try:
-            return cls.model_validate({"base": base, "axes": axes, "evaluate": values.get("evaluate")})
-        except ValidationError as problem:
-            raise InputError(first_sentence(problem, cls, "a grid")) from None
+        return super().build({"base": base, "axes": axes, "evaluate": values.get("evaluate")})
 
     def combinations(self) -> list[Combination]:
         """The product of the axes in the file's order, the last axis varying fastest.
@@ -250,7 +246,7 @@ def _check_axis(name: str, given: Any) -> None:
 
 
 def _check_name(name: str, what: str) -> None:
-    known = recipe_names()
+    known = Recipe.names()
     steps = _steps(name)
     if name in known or (steps[0] == "parts" and len(steps) > 2 and all(steps)):
         return

@@ -22,17 +22,17 @@ import json
 import re
 import shlex
 import sys
-import typing
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .catalogue import GIVEN_BUDGETS, METHODS, Method, find_method
 from .errors import InputError, nearest
+from .settings import Section
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -106,11 +106,7 @@ class Pattern:
         return decimal if Fraction(decimal) == self.fraction else str(self.fraction)  # 1/3 has no decimal form
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Calibration(_Section):
+class Calibration(Section):
     """The text the statistics are measured on."""
 
     source: str = Field("builtin", description="file, folder, preset or hf:ID[:split[:field]]")
@@ -134,8 +130,10 @@ class Calibration(_Section):
     )
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """What to prune, how, and on which text. Two equal recipes on equal inputs give equal bytes."""
+
+    holder: ClassVar[str] = "a recipe"
 
     model: str = Field(description="folder, hub id, or smollm2-135m")
     method: str = Field(description="a row of `prunekit methods`")
@@ -279,12 +277,19 @@ class Recipe(_Section):
         return "\n".join(lines) + "\n"
 
     @classmethod
-    def build(cls, values: dict[str, Any]) -> Recipe:
-        """Validate `values` into a Recipe. Raises `InputError` with the first thing that is wrong."""
-        try:
-            return cls.model_validate(values)
-        except ValidationError as problem:
-            raise InputError(first_sentence(problem, cls, "a recipe")) from None
+    def names(cls) -> list[str]:
+        """The names a recipe has, those of `Calibration` with their section."""
+        own = [name for name in cls.model_fields if name not in ("calibration", "parts")]
+        return [*own, *(f"calibration.{name}" for name in Calibration.model_fields), "parts.PART.OPTION"]
+
+    @classmethod
+    def home(cls, name: str) -> str:
+        """What to write in the place of a name that no recipe has at its top."""
+        if name in Calibration.model_fields:
+            return f"write it under calibration, like calibration.{name}"
+        if name in SHAPES:
+            return f"write it under parts, like parts.budget.{name}"
+        return nearest(name, cls.names())
 
     @classmethod
     def read(cls, path: Path) -> dict[str, Any]:
@@ -372,42 +377,3 @@ def assign(values: dict[str, Any], setting: str) -> None:
                 f"--set '{setting}' does not fit the recipe file, where '{name}' is {section!r}, not a section"
             )
     section[option] = value
-
-
-def recipe_names() -> list[str]:
-    """The names a recipe has, those of `Calibration` with their section."""
-    own = [name for name in Recipe.model_fields if name not in ("calibration", "parts")]
-    return [*own, *(f"calibration.{name}" for name in Calibration.model_fields), "parts.PART.OPTION"]
-
-
-def first_sentence(problem: ValidationError, model: type[BaseModel], holder: str) -> str:
-    """What a person is told of a failed validation of `model`: the first thing that is wrong, in one sentence."""
-    error = problem.errors()[0]
-    where = ".".join(str(step) for step in error["loc"])
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"]) if "ctx" in error else str(error["msg"])
-    if error["type"] == "extra_forbidden":
-        name = str(error["loc"][-1])
-        section = model
-        for step in error["loc"][:-1]:
-            section = _held(section.model_fields[str(step)].annotation)
-        if section is Recipe and name in Calibration.model_fields:
-            home = f"write it under calibration, like calibration.{name}"
-        elif section is Recipe and name in SHAPES:
-            home = f"write it under parts, like parts.budget.{name}"
-        else:
-            home = nearest(name, recipe_names() if section is Recipe else section.model_fields)
-        return f"'{where}' is not a name {holder} has at that place: {home}"
-    if error["type"] == "missing":
-        return f"'{where}' is missing: name it on the command line or in the recipe file"
-    value = json.dumps(error["input"], default=str)
-    return f"{where} cannot be {value}: {error['msg'][0].lower()}{error['msg'][1:]}"
-
-
-def _held(annotation: Any) -> type[BaseModel]:
-    """The section that a field holds, which it may also leave out."""
-    return next(
-        kind
-        for kind in (annotation, *typing.get_args(annotation))
-        if isinstance(kind, type) and issubclass(kind, BaseModel)
-    )

@@ -6,15 +6,15 @@ import ipaddress
 import socket
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from .errors import InputError, PrunekitError
 from .generating import open_engine
 from .generation.sampling import Tokens
 from .progress import Progress
-from .recipe import first_sentence
+from .settings import Section
 
 if TYPE_CHECKING:
     from .generation.engine import Engine
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .server.worker import Job
 
 
-class Limits(BaseModel):
+class Limits(Section):
     """What a server takes.
 
     Attributes:
@@ -32,20 +32,12 @@ class Limits(BaseModel):
         grace: seconds that what runs has left after the first signal.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    holder: ClassVar[str] = "a server"
 
     max_tokens: Tokens = 1024
     max_request_bytes: int = Field(1_000_000, ge=1)
     queue: int = Field(16, ge=0)
     grace: float = Field(10.0, ge=0, allow_inf_nan=False)
-
-    @classmethod
-    def build(cls, values: dict[str, Any]) -> Limits:
-        """Validate `values`. Raises `InputError` with the first thing that is wrong."""
-        try:
-            return cls.model_validate(values)
-        except ValidationError as problem:
-            raise InputError(first_sentence(problem, cls, "a server")) from None
 
 
 def serve_model(

@@ -35,14 +35,15 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from .calibration.text import is_source
 from .errors import InputError, nearest
 from .grid import Grid, is_case, label_of
-from .recipe import Recipe, assign, first_sentence
+from .recipe import Recipe, assign
+from .settings import Section
 
 DENSE = "dense"
 
@@ -50,11 +51,7 @@ Label = str | int | float
 Place = tuple[Label, Label]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Claim(_Section):
+class Claim(Section):
     """What a paper says of two places of the table: one perplexity is less than the other."""
 
     claim: str
@@ -63,7 +60,7 @@ class Claim(_Section):
     slack: float = Field(0.0, ge=0)
 
 
-class Published(_Section):
+class Published(Section):
     """A figure somebody has published; without a column it is that of the dense model."""
 
     model: str
@@ -73,8 +70,10 @@ class Published(_Section):
     source: str
 
 
-class StudyOptions(_Section):
+class StudyOptions(Section):
     """The section [study]."""
+
+    holder: ClassVar[str] = "a study"
 
     title: str
     about: str
@@ -198,9 +197,9 @@ def read_study(
             "`prunekit sweep`"
         )
     try:
-        options = StudyOptions.model_validate(section)
-    except ValidationError as problem:
-        raise InputError(f"[study] of '{path}': {first_sentence(problem, StudyOptions, 'a study')}") from None
+        options = StudyOptions.build(section)
+    except InputError as problem:
+        raise InputError(f"[study] of '{path}': {problem}") from None
     values.setdefault("evaluate", {})
     if model is not None:
         values["model"] = model

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from ..errors import InputError, PrunekitError
-from ..recipe import first_sentence
+from ..errors import PrunekitError
+from ..settings import Section
 
 # The types of fields here and in the requests a server takes: one set of limits for both.
 Tokens = Annotated[int, Field(ge=1)]
@@ -25,7 +25,7 @@ Stops = Annotated[tuple[Stop, ...], Field(max_length=16)]
 _GREEDY = 1e-6
 
 
-class Sampling(BaseModel):
+class Sampling(Section):
     """How text is generated.
 
     Attributes:
@@ -36,21 +36,13 @@ class Sampling(BaseModel):
         stop: strings that end the text, which then has what is before the first of them.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    holder: ClassVar[str] = "a generation"
 
     max_tokens: Tokens | None = None
     temperature: Temperature = 0.0
     top_p: TopP = 1.0
     seed: Seed | None = None
     stop: Stops = ()
-
-    @classmethod
-    def build(cls, values: dict[str, Any]) -> Sampling:
-        """Validate `values`. Raises `InputError` with the first thing that is wrong."""
-        try:
-            return cls.model_validate(values)
-        except ValidationError as problem:
-            raise InputError(first_sentence(problem, cls, "a generation")) from None
 
 
 class Chooser:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from ..errors import InputError
-from ..recipe import first_sentence
+from ..settings import Section
 
 _EPOCHS = 2
 _WARMUP = 100  # steps, or a tenth of all where that is less
 
 
-class RecoveryOptions(BaseModel):
+class RecoveryOptions(Section):
     """How a model is trained. Two recoveries with equal options on equal inputs give equal bytes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    holder: ClassVar[str] = "a recovery"
 
     data: str = Field(description="text source, as for calibration")
     steps: int | None = Field(None, ge=1, description=f"steps of the optimiser; default {_EPOCHS} times the windows")
@@ -47,14 +47,6 @@ class RecoveryOptions(BaseModel):
         if warmup is not None and warmup >= 1 and warmup != int(warmup):
             raise ValueError(f"warmup {warmup:g} is neither a whole number of steps nor a share below 1")
         return warmup
-
-    @classmethod
-    def build(cls, values: dict[str, Any]) -> RecoveryOptions:
-        """Validate `values`. Raises `InputError` with the first thing that is wrong."""
-        try:
-            return cls.model_validate(values)
-        except ValidationError as problem:
-            raise InputError(first_sentence(problem, cls, "a recovery")) from None
 
     @classmethod
     def of(cls, recovery: Mapping[str, Any]) -> RecoveryOptions:
