@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .catalogue import PARTS, UNIT_PARTS, Method
+from .catalogue import METHODS, PARTS, UNIT_PARTS, Method
 from .errors import InputError
 from .parts import Part, find_part
 
@@ -43,9 +43,16 @@ def bind(kind: str, method: Method, options: Mapping[str, Mapping[str, Any]]) ->
     if name is None or name == "none":
         if given:
             known = ", ".join({part: its for part, its in [*PARTS.items(), *UNIT_PARTS.items()] if its == kind})
+            others = ", ".join(
+                other for other, row in METHODS.items() if getattr(row, word) and row.kind == method.kind
+            )
             raise InputError(
                 f"'{word}.{next(iter(given))}' is an option of a {word} and method '{method.name}' has none: "
-                f"name one with --set {word}.name=... ({known})"
+                + (
+                    f"name one with --set {word}.name=... ({known})"
+                    if known
+                    else f"use a method that has one ({others})"
+                )
             )
         return None
     defaults = method.options.get(word, {}) if name == own else {}

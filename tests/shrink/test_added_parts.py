@@ -59,3 +59,19 @@ def test_a_part_that_is_named_as_an_option_is_refused_too(method: str, part: str
 def test_without_added_parts_they_are_fine(method: str) -> None:
     check(method)
     assert not METHODS[method].of_units
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("flap", {"width": {"align": 4}}, r"'width\.align' .* 'flap' has none: use a method that has one \(slicegpt\)"),
+        ("shortgpt", {"width": {"name": "channels"}}, "width 'channels' is about .* which 'shortgpt' does not turn"),
+        ("flap", {"depth": {"choose": "once"}}, r"'flap' has none: use a method that has one \(shortgpt, drop\)"),
+        ("flap", {"tune": {"rate": 0.1}}, r"'flap' has none: name one with --set tune\.name=\.\.\. \(blockwise\)"),
+    ],
+)
+def test_options_of_parts_that_a_method_cannot_have_are_refused(
+    method: str, options: dict[str, dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        check(method, options)

@@ -44,6 +44,12 @@ class Shrinker:
         score, depth = bind("unit-score", method, options), bind("depth", method, options)
         compensate, tune = bind("compensate", method, options), bind("tune", method, options)
         search, budget = bind("search", method, options), options.get("budget")
+        width = bind("width", method, options)
+        if width is not None:
+            raise InputError(
+                f"width '{width.part.name}' is about directions of the residual stream, which '{method.name}' does not turn: "
+                "leave it out, or take --method slicegpt"
+            )
         if method.planned:
             reason = f"with '{method.name}' the plan says what stays"
             _refuse_others(method, budget, (score, depth, search), "is there to choose what goes", reason)
