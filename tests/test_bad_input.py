@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM
 
 import tiny
 from helpers import contents, edit_config
@@ -234,6 +235,13 @@ def change_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Calla
     return apply
 
 
+def save_bert(folder: Path) -> None:
+    config = BertConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+
+
 def pickle_weights(folder: Path) -> None:
     (folder / SINGLE).rename(folder / "pytorch_model.bin")
 
@@ -296,7 +304,8 @@ MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "index names a missing file": (index({"a": "gone.safetensors"}), ["gone.safetensors"]),
     "index promises too much": (index({"a": "part.safetensors"}), ["'a'", "part.safetensors"]),
     "experts": (change_config(model_type="mixtral"), []),
-    "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), ["tokenizer"]),
+    "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), ["copy the model's tokenizer.json there"]),
+    "reads both ways": (save_bert, ["BertForMaskedLM", "causal language models"]),
     "NaN in the last block": (change_weights(spoil(float("nan"))), [LAST_UP, "block 2"]),
     "Inf in the last block": (change_weights(spoil(float("inf"))), [LAST_UP, "block 2"]),
     "NaN outside the blocks": (

@@ -38,6 +38,11 @@ class PrunekitWarning(UserWarning):
     """Something was done otherwise than asked, and the result is still right; the message says what and why."""
 
 
+def first_line(problem: BaseException) -> str:
+    """The first line of what somebody else's code says of a failure; its kind where it says nothing."""
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A half-sentence that suggests the closest known name, and lists them all.
 

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from . import machine
 from .checkpoint.bitmask import packed_bytes
-from .errors import InputError, PrunekitWarning, nearest
+from .errors import InputError, PrunekitWarning, first_line, nearest
 from .inspection import pattern_holds
 from .model.anatomy import Block, Linear, read_anatomy
 from .model.resizing import SHAPES, resized
@@ -204,9 +204,9 @@ def _semi_structured(name: str, weight: Tensor) -> Tensor:
     try:
         return torch.sparse.to_sparse_semi_structured(weight.detach())
     except RuntimeError as problem:  # torch knows which devices, dtypes and shapes its kernels take
-        reason = str(problem).strip().splitlines()[0]
         raise InputError(
-            f"'{TWO_FOUR}': torch cannot convert '{name}' ({weight.dtype}, {list(weight.shape)}): {reason}; take another runtime"
+            f"'{TWO_FOUR}': torch cannot convert '{name}' ({weight.dtype}, {list(weight.shape)}): {first_line(problem)}; "
+            "take another runtime"
         ) from None
 
 

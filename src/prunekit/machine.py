@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -144,8 +144,9 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.ones(1, device=device).item()  # the meta device has no values, and is refused here
     except (RuntimeError, AssertionError) as problem:
-        reason = str(problem).splitlines()[0]
-        raise InputError(f"device '{name}' cannot be used here ({reason}): take --device auto or cpu") from None
+        raise InputError(
+            f"device '{name}' cannot be used here ({first_line(problem)}): take --device auto or cpu"
+        ) from None
     return device
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .errors import InputError, PrunekitError
+from .errors import InputError, PrunekitError, first_line
 from .planning import predicted_memory
 from .progress import Progress, Silent
 from .recipe import Recipe
@@ -286,9 +286,8 @@ def _session(address: str) -> Iterator[Any]:
         try:
             ray.init(address=address, log_to_driver=False, logging_level="error", **own)
         except Exception as problem:  # no cluster, another version, no authentication, no room in /dev/shm, ...
-            reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
             raise InputError(
-                f"Ray at '{address}' cannot be used: {reason} (Ray's version and authentication must be the cluster's)"
+                f"Ray at '{address}' cannot be used: {first_line(problem)} (Ray's version and authentication must be the cluster's)"
             ) from None
         try:
             yield ray

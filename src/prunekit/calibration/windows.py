@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..model.anatomy import longest_context
 from ..model.stream import Windows
 from ..progress import Progress
@@ -56,7 +56,12 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as problem:  # transformers raises a dozen kinds here, all of them about these files
-        reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+        files = [path for kind in ("tokenizer*", "vocab*", "*.model") for path in folder.glob(kind)]
+        reason = (
+            first_line(problem)
+            if files
+            else "it holds none of a tokenizer's files; copy the model's tokenizer.json there"
+        )
         raise InputError(f"'{folder}' has no tokenizer that transformers can load: {reason}") from None
 
 

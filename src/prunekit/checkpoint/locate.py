@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..progress import Progress, Silent
 from . import embedded
 
@@ -60,5 +60,6 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
             f"connection, or try the embedded model {embedded.NAME}"
         ) from None
     except Exception as problem:  # gated, renamed, no such revision: the hub's own sentence says which
-        reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-        raise InputError(f"model '{model}' is no folder here and the hub does not give it: {reason}") from None
+        raise InputError(
+            f"model '{model}' is no folder here and the hub does not give it: {first_line(problem)}"
+        ) from None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .tasks import Figure, Scored
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ def score_tasks(
                 task_manager=_manager(),
             )
         except (OSError, ValueError, KeyError) as problem:  # data that cannot be had, task files that are wrong
-            reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-            raise InputError(f"lm-evaluation-harness cannot score {', '.join(names)}: {reason}") from None
+            raise InputError(f"lm-evaluation-harness cannot score {', '.join(names)}: {first_line(problem)}") from None
     return {task: _scored(task, results, found) for task, results in found["results"].items()}
 
 

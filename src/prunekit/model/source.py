@@ -444,6 +444,12 @@ def build_skeleton(
         raise InputError(
             f"'{folder}/config.json' does not describe a causal language model: {_reason(problem)}"
         ) from None
+    theirs = reader.config.get("architectures") or []
+    if any(name.endswith("ForMaskedLM") for name in theirs) and type(model).__name__ not in theirs:
+        raise InputError(
+            f"'{folder}' holds a {theirs[0]}, which reads text both ways: prunekit prunes causal language models, "
+            "which read it forwards"
+        )
     model.requires_grad_(False)
     model.eval()
     make_buffers(model, device)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.storage import append_text
-from ..errors import HistoryError, InputError, StorageError
+from ..errors import HistoryError, InputError, StorageError, first_line
 from .history import cut_torn_line, refuse_another
 from .loop import Proposals
 
@@ -62,9 +62,9 @@ def open_study(path: Path | None, identity: Mapping[str, Any], *, alone: bool = 
         else:
             study, begun = None, False
     except Exception as problem:  # whatever Optuna stumbles over in a file that is not as it wrote it
-        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         raise HistoryError(
-            f"'{path}' cannot be read as a study of Optuna ({reason}): it was left as it is; begin again elsewhere, or remove it"
+            f"'{path}' cannot be read as a study of Optuna ({first_line(problem)}): it was left as it is; "
+            "begin again elsewhere, or remove it"
         ) from None
     if study is not None and (begun or _IDENTITY in study.user_attrs):
         theirs = study.user_attrs.get(_IDENTITY, {})
