@@ -14,6 +14,7 @@ from prunekit import InputError
 from prunekit.api import addable
 from prunekit.catalogue import GIVEN_BUDGETS, METHODS, PARTS, UNIT_PARTS, find_method
 from prunekit.parts import find_part, parts
+from prunekit.recipe import Recipe
 from prunekit.report.methods import as_markdown
 from prunekit.shrink.shrinker import Shrinker
 from prunekit.shrink.slicewalk import bound_width
@@ -110,6 +111,23 @@ def test_parts_join_by_name_and_a_recipe_may_exchange_them() -> None:
 def test_what_does_not_go_together_is_refused(method: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Sparsifier.of(find_method(method), options)
+
+
+@pytest.mark.parametrize("name", [3, 0.5, True, None, ["wanda"], {"a": 1}])
+@pytest.mark.parametrize(
+    ("method", "part"),
+    [
+        ("wanda", "score"),
+        ("wanda", "budget"),
+        ("sparsegpt", "tune"),
+        ("flap", "budget"),
+        ("flap", "width"),
+        ("drop", "depth"),
+    ],
+)
+def test_a_part_named_by_anything_but_text_is_refused(method: str, part: str, name: Any) -> None:
+    with pytest.raises(InputError, match=rf"'{part}\.name' cannot be .*: it is the name of a {part}, or none"):
+        Recipe.build({"model": "m", "method": method, "parts": {part: {"name": name}}})
 
 
 def test_an_unknown_part_behind_a_plus_is_refused_with_the_nearest() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -43,3 +46,41 @@ def test_the_system_may_have_less_than_the_group(tmp_path: Path, monkeypatch: py
     assert machine.available_memory_bytes() == 3 * GB
     group(tmp_path, limit="max", used=GB, stat="inactive_file 0\nactive_file 0\n")
     assert machine.available_memory_bytes() == 3 * GB
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_and_is_what_it_would_have_been(number: signal.Signals) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    done = False
+    before = signal.signal(number, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt) as found, machine.signals_held():  # noqa: PT012  that nothing is cut short
+            os.kill(os.getpid(), number)
+            done = sum(range(1000)) > 0
+        assert signal.getsignal(number) is stop
+    finally:
+        signal.signal(number, before)
+    assert done
+    assert found.value.args == (number,)
+
+
+def test_signals_are_not_touched_where_none_arrives_and_in_other_threads() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with machine.signals_held():
+        assert signal.getsignal(signal.SIGINT) is not before
+    assert signal.getsignal(signal.SIGINT) is before
+    within: list[object] = []
+
+    def elsewhere() -> None:
+        with machine.signals_held():
+            within.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert within == [before]

@@ -1,4 +1,4 @@
-"""The machine under us: memory, processor features, versions. Linux figures are exact; elsewhere what the system offers."""
+"""The machine under us: memory, processor features, versions, signals. Linux figures are exact; elsewhere what the system offers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import gc
 import os
 import platform
 import shutil
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +26,28 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _GROUP = Path("/sys/fs/cgroup")  # the control group (version 2) of a container, as it is seen from inside
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Being told to stop waits until the end: of code in C that puts an error of its own in the place of an interrupt."""
+    if threading.current_thread() is not threading.main_thread():  # no signal reaches Python code there
+        yield
+        return
+    told: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: handler for number, handler in before.items() if handler is not None
+    }  # None: not Python's to restore
+    for number in before:
+        signal.signal(number, lambda number, _: told.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if told:
+            signal.raise_signal(told[0])
 
 
 def peak_rss_bytes() -> int:

@@ -167,11 +167,13 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _one_target(self) -> Recipe:
         method = find_method(self.method)
-        for part in self.parts:
+        for part, options in self.parts.items():
             if part not in KINDS[method.kind]:
                 raise ValueError(
                     f"'{part}' is no part of '{method.name}': the parts are {', '.join(KINDS[method.kind])}"
                 )
+            if not isinstance(options.get("name", ""), str):
+                raise ValueError(f"'{part}.name' cannot be {options['name']!r}: it is the name of a {part}, or none")
         self._refuse_plan(method)
         if method.kind == "shrink":
             said = "sparsity" if self.sparsity is not None else "pattern" if self.pattern is not None else None

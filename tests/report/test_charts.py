@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import re
+import signal
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from matplotlib.figure import Figure
 
 from prunekit.report import charts
 from prunekit.report.charts import (
@@ -113,3 +115,18 @@ def test_the_front_is_what_no_other_beats() -> None:
             f for f in figures if (f[0] > sparsity and f[1] <= perplexity) or (f[0] >= sparsity and f[1] < perplexity)
         ]
         assert best == (not better)
+
+
+def test_an_interrupt_waits_until_a_picture_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matplotlib's own C code makes a ValueError of one."""
+    real, drawn = Figure.savefig, []
+
+    def savefig(self: Figure, *where: object, **how: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        real(self, *where, **how)
+        drawn.append(self)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    with pytest.raises(KeyboardInterrupt):
+        error_chart(ERRORS)
+    assert len(drawn) == 1

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from ..machine import signals_held
 from .plots import MARKERS, plain_ticks, whole_ticks
 
 if TYPE_CHECKING:
@@ -220,7 +221,7 @@ def _drawn(name: str, size: tuple[int, int], draw: Callable[[Axes], list[tuple[f
     from matplotlib.figure import Figure
 
     width, height = size
-    with mpl.rc_context(_style()):
+    with signals_held(), mpl.rc_context(_style()):
         figure = Figure(figsize=(width / 72, height / 72))
         axes = figure.add_axes((58 / width, 46 / height, (width - 70) / width, (height - 58) / height))
         found = draw(axes)

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from ..checkpoint.storage import replace_file
 from ..errors import InputError
+from ..machine import signals_held
 from ..studies import Cell, Study
 from .numbers import spelt
 
@@ -262,9 +263,8 @@ def _figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
     from matplotlib.figure import Figure as NewFigure
 
     # equal figures are equal files: names in an SVG are otherwise drawn at random
-    with mpl.rc_context(
-        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "prunekit"}
-    ):
+    style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "prunekit"}
+    with signals_held(), mpl.rc_context(style):
         figure = NewFigure(figsize=size, layout="constrained")
         yield figure
         kind = path.suffix[1:]
