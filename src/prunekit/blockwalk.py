@@ -416,7 +416,10 @@ class BlockWalk(ABC):
                 for position, batch in enumerate(walk.batches):
                     inputs = walk.hidden[batch].clone()
                     outputs = walk.replay(block.index, module, position, inputs)
-                    yield inputs, outputs, wanted[batch].to(outputs.device).clone()
+                    aims = wanted[batch].to(outputs.device).clone()
+                    keep = walk.windows[batch].keep
+                    real = ... if keep is None else keep.to(outputs.device)  # nothing is wanted of padding
+                    yield inputs[real], outputs[real], aims[real]
 
             steps = max(self.ranks.gather(len(walk.batches)))
             with exchanged(module, {**copies, **buffers}):

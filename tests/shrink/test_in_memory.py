@@ -241,7 +241,17 @@ def test_a_folder_of_different_widths_is_shrunk_again(tmp_path: Path, calibratio
     assert_same_model(model, tmp_path / "twice")
 
 
-def test_masked_tokens_count_for_nothing() -> None:
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"method": "wanda-sp", "ratio": 0.3},
+        {"method": "obs+blockwise", "ratio": 0.3},
+        {"method": "wanda-sp+blockwise", "ratio": 0.3, "parts": {"tune": {"target": "dense"}}},
+        {"method": "wanda+blockwise", "sparsity": 0.5},
+    ],
+    ids=lambda asked: asked["method"],
+)
+def test_masked_tokens_count_for_nothing(asked: dict[str, Any]) -> None:
     padded = torch.cat([torch.full((2, 4), 7), IDS], dim=1)
     keep = torch.ones_like(padded)
     keep[:, :4] = 0
@@ -249,7 +259,31 @@ def test_masked_tokens_count_for_nothing() -> None:
     for filler in (7, 9):
         model = tiny.make_model("llama")
         padded[:, :4] = filler
-        batch = {"input_ids": padded, "attention_mask": keep}
-        prunekit.prune_(model, batch, method="wanda-sp", ratio=0.3)
+        prunekit.prune_(model, {"input_ids": padded, "attention_mask": keep}, **asked)
         found.append(model.state_dict())
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize(
+    ("padded", "choices", "message"),
+    [
+        (False, 2, "choices=2 shares out the windows, .*: 2 are too few"),
+        (True, 2, "choices=2 .* cannot do with padded ones"),
+    ],
+)
+def test_calibrations_that_cannot_be_chosen_among_are_refused(padded: bool, choices: int, message: str) -> None:
+    model = tiny.make_model("llama")
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    ids = IDS.repeat(2, 1) if padded else IDS
+    keep = torch.ones_like(ids)
+    keep[:, 8:] = not padded
+    with pytest.raises(InputError, match=message):
+        prunekit.prune_(
+            model,
+            {"input_ids": ids, "attention_mask": keep},
+            method="nirvana",
+            ratio=0.2,
+            calibration={"choices": choices},
+            parts={"budget": {"align": 1}},
+        )
+    assert all(torch.equal(before[name], value) for name, value in model.named_parameters())

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..errors import InputError
 from ..evaluation.perplexity import paired_losses
 from ..model.source import Source
 from ..model.stream import Windows
@@ -64,6 +65,14 @@ def choose_calibration(
     judge = Judge(objective, history, [len(held_out)])
     found = search(fixed(range(len(calibrations))), judge, lambda least: step())
     return Choice(found.best, planned(found.best), {number - 1: value for number, value in found.course})
+
+
+def refuse_few_windows(choices: int, windows: int) -> None:
+    """Raise `InputError` where so many calibrations, and a share to judge them by, cannot be made of so many windows."""
+    if windows <= choices:
+        raise InputError(
+            f"calibration.choices={choices} shares out the windows, with a last share to judge by: {windows} are too few"
+        )
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ from ..model.stream import Walk
 from ..recipe import Recipe, refuse_choices
 from ..statistics import TARGET_SUMS
 from .budget import Counts, blocks_to_remove, no_scores, plan_of
+from .choosing import refuse_few_windows
 from .given import given_plan
 from .gradients import gradient_bytes, gradient_files
 from .narrowing import Narrowing
@@ -58,11 +59,8 @@ class Shrinking:
         calibration = recipe.calibration
         if not shrinker.gradients:
             refuse_choices(recipe)
-        if 1 < calibration.choices >= calibration.samples:
-            raise InputError(
-                f"calibration.choices={calibration.choices} shares out the windows, with a last share to judge by: "
-                f"{calibration.samples} --samples are too few"
-            )
+        if calibration.choices > 1:
+            refuse_few_windows(calibration.choices, calibration.samples)
         if shrinker.tune is not None and calibration.mode == "dense":
             raise InputError(
                 f"tune '{shrinker.tune.part.name}' goes from block to cut block: leave out --set calibration.mode=dense"

@@ -35,7 +35,7 @@ from ..search.history import History
 from ..statistics import Statistics, Watch
 from ..verify import TOLERANCE, relative_difference
 from .budget import Counts, Scores, blocks_to_remove, plan_of, top_units
-from .choosing import choose_calibration
+from .choosing import choose_calibration, refuse_few_windows
 from .gradients import measure_gradients
 from .influence import Influence
 from .installing import install
@@ -296,8 +296,13 @@ class ShrinkWalk(BlockWalk):
 
     def _chosen_plan(self, stored: Stored, step: Callable[[], None]) -> tuple[Plan, dict[str, Any]]:
         """Of several calibrations the plan that moves predictions least, on windows that none of them has seen."""
-        parts = self.recipe.calibration.choices + 1
-        windows, size = self.walk.windows, len(self.walk.windows) // parts
+        windows, parts = self.walk.windows, self.recipe.calibration.choices + 1
+        refuse_few_windows(parts - 1, len(windows))
+        if windows.keep is not None:
+            raise InputError(
+                f"calibration.choices={parts - 1} judges by whole windows: it cannot do with padded ones, leave it out"
+            )
+        size = len(windows) // parts
         choice = choose_calibration(
             self.walk.source,
             self.structures,

@@ -44,7 +44,8 @@ def blockwise(
     Args:
         weights: by linear, the parameter that runs, as stored [out, in] or transposed, and its keep-mask of the same shape.
         batches: every time it is called, the batches of an epoch: inputs, the block's outputs on them with the present weights
-            (with gradients), the outputs wanted; each [windows, length, hidden].
+            (with gradients), the outputs wanted; each [windows, length, hidden], or [tokens, hidden] of
+            the real tokens of padded windows.
         steps_an_epoch: how many they are, in the process that has the most.
         sum_up: adds up tensors over processes, in place.
         epochs, rate, warmup: see above.
